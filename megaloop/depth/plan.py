@@ -1,0 +1,193 @@
+"""``DepthPlan``: the order in which layers are executed, as a value.
+
+A plan is a sequence of layer *ids*. An id names a layer for life; a *position* is a place in the
+execution order. An unlooped model uses each id once; a looped model uses some ids several times.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from megaloop.errors import MegaloopError
+
+__all__ = ["DepthPlan"]
+
+_PLAIN = re.compile(r"[0-9]+")
+_LOOPED = re.compile(r"([0-9]+)-([0-9]+)x([0-9]+)-([0-9]+)")
+_GROUP = re.compile(r"\(([0-9,]+)\)(?:x([0-9]+))?")
+_MAX_DEPTH = 100_000
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """The order of execution of a decoder's layers.
+
+    Attributes:
+        order: layer ids in the order in which they run; an id may occur several times (a loop).
+        lineage: for every id that was copied from another layer, the id of that parent. Ids that
+            were freshly initialised do not occur as keys. A parent need not be part of ``order``.
+
+    Raises:
+        MegaloopError: an empty order, a negative id, a lineage that names unknown layers or is circular.
+    """
+
+    order: tuple[int, ...]
+    lineage: Mapping[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.order:
+            raise MegaloopError("depth: a plan needs at least one layer; found none")
+        if any(layer_id < 0 for layer_id in self.order):
+            raise MegaloopError(f"depth: layer ids count from 0; found {min(self.order)}")
+        object.__setattr__(self, "order", tuple(self.order))
+        object.__setattr__(self, "lineage", MappingProxyType(dict(sorted(self.lineage.items()))))
+        strangers = set(self.lineage) - set(self.order)
+        if strangers:
+            raise MegaloopError(f"depth: lineage names layers {sorted(strangers)} that the plan does not run")
+        for layer_id in self.lineage:
+            self.ancestors(layer_id)
+
+    def __hash__(self) -> int:
+        return hash((self.order, tuple(self.lineage.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a mapping proxy does not pickle; worker processes receive plans
+        return (DepthPlan, (self.order, dict(self.lineage)))
+
+    @classmethod
+    def plain(cls, layers: int) -> DepthPlan:
+        """A model of ``layers`` layers, each run once, with ids 0 .. layers-1."""
+        return cls(tuple(range(layers)))
+
+    @classmethod
+    def parse(cls, text: str | int) -> DepthPlan:
+        """Read ``"24"``, ``"4-4x4-4"`` (Loop(e-Lxk-d)) or what ``str(plan)`` wrote.
+
+        ``e-Lxk-d`` is e layers, a block of L layers run k times, then d layers (arXiv 2502.17416).
+        Layers of a plan whose ids are not consecutive are written out: ``(0,1,4)(2,3)x2(5)``.
+        Lineage is no part of the text.
+        """
+        text = str(text).strip()
+        if _PLAIN.fullmatch(text):
+            counts = (int(text), 0, 1, 0)
+        elif match := _LOOPED.fullmatch(text):
+            counts = (int(match[1]), int(match[2]), int(match[3]), int(match[4]))
+            if counts[1] == 0 or counts[2] == 0:
+                raise MegaloopError(f"depth: {text!r} loops {counts[1]} layers {counts[2]} times; both must be at least 1")
+        elif text and "".join(m[0] for m in _GROUP.finditer(text)) == text:
+            return cls(tuple(_read_groups(text)))
+        else:
+            raise MegaloopError(
+                f"depth: cannot read {text!r}; expected a number of layers (24) or "
+                "before-LOOPxTIMES-after (4-4x4-4: 4 layers, 4 layers 4 times, 4 layers)"
+            )
+        before, block, times, after = counts
+        if before + block * times + after > _MAX_DEPTH:
+            raise MegaloopError(f"depth: {text!r} is deeper than {_MAX_DEPTH} layers")
+        loop = tuple(range(before, before + block))
+        return cls((*range(before), *loop * times, *range(before + block, before + block + after)))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The unique layer ids in order of first use."""
+        return tuple(dict.fromkeys(self.order))
+
+    @property
+    def depth(self) -> int:
+        """Effective depth: the number of layer executions."""
+        return len(self.order)
+
+    @property
+    def layers(self) -> int:
+        """The number of unique layers, those that hold parameters."""
+        return len(self.ids)
+
+    @property
+    def is_looped(self) -> bool:
+        return self.depth != self.layers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return self.depth
+
+    def uses(self, layer_id: int) -> tuple[int, ...]:
+        """The positions at which a layer runs."""
+        return tuple(position for position, other in enumerate(self.order) if other == layer_id)
+
+    def ancestors(self, layer_id: int) -> tuple[int, ...]:
+        """Parent, grandparent and so on of a layer, the root last; empty for a layer that is no copy."""
+        found: list[int] = []
+        while layer_id in self.lineage:
+            layer_id = self.lineage[layer_id]
+            if layer_id in found:
+                raise MegaloopError(f"depth: the lineage of layer {layer_id} is circular")
+            found.append(layer_id)
+        return tuple(found)
+
+    def root(self, layer_id: int) -> int:
+        """The freshly initialised layer from which a layer descends (itself, if it is no copy)."""
+        return (layer_id, *self.ancestors(layer_id))[-1]
+
+    def __str__(self) -> str:
+        return _text(self.order)
+
+    def to_json(self) -> dict[str, Any]:
+        """A value that JSON can hold; :meth:`from_json` reads it back, lineage included."""
+        return {"order": list(self.order), "lineage": {str(k): v for k, v in self.lineage.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DepthPlan:
+        return cls(tuple(value["order"]), {int(k): v for k, v in value["lineage"].items()})
+
+
+def _read_groups(text: str) -> Iterator[int]:
+    """The ids of a plan written out in groups: ``(0,4)(1,2)x3``."""
+    for match in _GROUP.finditer(text):
+        try:
+            ids = [int(part) for part in match[1].split(",")]
+        except ValueError:
+            raise MegaloopError(f"depth: {match[0]!r} is no list of layer ids; expected something like (0,1,4)") from None
+        times = int(match[2] or 1)
+        if times * len(ids) > _MAX_DEPTH:
+            raise MegaloopError(f"depth: {match[0]!r} is deeper than {_MAX_DEPTH} layers")
+        yield from ids * times
+
+
+def _text(order: tuple[int, ...]) -> str:
+    """The shortest of the three notations that reads back as ``order``."""
+    if order == tuple(range(len(order))):
+        return str(len(order))
+    before, block, times = _find_loop(order)
+    layers = tuple(dict.fromkeys(order))
+    if times > 1 and layers == tuple(range(len(layers))):
+        return f"{before}-{block}x{times}-{len(order) - before - block * times}"
+    groups = [(order[:before], 1), (order[before : before + block], times), (order[before + block * times :], 1)]
+    return "".join(
+        f"({','.join(map(str, ids))})" + (f"x{count}" if count > 1 else "") for ids, count in groups if ids
+    )
+
+
+def _find_loop(order: tuple[int, ...]) -> tuple[int, int, int]:
+    """The one loop of a plan as (start, block, times), or (len, 0, 1) if it is not exactly one loop."""
+    first_use: dict[int, int] = {}
+    for position, layer_id in enumerate(order):
+        if layer_id not in first_use:
+            first_use[layer_id] = position
+            continue
+        start = first_use[layer_id]
+        block = position - start
+        times = 1
+        loop = order[start:position]
+        while order[start + times * block : start + (times + 1) * block] == loop:
+            times += 1
+        rest = order[:start] + loop + order[start + times * block :]
+        if len(set(rest)) == len(rest):
+            return start, block, times
+        break
+    return len(order), 0, 1

@@ -1,0 +1,13 @@
+"""The one error class for everything a user can cause."""
+
+from __future__ import annotations
+
+__all__ = ["MegaloopError"]
+
+
+class MegaloopError(Exception):
+    """Something the user can mend: bad configuration, bad input, a full disk.
+
+    The message says what was found, what was expected and what to do, in one line. The command line
+    prints it and leaves with exit code 2; a traceback is shown only with ``--debug``.
+    """
