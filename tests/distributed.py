@@ -86,7 +86,9 @@ class RankPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -151,7 +153,9 @@ class RankPool:
         return RankError(f"{name}: rank {rank} of {self.world_size} failed:\n{text}", rank, error)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any
+) -> list[Any]:
     """Call a function on ``world_size`` fresh ranks; see :meth:`RankPool.run`."""
     with RankPool(world_size) as pool:
         return pool.run(function, *args, timeout=timeout, **kwargs)
