@@ -1,0 +1,1 @@
+"""Starting runs: local ranks now, Slurm jobs later."""

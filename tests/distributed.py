@@ -101,7 +101,7 @@ class RankPool:
         self._ranks, self._store = [], None
 
     def _start(self) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         # the store lives here and its port is chosen by the system: no race for a free port
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

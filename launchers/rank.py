@@ -1,0 +1,71 @@
+"""What a rank of the local launcher knows about its launcher.
+
+Only the standard library is imported here: a rank calls :func:`follow_launcher` before anything slow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ERROR_FILE", "LAUNCHER", "STORE_FD", "follow_launcher", "open_store", "report_error", "started_by_launcher"]
+
+ERROR_FILE = "MEGALOOP_ERROR_FILE"
+"""Environment: where this rank leaves the line of an error that the user can mend."""
+LAUNCHER = "MEGALOOP_LAUNCHER"
+"""Environment: process id of the local launcher."""
+STORE_FD = "MEGALOOP_STORE_FD"
+"""Environment, rank 0: a listening socket for the store through which ranks find each other."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def started_by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """True where some launcher (ours, torchrun, Slurm's) has already started this process as one of several ranks."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def follow_launcher() -> None:
+    """Die with the launcher, even where it is killed outright, and end quietly when it passes on Ctrl-C."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(launcher):  # it died before this call
+            os._exit(1)
+    # the default handler: a rank is started in a process group of its own and only the launcher signals it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def open_store() -> Any:
+    """On rank 0, open the store on the launcher's socket; the caller keeps it for as long as ranks talk.
+
+    The launcher holds the port from the moment it chooses it, so no other process can take it in between.
+    """
+    descriptor = os.environ.pop(STORE_FD, None)
+    if descriptor is None:
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=int(descriptor),
+    )
+
+
+def report_error(message: str) -> bool:
+    """Leave an error for the launcher, which shows it once. False where there is no launcher to do so."""
+    path = os.environ.get(ERROR_FILE)
+    if path is None:
+        return False
+    Path(path).write_text(message, encoding="utf-8")
+    return True

@@ -1,0 +1,277 @@
+"""The ``megaloop`` command.
+
+Each command imports what it needs when it runs, so that ``--help`` answers at once. One place turns errors into
+exit codes: :func:`main`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from launchers.rank import follow_launcher, open_store, report_error, started_by_launcher
+from megaloop import __version__
+from megaloop.errors import MegaloopError
+
+__all__ = ["app", "main"]
+
+_DEBUG = "MEGALOOP_DEBUG"
+
+app = typer.Typer(
+    name="megaloop",
+    help="Distributed pretraining of language models whose depth is alive.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override configuration values: train.steps=100")
+]
+
+
+class OnError(StrEnum):
+    stop = "stop"
+    skip = "skip"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def main() -> None:
+    """Run the command line; every way out has its exit code.
+
+    0 done · 1 a bug or a rank that died · 2 an error the user can mend, or wrong usage · 130 Ctrl-C.
+    """
+    follow_launcher()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if len(arguments) < len(sys.argv) - 1:  # wherever it stands; ranks inherit it
+        os.environ[_DEBUG] = "1"
+    try:
+        app(arguments, prog_name="megaloop")
+    except MegaloopError as error:
+        if os.environ.get(_DEBUG):
+            raise
+        if not report_error(str(error)):
+            _print_error(str(error))
+        sys.exit(2)
+
+
+def _print_error(message: str) -> None:
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    label = "error: " if rank == "0" else f"error (rank {rank}): "
+    line = " ".join(message.split())
+    Console(stderr=True, highlight=False).print(Text.assemble((label, "bold red"), line), soft_wrap=True)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"megaloop {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors (anywhere on the line).")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def prep(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="txt, jsonl, jsonl.gz, jsonl.zst, parquet; or directories.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write the data set to.")],
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Use this sentencepiece model instead.")] = None,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 2048,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=0.5, help="Share of documents held out.")] = 0.01,
+    errors: Annotated[OnError, typer.Option(help="What to do with bytes that are not UTF-8.")] = OnError.stop,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of jsonl and parquet that holds the text.")] = "text",
+    overwrite: Annotated[bool, typer.Option(help="Replace a data set that is already there.")] = False,
+    json: Json = False,
+) -> None:
+    """Turn text into a data set: tokenizer, shards, validation split."""
+    from data_prep.prepare import prepare
+
+    summary = prepare(
+        inputs,
+        out,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        validation_fraction=validation_fraction,
+        errors=errors.value,
+        workers=workers,
+        text_field=text_field,
+        overwrite=overwrite,
+        console=Console(stderr=True),
+    )
+    _report(summary, json)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Local ranks to start; default: what the topology needs, or all GPUs.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's latest checkpoint.")] = False,
+) -> None:
+    """Train a model; starts its own local ranks unless a launcher (torchrun, Slurm) already did."""
+    from megaloop.config import load_config
+
+    values = overrides or []
+    configuration = load_config(config, values)
+    if started_by_launcher():
+        _train_here(configuration, resume)
+        return
+    from launchers import local
+
+    count = local.local_ranks(configuration, ranks)
+    if count == 1:
+        with local.single_rank():
+            _train_here(configuration, resume)
+        return
+    command = [sys.executable, "-m", "megaloop", "train", str(config), *values, *(["--resume"] if resume else [])]
+    try:
+        local.launch(command, count, configuration.directory / "logs")
+    except local.RankFailed as error:
+        _print_error(str(error))
+        raise typer.Exit(1) from None
+
+
+def _train_here(configuration: Any, resume: bool) -> None:
+    """Be one rank of the run."""
+    store = open_store()
+    try:
+        from megaloop.train.loop import run
+
+        run(configuration, resume=resume)
+    except KeyboardInterrupt:
+        # what the other ranks' connections say while they close is of no interest
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.stdout.flush()
+        raise
+    finally:
+        del store
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    dtype: Annotated[Precision | None, typer.Option(help="Convert the weights; default: as trained.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint in Hugging Face format."""
+    from megaloop.checkpoint.huggingface import export_huggingface
+
+    result = export_huggingface(checkpoint, out, dtype=dtype.value if dtype else None)
+    _report(result if result is not None else {"written": str(out)}, json)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face directory of the Llama architecture.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    json: Json = False,
+) -> None:
+    """Read a Llama-architecture directory in Hugging Face format into a checkpoint."""
+    from megaloop.checkpoint.huggingface import import_huggingface
+
+    result = import_huggingface(source, out)
+    _report(result if result is not None else {"written": str(out)}, json)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
+    json: Json = False,
+) -> None:
+    """Continue a text, token by token as they come."""
+    from megaloop.inference.generate import generate_text
+
+    def show(text: str) -> None:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
+
+    if not json:
+        show(prompt)
+    result = generate_text(
+        checkpoint,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=0.0 if greedy else temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        precision=precision.value,
+        on_text=None if json else show,
+    )
+    if json:
+        _report(result, json)
+        return
+    typer.echo()
+    rate = result.tokens / max(result.seconds, 1e-9)
+    typer.echo(f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.0f} tokens/s", err=True)
+
+
+@bench.command("step")
+def bench_step() -> None:
+    """Time the training step against a plain loop around transformers."""
+    raise MegaloopError("bench step is not there yet")
+
+
+@bench.command("prep")
+def bench_prep_command() -> None:
+    """Time tokenization against sentencepiece's own batch encoding."""
+    raise MegaloopError("bench prep is not there yet")
+
+
+def _report(result: Any, as_json: bool) -> None:
+    """Print what a command made: as JSON, or as a list of its values."""
+    import dataclasses
+    import json
+
+    values = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result  # type: ignore[arg-type]
+    if hasattr(result, "model_dump"):
+        values = result.model_dump(mode="json")
+    if as_json:
+        typer.echo(json.dumps(values, default=str))
+        return
+    if not isinstance(values, dict):
+        typer.echo(str(values))
+        return
+    width = max(map(len, values), default=0)
+    for key, value in values.items():
+        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        typer.echo(f"{key.replace('_', ' '):{width}}  {text}")
