@@ -33,7 +33,7 @@ unit: $(STAMP)  ## pytest; PYTEST_ARGS="-k resume" to choose
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 demo: $(STAMP)  ## text to shards to a trained model, resumed, exported and generating: under 5 minutes
-	@$(BIN)/python -m launchers.demo
+	@VENV=$(abspath $(VENV)) tools/demo.sh
 
 clean:  ## remove what make and the demo wrote
 	rm -rf $(VENV) *.egg-info build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-data demo-export runs/demo

@@ -126,7 +126,10 @@ def launch(command: Sequence[str], ranks: int, log_dir: Path, *, grace: float = 
     except OSError as error:
         raise MegaloopError(f"run directory: cannot make {log_dir} ({error.strerror})") from None
     with tempfile.TemporaryDirectory(prefix="megaloop-") as errors, _raise_on_signals():
-        team = _Team(command, ranks, log_dir, Path(errors))
+        try:
+            team = _Team(command, ranks, log_dir, Path(errors))
+        except OSError as error:
+            raise MegaloopError(f"cannot start {ranks} ranks with logs in {log_dir}: {error}") from None
         try:
             failed = team.wait()
             if failed is not None:
