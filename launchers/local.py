@@ -126,11 +126,9 @@ def launch(command: Sequence[str], ranks: int, log_dir: Path, *, grace: float = 
     except OSError as error:
         raise MegaloopError(f"run directory: cannot make {log_dir} ({error.strerror})") from None
     with tempfile.TemporaryDirectory(prefix="megaloop-") as errors, _raise_on_signals():
+        team = _Team(command, ranks, log_dir, Path(errors))
         try:
-            team = _Team(command, ranks, log_dir, Path(errors))
-        except OSError as error:
-            raise MegaloopError(f"cannot start {ranks} ranks with logs in {log_dir}: {error}") from None
-        try:
+            team.start()
             failed = team.wait()
             if failed is not None:
                 team.stop(signal.SIGTERM, grace)
@@ -149,23 +147,26 @@ class _Team:
     """The ranks, as processes."""
 
     def __init__(self, command: Sequence[str], ranks: int, log_dir: Path, errors: Path) -> None:
+        self.command = command
         self.errors = errors
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(ranks)]
         self.log_starts = [log.stat().st_size if log.exists() else 0 for log in self.logs]
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            try:
-                for rank in range(ranks):
-                    self.processes.append(self._start(command, rank, ranks, listener))
-            except BaseException:
-                self.kill()
-                raise
+
+    def start(self) -> None:
+        """Start the ranks, and a thread each that waits for its end."""
+        try:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                for rank in range(len(self.logs)):
+                    self.processes.append(self._start(rank, listener))
+        except OSError as error:
+            raise MegaloopError(f"cannot start {len(self.logs)} ranks: {error}") from None
         for rank, process in enumerate(self.processes):
             threading.Thread(target=self._follow, args=(rank, process), daemon=True).start()
 
-    def _start(self, command: Sequence[str], rank: int, ranks: int, listener: socket.socket) -> subprocess.Popen[bytes]:
-        environment = os.environ | rank_environment(rank, ranks, listener.getsockname()[1])
+    def _start(self, rank: int, listener: socket.socket) -> subprocess.Popen[bytes]:
+        environment = os.environ | rank_environment(rank, len(self.logs), listener.getsockname()[1])
         environment |= {LAUNCHER: str(os.getpid()), ERROR_FILE: str(self.errors / f"rank-{rank}")}
         output: IO[bytes] | None = None
         descriptors: tuple[int, ...] = ()
@@ -177,7 +178,7 @@ class _Team:
         try:
             # a process group of its own: Ctrl-C in the terminal reaches the launcher alone, which passes it on once
             return subprocess.Popen(
-                command,
+                self.command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -32,7 +32,7 @@ def started_by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
 
 def follow_launcher() -> None:
     """Die with the launcher, even where it is killed outright, and end quietly when it passes on Ctrl-C."""
-    launcher = os.environ.get(LAUNCHER)
+    launcher = os.environ.pop(LAUNCHER, None)
     if launcher is None:
         return
     if sys.platform == "linux":

@@ -21,3 +21,15 @@ def ranks_4() -> Iterator[RankPool]:
     """Four ranks that stay alive for the whole test session."""
     with RankPool(4) as pool:
         yield pool
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect tests that need a GPU where there is none."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
