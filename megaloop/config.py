@@ -115,8 +115,6 @@ class ParallelConfig(_Section):
     """Data-parallel replicas; empty: what is left of the world size."""
     sequence_parallel: bool = False
     """Split the norms' regions over the tensor-parallel ranks along the sequence."""
-    zero: bool = True
-    """ZeRO stage 1: each data-parallel rank keeps its share of masters and moments."""
     layer_costs: tuple[PositiveFloat, ...] | None = None
     """Measured seconds of embedding, one layer and head, as ``bench step --layers`` prints them; empty: estimated from FLOPs."""
 

@@ -1,0 +1,19 @@
+"""The decoder in torch: one layer, the ends, tensor parallelism inside; unaware of the pipeline."""
+
+from megaloop.model.decoder import Decoder, DecoderStage
+from megaloop.model.kernels import Kernels, build_adamw, choose_kernels
+from megaloop.model.parameters import ParameterSpec, initial_values, parameter_specs
+from megaloop.model.tensor_parallel import TensorParallel, vocab_parallel_cross_entropy
+
+__all__ = [
+    "Decoder",
+    "DecoderStage",
+    "Kernels",
+    "ParameterSpec",
+    "TensorParallel",
+    "build_adamw",
+    "choose_kernels",
+    "initial_values",
+    "parameter_specs",
+    "vocab_parallel_cross_entropy",
+]

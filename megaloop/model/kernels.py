@@ -1,0 +1,70 @@
+"""Which kernels a run uses: chosen once, from what is installed and where it runs, and reported at start."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Kernels", "build_adamw", "choose_kernels"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen kernels, by name.
+
+    Attributes:
+        attention: ``flash-attn`` or ``torch SDPA``.
+        norm: ``apex`` (fused RMSNorm) or ``torch``.
+        adam: ``apex`` (FusedAdam), ``torch fused`` or ``torch``.
+    """
+
+    attention: str = "torch SDPA"
+    norm: str = "torch"
+    adam: str = "torch"
+
+    def __str__(self) -> str:
+        return f"attention {self.attention}, norm {self.norm}, Adam {self.adam}"
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest kernels that are there for tensors of ``dtype`` on ``device``.
+
+    flash-attn has no fp32 kernels; apex and flash-attn need a GPU. On CPU the plain AdamW is taken: its
+    rounding does not depend on where an element lies in a flat buffer, so replicas stay bit-identical.
+    """
+    if device.type != "cuda":
+        return Kernels()
+    flash = dtype in (torch.bfloat16, torch.float16) and importlib.util.find_spec("flash_attn") is not None
+    return Kernels(
+        attention="flash-attn" if flash else "torch SDPA",
+        norm="apex" if _nvidia_apex("apex.normalization", "fused_rms_norm_affine") else "torch",
+        adam="apex" if _nvidia_apex("apex.optimizers", "FusedAdam") else "torch fused",
+    )
+
+
+def _nvidia_apex(module: str, name: str) -> bool:
+    """True if NVIDIA's apex is there. The package of that name on the Python index is another project."""
+    try:
+        if importlib.util.find_spec(module) is None:
+            return False
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+def build_adamw(
+    groups: Iterable[dict[str, Any]], kernels: Kernels, *, lr: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """AdamW over parameter groups (each with its own ``weight_decay``), by the chosen kernel."""
+    if kernels.adam == "apex":
+        from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
+
+        optimizer: torch.optim.Optimizer = FusedAdam(list(groups), lr=lr, betas=betas, eps=eps, adam_w_mode=True)
+        return optimizer
+    return torch.optim.AdamW(
+        list(groups), lr=lr, betas=betas, eps=eps, fused=kernels.adam == "torch fused", foreach=False
+    )

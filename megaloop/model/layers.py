@@ -1,0 +1,186 @@
+"""One layer of the Llama-family decoder of SmolLM v1, from top to bottom as the paper draws it.
+
+Shape suffixes: B batch, S sequence, D model, N query heads, K key-value heads, H head size, T keys.
+Inside a tensor-parallel rank N, K and the MLP's width are the rank's share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaloop.config import ModelConfig
+from megaloop.model.kernels import Kernels
+from megaloop.model.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
+
+__all__ = ["AttentionContext", "DecoderLayer", "KeyValueCache", "RMSNorm", "rotary_tables"]
+
+
+class KeyValueCache:
+    """Keys and values of one layer execution for the tokens seen so far, with room for ``max_length``."""
+
+    def __init__(
+        self, batch: int, kv_heads: int, max_length: int, head_size: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.k_BKTH = torch.empty(batch, kv_heads, max_length, head_size, dtype=dtype, device=device)
+        self.v_BKTH = torch.empty_like(self.k_BKTH)
+        self.length = 0
+
+    def append(self, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; returns all of them so far."""
+        stop = self.length + k_BKSH.shape[2]
+        self.k_BKTH[:, :, self.length : stop] = k_BKSH
+        self.v_BKTH[:, :, self.length : stop] = v_BKSH
+        self.length = stop
+        return self.k_BKTH[:, :, :stop], self.v_BKTH[:, :, :stop]
+
+
+@dataclass
+class AttentionContext:
+    """What attention needs besides the activations; made once per forward pass, the same for all layers.
+
+    Attributes:
+        cos_SH, sin_SH: rotary tables of the positions at hand.
+        mask_BSS: True where a query may look at a key, for document masking; None: plain causal.
+        document_ends: cumulative document lengths over the flattened batch (flash-attn's variable lengths).
+        max_document: the longest of them.
+    """
+
+    cos_SH: Tensor
+    sin_SH: Tensor
+    mask_BSS: Tensor | None = None
+    document_ends: Tensor | None = None
+    max_document: int = 0
+
+
+def rotary_tables(length: int, head_size: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary position embedding (arXiv 2104.09864), fp32 [length, head_size].
+
+    Both halves of the last dimension hold the same frequencies, as in Hugging Face's Llama.
+    """
+    exponent_h = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+    frequency_h = 1.0 / (theta**exponent_h)
+    angle_Sh = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency_h)
+    angle_SH = torch.cat([angle_Sh, angle_Sh], dim=-1)
+    return angle_SH.cos(), angle_SH.sin()
+
+
+def _rotate(x_BNSH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
+    first, second = x_BNSH.chunk(2, dim=-1)
+    return x_BNSH * cos_SH + torch.cat([-second, first], dim=-1) * sin_SH
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last dimension, with a gain that every rank holds."""
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel, kernels: Kernels):
+        super().__init__()
+        self.tp = tp
+        self.eps = eps
+        self.use_apex = kernels.norm == "apex"
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        weight_D = self.tp.replicated(self.weight)
+        if self.use_apex:
+            from apex.normalization import fused_rms_norm_affine  # type: ignore[import-not-found]
+
+            out: Tensor = fused_rms_norm_affine(x_BSD, weight_D, weight_D.shape, self.eps)
+            return out
+        return F.rms_norm(x_BSD, weight_D.shape, weight_D, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245) with rotary positions; heads split over ranks."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels):
+        super().__init__()
+        self.tp = tp
+        self.head_size = config.head_size
+        self.use_flash = kernels.attention == "flash-attn"
+        heads, kv_heads = config.num_heads * self.head_size, config.num_kv_heads * self.head_size
+        tp.split(config.num_kv_heads, "key-value heads")
+        self.wq = ColumnParallelLinear(config.hidden_size, heads, tp)
+        self.wk = ColumnParallelLinear(config.hidden_size, kv_heads, tp)
+        self.wv = ColumnParallelLinear(config.hidden_size, kv_heads, tp)
+        self.wo = RowParallelLinear(heads, config.hidden_size, tp)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
+        x_BSD = self.tp.enter(x_BSD)
+        q_BNSH, k_BKSH, v_BKSH = (self._heads(w(x_BSD)) for w in (self.wq, self.wk, self.wv))
+        q_BNSH = _rotate(q_BNSH, context.cos_SH, context.sin_SH)
+        k_BKSH = _rotate(k_BKSH, context.cos_SH, context.sin_SH)
+        if cache is not None:
+            k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH)
+        if self.use_flash and cache is None:
+            out_BSD = _flash_attention(q_BNSH, k_BKSH, v_BKSH, context)
+        else:
+            out_BSD = _sdpa(q_BNSH, k_BKSH, v_BKSH, context).transpose(1, 2).flatten(2)
+        return self.wo(out_BSD)
+
+    def _heads(self, x_BSF: Tensor) -> Tensor:
+        return x_BSF.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+def _sdpa(q_BNSH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, context: AttentionContext) -> Tensor:
+    groups = q_BNSH.shape[1] // k_BKTH.shape[1]
+    if groups > 1 and q_BNSH.device.type == "cpu":
+        # torch's CPU flash kernel has no grouped heads; without this it would fall back to the slow math path
+        k_BKTH, v_BKTH = (x.repeat_interleave(groups, dim=1) for x in (k_BKTH, v_BKTH))
+        groups = 1
+    queries, keys = q_BNSH.shape[2], k_BKTH.shape[2]
+    mask = context.mask_BSS.unsqueeze(1) if context.mask_BSS is not None else None
+    if mask is None and 1 < queries < keys:
+        # new tokens after cached ones: query i sits at position keys - queries + i
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BNSH.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(
+        q_BNSH, k_BKTH, v_BKTH, attn_mask=mask, is_causal=mask is None and queries > 1, enable_gqa=groups > 1
+    )
+
+
+def _flash_attention(q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, context: AttentionContext) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    q, k, v = (x.transpose(1, 2) for x in (q_BNSH, k_BKSH, v_BKSH))
+    if context.document_ends is None:
+        out: Tensor = flash_attn_func(q, k, v, causal=True)
+        return out.flatten(2)
+    ends, longest = context.document_ends, context.max_document
+    packed = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, causal=True
+    )
+    return packed.unflatten(0, q.shape[:2]).flatten(2)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``, width split over ranks."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.w_gate = ColumnParallelLinear(config.hidden_size, config.ffn_size, tp)
+        self.w_up = ColumnParallelLinear(config.hidden_size, config.ffn_size, tp)
+        self.w_down = RowParallelLinear(config.ffn_size, config.hidden_size, tp)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.tp.enter(x_BSD)
+        return self.w_down(F.silu(self.w_gate(x_BSD)) * self.w_up(x_BSD))
+
+
+class DecoderLayer(nn.Module):
+    """Norm, attention, add; norm, MLP, add."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, kernels)
+        self.attention = Attention(config, tp, kernels)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, kernels)
+        self.mlp = MLP(config, tp)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
+        """Residual stream in, residual stream out; [B, S, D], S split over ranks under sequence parallelism."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
+        return x_BSD + self.mlp(self.mlp_norm(x_BSD))

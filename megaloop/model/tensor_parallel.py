@@ -1,0 +1,216 @@
+"""Tensor parallelism in Megatron's way (arXiv 1909.08053; sequence parallel: 2205.05198).
+
+Every differentiable collective is one of ``spmd_types``', whose checker proves that each gradient is reduced
+exactly once (``tests/model/test_spmd.py``). Its words, over the tensor-parallel axis:
+
+    I  invariant  the same value on every rank, and so is its gradient
+    R  replicate  the same value on every rank, each with its own part of the gradient (pending a sum)
+    V  varying    every rank has its own
+    S  shard      varying, and the ranks' values concatenate to the whole along a dimension
+
+A block's input is I (or S along the sequence, under sequence parallelism); ``enter`` takes it to R, a
+column-parallel product to V, a row-parallel product to a pending sum, and ``leave`` back to I (or S).
+
+Shape suffixes: B batch, S sequence, D model, F any feature, V vocabulary. They name logical dimensions;
+a shard of one keeps its letter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import spmd_types as spmd
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from spmd_types import rules
+from torch import Tensor, nn
+
+from megaloop.errors import MegaloopError
+
+__all__ = [
+    "SEQUENCE_DIM",
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "TensorParallel",
+    "VocabParallelEmbedding",
+    "vocab_parallel_cross_entropy",
+]
+
+SEQUENCE_DIM = 1
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The tensor-parallel ranks that share a layer, and this rank's place among them.
+
+    Attributes:
+        group: their process group; None for a single rank.
+        rank: this rank's index in the group.
+        size: number of ranks.
+        sequence_parallel: outside the blocks, activations are split along the sequence.
+    """
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+    sequence_parallel: bool = False
+
+    @classmethod
+    def over(cls, group: dist.ProcessGroup, sequence_parallel: bool = False) -> TensorParallel:
+        size = dist.get_world_size(group)
+        if size == 1:
+            return cls()
+        return cls(group, dist.get_rank(group), size, sequence_parallel)
+
+    def enter(self, x_BSD: Tensor) -> Tensor:
+        """Into a block: I (or S along the sequence) to R, so that ranks may do different work with it."""
+        if self.group is None:
+            return x_BSD
+        if self.sequence_parallel:
+            return spmd.all_gather(
+                x_BSD, self.group, src=spmd.S(SEQUENCE_DIM), dst=spmd.R, backward_options=_reduce_in(x_BSD.dtype)
+            )
+        return spmd.convert(x_BSD, self.group, src=spmd.I, dst=spmd.R, backward_options=_reduce_in(x_BSD.dtype))
+
+    def leave(self, x_BSD: Tensor) -> Tensor:
+        """Out of a block: sum the ranks' parts, to I (or S along the sequence)."""
+        if self.group is None:
+            return x_BSD
+        if self.sequence_parallel:
+            return spmd.reduce_scatter(x_BSD, self.group, src=spmd.V, dst=spmd.S(SEQUENCE_DIM))
+        return spmd.all_reduce(x_BSD, self.group, src=spmd.V, dst=spmd.I)
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        """A weight that all ranks hold (a norm's), for use on activations as they are between blocks.
+
+        Under sequence parallelism each rank sees other tokens, so the weight's gradient is summed over ranks.
+        """
+        if self.group is None or not self.sequence_parallel:
+            return weight
+        return spmd.convert(weight, self.group, src=spmd.I, dst=spmd.R, backward_options=_reduce_in(torch.float32))
+
+    def split(self, size: int, what: str) -> int:
+        """``size`` divided over the ranks."""
+        if size % self.size:
+            raise MegaloopError(f"tensor parallel size {self.size} does not divide {what} {size}; choose one that does")
+        return size // self.size
+
+
+def _reduce_in(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Sum gradients in ``dtype``; activations' stay in theirs, as Megatron's do, and weights' are summed in fp32."""
+    return {"op_dtype": dtype}
+
+
+def _sharded_weight(rows: int, columns: int, dim: int, tp: TensorParallel) -> nn.Parameter:
+    weight = nn.Parameter(torch.empty(rows, columns))
+    if tp.size > 1:
+        # DeepSpeed's gradient norm counts a parameter once per model-parallel rank only if it is marked
+        weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        weight.shard_dim = dim  # type: ignore[attr-defined]
+    return weight
+
+
+class ColumnParallelLinear(nn.Module):
+    """``y = x W^T`` with W's rows (output features) split over ranks. Input R, output V. No bias."""
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel):
+        super().__init__()
+        self.weight = _sharded_weight(tp.split(out_features, "output features"), in_features, 0, tp)
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        return F.linear(x_BSF, self.weight)
+
+
+class RowParallelLinear(nn.Module):
+    """``y = x W^T`` with W's columns (input features) split over ranks. Input V, output summed: I or S. No bias."""
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.weight = _sharded_weight(out_features, tp.split(in_features, "input features"), 1, tp)
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        return self.tp.leave(F.linear(x_BSF, self.weight))
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding whose rows (tokens of the vocabulary) are split over ranks; also the output head when tied."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        rows = tp.split(vocab_size, "the vocabulary")
+        self.first_token = tp.rank * rows
+        self.weight = _sharded_weight(rows, hidden_size, 0, tp)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Token ids to vectors, I (or S along the sequence)."""
+        if self.tp.group is None:
+            return F.embedding(tokens_BS, self.weight)
+        local_BS = tokens_BS - self.first_token
+        elsewhere_BS = (local_BS < 0) | (local_BS >= self.weight.shape[0])
+        x_BSD = F.embedding(local_BS.masked_fill(elsewhere_BS, 0), self.weight)
+        # every token has its row on one rank: the others add zeros
+        return self.tp.leave(x_BSD.masked_fill(elsewhere_BS.unsqueeze(-1), 0.0))
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Scores of this rank's part of the vocabulary, V."""
+        return F.linear(self.tp.enter(x_BSD), self.weight)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy in nats over logits that are split along the vocabulary.
+
+    Three numbers per token cross the ranks (maximum, sum of exponentials, the target's logit), never the logits.
+    """
+
+    @staticmethod
+    def spmd_typecheck(*, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel) -> Any:
+        # over the vocabulary: sums of varying parts, the same on every rank and with the same gradient
+        rules.ignore(targets_N)
+        token_loss = rules.einsum("nv->n", logits_NV)
+        return rules.all_reduce(rules.einsum("n->", token_loss), tp.group, src=spmd.V, dst=spmd.I)
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel) -> Tensor:
+        logits_NV = logits_NV.float()
+        max_N1 = logits_NV.amax(dim=-1, keepdim=True)
+        if tp.group is not None:
+            dist.all_reduce(max_N1, op=dist.ReduceOp.MAX, group=tp.group)
+        shifted_NV = logits_NV - max_N1
+        local_N1 = (targets_N - tp.rank * logits_NV.shape[-1]).unsqueeze(-1)
+        elsewhere_N1 = (local_N1 < 0) | (local_N1 >= logits_NV.shape[-1])
+        local_N1 = local_N1.masked_fill(elsewhere_N1, 0)
+        target_N1 = shifted_NV.gather(-1, local_N1).masked_fill(elsewhere_N1, 0.0)
+        exp_NV = shifted_NV.exp_()
+        sums_N2 = torch.cat([exp_NV.sum(dim=-1, keepdim=True), target_N1], dim=-1)
+        if tp.group is not None:
+            dist.all_reduce(sums_N2, group=tp.group)
+        sum_N1, target_N1 = sums_N2.split(1, dim=-1)
+        ctx.save_for_backward(exp_NV.div_(sum_N1), local_N1, elsewhere_N1)
+        return (sum_N1.log() - target_N1).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        softmax_NV, local_N1, elsewhere_N1 = ctx.saved_tensors
+        scale = grad / softmax_NV.shape[0]
+        grad_NV = softmax_NV * scale
+        grad_NV.scatter_add_(-1, local_N1, torch.where(elsewhere_N1, 0.0, -scale))
+        return grad_NV, None, None
+
+
+def vocab_parallel_cross_entropy(logits_BSV: Tensor, targets_BS: Tensor, tp: TensorParallel) -> Tensor:
+    """Mean cross-entropy in nats per token, in fp32, the same on every tensor-parallel rank.
+
+    Args:
+        logits_BSV: this rank's part of the vocabulary (all of it without tensor parallelism).
+        targets_BS: token ids over the whole vocabulary.
+        tp: the ranks that hold the other parts.
+    """
+    logits_NV, targets_N = logits_BSV.flatten(0, 1), targets_BS.flatten()
+    if tp.group is None:
+        return F.cross_entropy(logits_NV.float(), targets_N)
+    loss: Tensor = _VocabParallelCrossEntropy.apply(logits_NV, targets_N, tp)
+    return loss

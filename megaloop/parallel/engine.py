@@ -1,0 +1,234 @@
+"""DeepSpeed's pipeline engine, built for a plan on a topology, behind the few calls that training needs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaloop.config import Config
+from megaloop.depth import DepthPlan
+from megaloop.model import Kernels, build_adamw, choose_kernels, initial_values, parameter_specs
+from megaloop.parallel.partition import LayerCosts, estimated_costs, partition
+from megaloop.parallel.placement import Piece, StatePiece
+from megaloop.parallel.replicas import differing_replicas
+from megaloop.parallel.state import (
+    LocalParameter,
+    StateSource,
+    local_parameters,
+    prime_moments,
+    state_pieces,
+    write_state,
+)
+from megaloop.parallel.topology import Coordinate, Topology
+
+__all__ = ["InitialValues", "StepResult", "TrainingEngine", "join_ranks", "local_device"]
+
+Batch = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
+"""(tokens [b, S], or (tokens, document indices)) and targets [b, S]."""
+
+
+def local_device() -> torch.device:
+    """This rank's device: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def join_ranks() -> int:
+    """Initialise torch.distributed and DeepSpeed's layer over it, from the launcher's environment.
+
+    Returns:
+        The world size.
+    """
+    with _quietly():
+        import deepspeed
+
+        device = local_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=30),
+        )
+    return dist.get_world_size()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports, equal on all ranks.
+
+    Attributes:
+        loss: mean cross-entropy of the global batch, nats per token.
+        grad_norm: L2 norm of the whole model's gradient, before clipping; each parameter counts once.
+    """
+
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class InitialValues:
+    """The state that a run starts from: weights of a seed, no moments."""
+
+    config: Config
+    plan: DepthPlan
+    vocab_size: int
+
+    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
+        if kind not in ("model", "master"):
+            return None
+        spec = parameter_specs(self.config.model, self.plan, self.vocab_size)[piece.name]
+        values = initial_values(piece.name, spec, self.config.seed, piece.box.offset, piece.box.shape)
+        return values if piece.flat is None else values.reshape(-1)[slice(*piece.flat)]
+
+
+class TrainingEngine:
+    """A plan on a topology, ready to train.
+
+    Args:
+        config: the run's configuration.
+        plan: the layers to build.
+        topology: as many ranks as torch.distributed has.
+        vocab_size: rows of the embedding.
+        source: where weights, masters and moments come from.
+        step: optimizer steps that ``source`` has behind it.
+
+    Attributes:
+        stages: [start, stop) positions of the plan per pipeline stage.
+        kernels: the kernels in use.
+        coordinate: this rank's place.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: DepthPlan,
+        topology: Topology,
+        vocab_size: int,
+        source: StateSource,
+        step: int = 0,
+    ):
+        self.config, self.plan, self.topology, self.vocab_size = config, plan, topology, vocab_size
+        self.coordinate: Coordinate = topology.coordinate(dist.get_rank())
+        self.device = local_device()
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.kernels: Kernels = choose_kernels(self.device, dtype)
+        self.specs = parameter_specs(config.model, plan, vocab_size)
+        costs = (
+            LayerCosts(*config.parallel.layer_costs)
+            if config.parallel.layer_costs
+            else estimated_costs(config.model, vocab_size, config.data.sequence_length)
+        )
+        self.stages = partition(plan, topology.pp, costs)
+        self._engine = self._build()
+        prime_moments(self._engine.optimizer, step)
+        self.parameters: list[LocalParameter] = list(
+            local_parameters(self._engine.module.stage, self.specs, topology, self.coordinate)
+        )
+        write_state(self.parameters, source, self._engine.grid.get_data_parallel_group())
+
+    def _build(self) -> Any:
+        with _quietly():
+            import deepspeed
+
+            from megaloop.parallel.pipeline import PipelinedDecoder
+
+            config = self.config
+            module = PipelinedDecoder(
+                config.model,
+                self.vocab_size,
+                self.plan,
+                self.topology,
+                self.stages,
+                sequence_parallel=config.parallel.sequence_parallel,
+                kernels=self.kernels,
+                recompute=config.train.recompute,
+            )
+            if config.train.compile:
+                module.stage.compile_layers()
+            decayed = [p for name, p in module.stage.named_parameters() if self.specs[name].decay]
+            others = [p for name, p in module.stage.named_parameters() if not self.specs[name].decay]
+            options = config.optimizer
+            groups = [
+                {"params": decayed, "weight_decay": options.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ]
+            optimizer = build_adamw(
+                groups, self.kernels, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps
+            )
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._deepspeed_config())
+        return engine
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        train = self.config.train
+        bf16 = train.precision == "bf16"
+        return {
+            "train_batch_size": train.global_batch,
+            "train_micro_batch_size_per_gpu": train.micro_batch,
+            "gradient_accumulation_steps": self.micro_batches,
+            "gradient_clipping": self.config.optimizer.clip,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": bf16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            # activations of tensor-parallel ranks are whole (or split by sequence parallelism): send them as they are
+            "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+            "steps_per_print": 1 << 40,
+        }
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per optimizer step and data-parallel rank."""
+        return self.config.train.global_batch // (self.config.train.micro_batch * self.topology.dp)
+
+    @property
+    def needs_data(self) -> bool:
+        """This rank reads micro-batches: it holds an end of the pipeline."""
+        return self.coordinate.pp in (0, self.topology.pp - 1)
+
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
+        """One optimizer step over ``micro_batches`` items of ``batches`` (ignored where ``needs_data`` is False)."""
+        for group in self._engine.optimizer.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._engine.train_batch(data_iter=batches)
+        return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
+
+    def evaluate(self, batches: Iterable[Batch], count: int) -> float:
+        """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank; no gradients."""
+        loss = self._engine.eval_batch(iter(batches), num_micro_batches=count)
+        return float(loss)
+
+    def pieces(self) -> list[StatePiece]:
+        """This rank's state, for checkpoints and checks; views, not copies."""
+        return state_pieces(self.parameters, self.specs, self.topology, self.coordinate)
+
+    def differing_replicas(self) -> list[str]:
+        """Names of tensors that ranks hold with different bits (collective; empty is good)."""
+        return differing_replicas(self.pieces())
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks on the parameters."""
+        with _quietly():
+            self._engine.destroy()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence the engine's start-up chatter (prints, log lines, deprecation warnings); errors pass."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,103 @@
+"""The decoder as a DeepSpeed pipeline module: each rank builds its stage of the plan.
+
+DeepSpeed's ``PipelineModule`` brings the process grid, the tied embedding's groups and the protocol that its
+engine expects; which layers a stage holds and how they run is ours (:class:`megaloop.model.DecoderStage`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megaloop.config import ModelConfig
+from megaloop.depth import DepthPlan
+from megaloop.model import DecoderStage, Kernels, TensorParallel, vocab_parallel_cross_entropy
+from megaloop.model.decoder import Recompute
+from megaloop.parallel.topology import Topology
+
+__all__ = ["PipelinedDecoder"]
+
+_TIE = "embedding"
+
+
+class PipelinedDecoder(PipelineModule):  # type: ignore[misc]
+    """One pipeline stage of the decoder, on this rank.
+
+    Args:
+        config, vocab_size, plan: the model.
+        topology: ranks of the run; torch.distributed must be initialised with as many.
+        stages: [start, stop) positions of the plan per pipeline stage.
+        sequence_parallel, kernels, recompute: see :class:`megaloop.model.DecoderStage`.
+
+    Attributes:
+        stage: the layers of this rank, with canonical parameter names.
+        tp: this rank's tensor-parallel group.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        plan: DepthPlan,
+        topology: Topology,
+        stages: tuple[tuple[int, int], ...],
+        *,
+        sequence_parallel: bool = False,
+        kernels: Kernels | None = None,
+        recompute: Recompute = "none",
+    ):
+        # PipelineModule's constructor calls back into _partition_layers and _build, before nn.Module's own
+        # attribute handling is of use: plain values are set aside for them here
+        object.__setattr__(self, "_stages", stages)
+        object.__setattr__(
+            self, "_build_arguments", (config, vocab_size, plan, sequence_parallel, kernels or Kernels(), recompute)
+        )
+        end: Any = TiedLayerSpec if config.tied_embeddings else LayerSpec
+        key = (_TIE,) if config.tied_embeddings else ()
+        # stand-ins that tell PipelineModule what is tied to what; _build makes the real thing
+        specs = [end(*key, nn.Module), *(LayerSpec(nn.Module) for _ in plan.order), end(*key, nn.Module)]
+        super().__init__(
+            layers=specs,
+            topology=PipeModelDataParallelTopology(num_pp=topology.pp, num_mp=topology.tp, num_dp=topology.dp),
+            loss_fn=self._loss,
+        )
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """Our partition, in PipelineModule's numbering (embedding is item 0, head the last)."""
+        cuts = [0, *(stop + 1 for _, stop in self._stages)]
+        cuts[-1] += 1
+        self.parts = cuts
+        stage_id = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=cuts[stage_id], stop=cuts[stage_id + 1])
+
+    def _build(self) -> None:
+        config, vocab_size, plan, sequence_parallel, kernels, recompute = self._build_arguments
+        stage_id = self._topo.get_coord(self.global_rank).pipe
+        first, last = stage_id == 0, stage_id == self.num_stages - 1
+        start, stop = self._stages[stage_id]
+        self.tp = TensorParallel.over(self._grid.get_slice_parallel_group(), sequence_parallel)
+        self.stage = DecoderStage(
+            config, vocab_size, plan.order[start:stop],
+            first=first, last=last, tp=self.tp, kernels=kernels, recompute=recompute,
+        )  # fmt: skip
+        self.forward_funcs.append(self.stage)
+        if config.tied_embeddings and (first or last):
+            self.tied_modules[_TIE] = self.stage.embedding
+            self.tied_weight_attrs[_TIE] = ["weight"]
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False  # _index_tied_modules marks the copy on the last stage
+
+    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens or activations in; activations or logits out. Document indices travel along where masking needs them."""
+        if isinstance(inputs, tuple):
+            x, documents_BS = inputs
+            out = self.stage(x, documents_BS)
+            return out if self.stage.last else (out, documents_BS)
+        result: Tensor = self.stage(inputs)
+        return result
+
+    def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+        return vocab_parallel_cross_entropy(logits_BSV, targets_BS, self.tp)

@@ -1,0 +1,167 @@
+"""The state of a running engine as pieces, and back: what checkpoints, resharding and checks stand on.
+
+Under ZeRO-1 a rank holds its tensor-parallel box of a parameter in the training dtype, and of the fp32
+master and Adam's moments one contiguous fragment of that box. DeepSpeed keeps fragments as views into one
+flat buffer per parameter group; ``_hp_mapping`` on a parameter says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaloop.model import ParameterSpec
+from megaloop.parallel.placement import Box, Piece, StatePiece
+from megaloop.parallel.topology import Coordinate, Topology
+
+__all__ = ["LocalParameter", "StateSource", "local_box", "prime_moments", "state_pieces", "write_state"]
+
+
+class StateSource(Protocol):
+    """Where values come from: a checkpoint, or the initial values of a seed."""
+
+    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
+        """Values of a piece (fp32 or the stored dtype; shaped like the box, or flat), or None: there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter as this rank holds it.
+
+    Attributes:
+        name: canonical name.
+        parameter: the tensor in the training dtype, the whole box.
+        box_piece: which part of the whole parameter it is.
+        fragment: [start, stop) of the box's elements whose master and moments live here; empty if none do.
+        master, moments: views into DeepSpeed's flat fp32 buffers; moments by Adam's names.
+        duplicate: another pipeline stage holds the same parameter and is the one that saves it.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    box_piece: Piece
+    fragment: tuple[int, int]
+    master: Tensor | None
+    moments: dict[str, Tensor]
+    duplicate: bool
+
+    def piece(self, kind: str) -> Piece:
+        """The piece of ``kind`` that this rank holds."""
+        if kind == "model":
+            return self.box_piece
+        return Piece(self.box_piece.name, self.box_piece.shape, self.box_piece.box, self.fragment)
+
+    def values(self, kind: str) -> Tensor | None:
+        """This rank's values of ``kind``, a view; None where it holds none."""
+        if kind == "model":
+            return self.parameter.data
+        return self.master if kind == "master" else self.moments.get(kind)
+
+
+def local_box(spec: ParameterSpec, tp_rank: int, tp_size: int) -> Box:
+    """The box of a parameter that a tensor-parallel rank holds."""
+    if spec.shard_dim is None or tp_size == 1:
+        return Box.whole(spec.shape)
+    size = spec.shape[spec.shard_dim] // tp_size
+    offset, shape = [0] * len(spec.shape), list(spec.shape)
+    offset[spec.shard_dim], shape[spec.shard_dim] = tp_rank * size, size
+    return Box(tuple(offset), tuple(shape))
+
+
+def prime_moments(optimizer: Any, step: int) -> None:
+    """Give a fresh ZeRO optimizer its moments (zeros) and link them to the parameters.
+
+    torch's Adam makes its state at the first step; DeepSpeed's views of it exist only after that. A run that
+    resumes needs them before.
+
+    Args:
+        optimizer: DeepSpeed's ZeRO-1 optimizer (fp32) or BF16_Optimizer.
+        step: optimizer steps taken so far, which Adam's bias correction counts.
+    """
+    inner = optimizer.optimizer
+    for group in inner.param_groups:
+        for flat in group["params"]:
+            state = inner.state[flat]
+            state.setdefault("exp_avg", torch.zeros_like(flat))
+            state.setdefault("exp_avg_sq", torch.zeros_like(flat))
+            if "step" in group:  # apex's FusedAdam counts per group
+                group["step"] = step
+            else:
+                device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+                state["step"] = torch.tensor(float(step), device=device)
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def local_parameters(stage: nn.Module, specs: dict[str, ParameterSpec], topology: Topology, at: Coordinate) -> Iterator[LocalParameter]:
+    """All parameters of this rank's stage, in the stage's order."""
+    for name, parameter in stage.named_parameters():
+        spec = specs[name]
+        mapping = getattr(parameter, "_hp_mapping", None)
+        start = mapping.lp_fragment_address.start if mapping is not None else 0
+        count = mapping.lp_fragment_address.numel if mapping is not None else 0
+        yield LocalParameter(
+            name=name,
+            parameter=parameter,
+            box_piece=Piece(name, spec.shape, local_box(spec, at.tp, topology.tp)),
+            fragment=(start, start + count),
+            master=mapping.get_hp_fragment().data if mapping is not None else None,
+            moments=dict(mapping.optim_fragment or {}) if mapping is not None else {},
+            duplicate=bool(getattr(parameter, "ds_pipe_replicated", False)),
+        )
+
+
+def state_pieces(parameters: list[LocalParameter], specs: dict[str, ParameterSpec], topology: Topology, at: Coordinate) -> list[StatePiece]:
+    """Everything this rank holds; ``writes`` is set so that over all ranks each value is saved exactly once.
+
+    Model weights are the same on all data-parallel ranks: they take turns by size. What tensor-parallel
+    ranks hold alike is saved by the first of them.
+    """
+    pieces: list[StatePiece] = []
+    load = [0] * topology.dp
+    for local in parameters:
+        writer = load.index(min(load))
+        load[writer] += local.box_piece.numel
+        unique = not local.duplicate and (specs[local.name].shard_dim is not None or at.tp == 0)
+        pieces.append(StatePiece("model", local.box_piece, local.parameter.data, unique and writer == at.dp))
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            values = local.values(kind)
+            if values is not None:
+                pieces.append(StatePiece(kind, local.piece(kind), values, unique))
+    return pieces
+
+
+@torch.no_grad()
+def write_state(parameters: list[LocalParameter], source: StateSource, group: dist.ProcessGroup) -> None:
+    """Fill this rank's weights, masters and moments from ``source``.
+
+    Weights in the training dtype are made from the masters, as the optimizer makes them: bit-equal to what
+    the run that wrote them had.
+
+    Args:
+        group: the data-parallel ranks (not needed for the values, which every rank reads itself; a barrier
+            keeps them together, so that a rank that fails does so before others step).
+    """
+    for local in parameters:
+        whole = source.read_piece("master", local.box_piece)
+        if whole is None:
+            whole = source.read_piece("model", local.box_piece)
+        assert whole is not None, f"no values for {local.name}"
+        local.parameter.data.copy_(whole.view_as(local.parameter))
+        if local.master is None:
+            continue
+        start, stop = local.fragment
+        local.master.copy_(whole.reshape(-1)[start:stop])
+        for kind, values in local.moments.items():
+            fragment = source.read_piece(kind, local.piece(kind))
+            if fragment is None:
+                values.zero_()
+            else:
+                values.copy_(fragment.reshape(-1))
+    dist.barrier(group)
