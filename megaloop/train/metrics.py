@@ -1,0 +1,253 @@
+"""What a run writes while it trains: ``metrics.jsonl``, ``events.jsonl`` and TensorBoard. See docs/RUNS.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from megaloop.errors import MegaloopError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["EVENTS", "METRICS", "TENSORBOARD", "EventKind", "JsonLines", "MetricsWriter", "StepRecord", "write_event"]
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+TENSORBOARD = "tensorboard"
+
+EventKind = Literal["start", "resume", "grow", "reshard", "save", "signal", "rollback", "stop"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, as ``metrics.jsonl`` records it; None where a value is not known.
+
+    Attributes:
+        step: optimizer steps done, this one included: the first is 1.
+        tokens: tokens predicted so far in the run, all ranks together.
+        loss: mean training loss of the step's global batch, nats per token.
+        lr: learning rate of the step.
+        grad_norm: norm of the whole gradient before clipping.
+        layers: unique layers.
+        depth: layers executed per forward pass.
+        flops: model FLOPs so far in the run (forward and backward, without recomputation).
+        tokens_per_second: of this step, all ranks together.
+        tflops: model TFLOP/s per rank in this step.
+        mfu: ``tflops`` as a fraction of the device's peak.
+        pp, tp, dp: the topology.
+        seconds: wall-clock time of the step.
+        memory_bytes: rank 0's peak on its GPU, or its resident set on a CPU.
+        val_loss: validation loss after this step, nats per token.
+        val_bits_per_byte: the same loss per byte of text, in bits.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+    layers: int
+    depth: int
+    flops: int
+    tokens_per_second: float | None
+    tflops: float | None
+    mfu: float | None
+    pp: int
+    tp: int
+    dp: int
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    val_loss: float | None = None
+    val_bits_per_byte: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A value that JSON can hold: numbers that are not finite become null and are named under ``nonfinite``."""
+        values = asdict(self)
+        nonfinite = {key: str(value) for key, value in values.items() if not _is_finite(value)}
+        values |= dict.fromkeys(nonfinite)
+        return values | ({"nonfinite": nonfinite} if nonfinite else {})
+
+
+class JsonLines:
+    """A file of one JSON object per line, appended to line by line; every line is whole and written at once.
+
+    Raises:
+        MegaloopError: the file cannot be written (a full disk); what it held is left as it was.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = path.open("ab", buffering=0)
+            _drop_torn_line(path)
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+
+    def append(self, value: dict[str, Any]) -> None:
+        line = json.dumps(value, allow_nan=False).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            raise _cannot_write(self.path, error) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsWriter:
+    """Writes the metrics and events of a run; on rank 0 only.
+
+    Args:
+        run_dir: the run's directory, which exists.
+        tensorboard: write TensorBoard files too.
+        start_step: optimizer steps already done; TensorBoard hides what a killed run wrote after it.
+
+    Raises:
+        MegaloopError: TensorBoard is wanted but not installed; a full disk.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool, *, start_step: int = 0):
+        self._metrics = JsonLines(run_dir / METRICS)
+        self._events = JsonLines(run_dir / EVENTS)
+        self._tensorboard = _open_tensorboard(run_dir / TENSORBOARD, start_step) if tensorboard else None
+        self._validation: tuple[int, float, float | None] | None = None
+
+    def validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+        """Give the validation after ``step`` steps: the record of that step, which must come next, will hold it.
+
+        Args:
+            loss: nats per token.
+            bits_per_byte: bits per byte of text.
+        """
+        self._validation = (step, loss, bits_per_byte)
+
+    def step(self, record: StepRecord) -> None:
+        """Record a step: one line of ``metrics.jsonl``, and TensorBoard's scalars."""
+        if self._validation is not None:
+            step, loss, bits_per_byte = self._validation
+            if step != record.step:
+                raise ValueError(f"validation was given for step {step}, but the next record is of step {record.step}")
+            record = replace(record, val_loss=loss, val_bits_per_byte=bits_per_byte)
+            self._validation = None
+        self._metrics.append(record.to_json())
+        if self._tensorboard is not None:
+            _write_scalars(self._tensorboard, record)
+
+    def event(
+        self, kind: EventKind, step: int, *, seconds: float | None = None, bytes: int | None = None, **fields: Any
+    ) -> None:
+        """Record something that happened after ``step`` steps.
+
+        Args:
+            seconds: how long it took.
+            bytes: how much was written or moved.
+            fields: what else there is to say of it; values that JSON can hold.
+        """
+        self._events.append(_event(kind, step, seconds, bytes, fields))
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_event(
+    run_dir: Path, kind: EventKind, step: int, *, seconds: float | None = None, bytes: int | None = None, **fields: Any
+) -> None:
+    """Append one event without a writer at hand; see :meth:`MetricsWriter.event`."""
+    lines = JsonLines(run_dir / EVENTS)
+    try:
+        lines.append(_event(kind, step, seconds, bytes, fields))
+    finally:
+        lines.close()
+
+
+def _event(kind: str, step: int, seconds: float | None, size: int | None, fields: dict[str, Any]) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    own = {"event": kind, "step": step, "time": now, "seconds": seconds, "bytes": size}
+    if clash := own.keys() & fields.keys():
+        raise ValueError(f"an event's own keys cannot be given again: {sorted(clash)}")
+    return own | {key: value if _is_finite(value) else None for key, value in fields.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line without an end: the process that wrote it was killed in between."""
+    with path.open("r+b") as file:
+        position = file.seek(0, os.SEEK_END)
+        tail = b""
+        while position > 0 and b"\n" not in tail:
+            start = max(0, position - 65536)
+            file.seek(start)
+            tail = file.read(position - start)
+            position = start
+        file.truncate(position + tail.rfind(b"\n") + 1)
+
+
+def _open_tensorboard(path: Path, start_step: int) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MegaloopError(
+            "logging.tensorboard is true, but the tensorboard package is not installed: "
+            "pip install tensorboard, or set logging.tensorboard=false"
+        ) from None
+    return SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
+
+
+_SCALARS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "val_loss": "validation/loss",
+    "val_bits_per_byte": "validation/bits_per_byte",
+    "tokens_per_second": "speed/tokens_per_second",
+    "tflops": "speed/tflops",
+    "mfu": "speed/mfu",
+    "memory_bytes": "speed/memory_bytes",
+    "tokens": "progress/tokens",
+    "flops": "progress/flops",
+    "layers": "depth/layers",
+    "depth": "depth/depth",
+}
+
+
+def _write_scalars(tensorboard: SummaryWriter, record: StepRecord) -> None:
+    for key, tag in _SCALARS.items():
+        value = getattr(record, key)
+        if value is not None:
+            tensorboard.add_scalar(tag, value, record.step)
+    if record.val_loss is not None:
+        tensorboard.flush()
+
+
+def _cannot_write(path: Path, error: OSError) -> MegaloopError:
+    return MegaloopError(
+        f"{path}: cannot be written ({error.strerror or error}); "
+        "make room or mend the permissions, then go on with --resume"
+    )
