@@ -10,6 +10,13 @@ from tests.distributed import RankPool
 
 
 @pytest.fixture(scope="session")
+def ranks_1() -> Iterator[RankPool]:
+    """A single rank in a process of its own."""
+    with RankPool(1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
 def ranks_2() -> Iterator[RankPool]:
     """Two ranks that stay alive for the whole test session."""
     with RankPool(2) as pool:

@@ -17,6 +17,7 @@ a shard of one keeps its letter.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 SEQUENCE_DIM = 1
+
+# spmd_types 0.3 calls two of torch's collectives by names that torch 2.13 has renamed; it would say so at every use
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\._functional_collectives", category=FutureWarning)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""What ranks run in these tests, and the plain single-process loop that they are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megaloop.config import Config
+from megaloop.model import Decoder, initial_values, vocab_parallel_cross_entropy
+from megaloop.model.parameters import parameter_specs
+from megaloop.parallel.engine import InitialValues, TrainingEngine, join_ranks
+from megaloop.parallel.topology import Topology
+
+VOCAB = 128
+LR = 2e-3
+
+
+def configuration(pp: int = 1, tp: int = 1, dp: int = 1, *, sp: bool = False, **changes: Any) -> dict[str, Any]:
+    """A small decoder with grouped-query attention on pp x tp x dp ranks; ``section__key=value`` changes a field."""
+    values: dict[str, Any] = {
+        "depth": "4",
+        "model": {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 96},
+        "data": {"sources": [{"path": "synthetic"}], "sequence_length": 32},
+        "parallel": {"pp": pp, "tp": tp, "dp": dp, "sequence_parallel": sp},
+        "train": {"steps": 20, "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
+        "optimizer": {"lr": LR, "clip": 0.5},
+    }
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            values[section][field] = value
+        else:
+            values[section] = value
+    return values
+
+
+def batch(config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, targets and document indices of a step's global batch: learnable, the same everywhere."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    length = config.data.sequence_length
+    start = torch.randint(0, VOCAB, (config.train.global_batch, 1), generator=generator)
+    stride = torch.randint(1, 4, (config.train.global_batch, 1), generator=generator)
+    tokens = (start + stride * torch.arange(length + 1)) % VOCAB
+    documents = (torch.arange(length, dtype=torch.int32) // 10).expand(config.train.global_batch, length)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents.contiguous()
+
+
+def micro_batches(config: Config, dp_rank: int, dp: int, first: int = 0) -> Iterator[Any]:
+    """One data-parallel rank's micro-batches from step ``first`` on, as the engine takes them."""
+    for step in range(first, config.train.steps + 1):
+        tokens, targets, documents = (x.chunk(dp)[dp_rank] for x in batch(config, step))
+        for part in zip(*(x.split(config.train.micro_batch) for x in (tokens, targets, documents)), strict=True):
+            yield ((part[0], part[2]) if config.model.document_masking else part[0]), part[1]
+
+
+def train_layout(values: dict[str, Any]) -> dict[str, Any]:
+    """On every rank: train, evaluate, compare replicas."""
+    config = Config.model_validate(values)
+    topology = Topology(*config.topology(join_ranks()))
+    engine = TrainingEngine(config, config.plan, topology, VOCAB, InitialValues(config, config.plan, VOCAB))
+    at = engine.coordinate
+    batches = micro_batches(config, at.dp, topology.dp)
+    results = [engine.train_step(batches, LR) for _ in range(config.train.steps)]
+    evaluated = engine.evaluate(batches, engine.micro_batches)
+    differing = engine.differing_replicas()
+    engine.close()
+    return {
+        "losses": [each.loss for each in results],
+        "norms": [each.grad_norm for each in results],
+        "evaluated": evaluated,
+        "differing": differing,
+    }
+
+
+def drifting_replica(values: dict[str, Any], kind: str, name: str, rank: int) -> list[str]:
+    """Change one element of one rank's state; returns what the check finds."""
+    config = Config.model_validate(values)
+    topology = Topology(*config.topology(join_ranks()))
+    engine = TrainingEngine(config, config.plan, topology, VOCAB, InitialValues(config, config.plan, VOCAB))
+    if dist.get_rank() == rank:
+        mine = next(each for each in engine.pieces() if (each.kind, each.piece.name) == (kind, name))
+        mine.data.view(-1)[-1] += 1e-3
+    found = engine.differing_replicas()
+    engine.close()
+    return found
+
+
+def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
+    """The same training in one process with nothing but torch: no DeepSpeed, no pipeline, no parallelism."""
+    config = Config.model_validate(values)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    specs = parameter_specs(config.model, config.plan, VOCAB)
+    model = Decoder(config.model, VOCAB, config.plan)
+    masters = {
+        name: initial_values(name, specs[name], config.seed, (0,) * len(specs[name].shape), specs[name].shape)
+        for name, _ in model.named_parameters()
+    }
+    model.to(dtype)
+    parameters = dict(model.named_parameters())
+    options = config.optimizer
+    groups = [
+        {"params": [masters[n] for n in masters if specs[n].decay], "weight_decay": options.weight_decay},
+        {"params": [masters[n] for n in masters if not specs[n].decay], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=LR, betas=(options.beta1, options.beta2), eps=options.eps)
+    losses, norms = [], []
+    for step in range(config.train.steps):
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(masters[name])
+        tokens, targets, documents = batch(config, step)
+        logits = model(tokens, documents if config.model.document_masking else None)
+        loss = vocab_parallel_cross_entropy(logits, targets, model.tp)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        for name, gradient in zip(parameters, gradients, strict=True):
+            masters[name].grad = gradient.float()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), options.clip or float("inf"))))
+        adam.step()
+        losses.append(float(loss))
+    return {"losses": losses, "norms": norms}

@@ -1,0 +1,90 @@
+"""Any pp x tp x dp trains the same curve as one process with plain torch, and replicas never drift."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.distributed import RankPool
+from tests.parallel.layouts import configuration, drifting_replica, train_layout, train_plainly
+
+ALONE = [(1, 1, 1)]
+PAIRS = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
+FOURS = [(2, 2, 1), (2, 1, 2), (1, 2, 2)]
+SEQUENCE_PARALLEL = [(1, 2, 1), (2, 2, 1), (1, 2, 2)]
+
+
+@cache
+def _plain(**changes: Any) -> dict[str, Any]:
+    return train_plainly(configuration(**changes))
+
+
+def _relative(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def _pool(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> RankPool:
+    pool: RankPool = request.getfixturevalue(f"ranks_{layout[0] * layout[1] * layout[2]}")
+    return pool
+
+
+def _check(pool: RankPool, layout: tuple[int, int, int], *, sp: bool = False, **changes: Any) -> None:
+    everyone = pool.run(train_layout, configuration(*layout, sp=sp, **changes))
+    found, expected = everyone[0], _plain(**changes)
+    assert all(each == found for each in everyone), "ranks report different numbers"
+    bf16 = changes.get("train__precision") == "bf16"
+    loss_limit, norm_limit = (2e-2, 5e-2) if bf16 else (1e-4, 5e-4) if layout[1] > 1 else (2e-5, 1e-4)
+    assert _relative(found["losses"], expected["losses"]) < loss_limit
+    assert _relative(found["norms"], expected["norms"]) < norm_limit
+    assert found["losses"][-1] < 0.9 * found["losses"][0], "it does not learn, so the comparison says little"
+    assert found["differing"] == []
+
+
+@pytest.mark.parametrize("layout", ALONE + PAIRS + FOURS, ids=str)
+def test_fp32_losses_and_norms_equal_a_plain_loop(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> None:
+    _check(_pool(request, layout), layout)
+
+
+@pytest.mark.parametrize("layout", SEQUENCE_PARALLEL, ids=str)
+def test_sequence_parallel_equals_a_plain_loop(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> None:
+    _check(_pool(request, layout), layout, sp=True)
+
+
+@pytest.mark.parametrize("layout", ALONE + PAIRS + FOURS, ids=str)
+def test_bf16_with_fp32_masters_stays_close(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> None:
+    _check(_pool(request, layout), layout, train__precision="bf16")
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)], ids=str)
+def test_activation_checkpointing_changes_nothing(
+    request: pytest.FixtureRequest, layout: tuple[int, int, int], recompute: str
+) -> None:
+    kept = _pool(request, layout).run(train_layout, configuration(*layout, train__steps=5))
+    recomputed = _pool(request, layout).run(train_layout, configuration(*layout, train__steps=5, train__recompute=recompute))
+    assert recomputed == kept  # bit for bit
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (2, 2, 1)], ids=str)
+def test_document_masking_and_untied_embeddings_hold_on_every_layout(
+    request: pytest.FixtureRequest, layout: tuple[int, int, int]
+) -> None:
+    changes = {"model__document_masking": True, "model__tied_embeddings": False}
+    _check(_pool(request, layout), layout, sp=layout == (2, 2, 1), **changes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sp", "kind", "name", "rank"),
+    [
+        ((1, 1, 2), False, "model", "layers.0.mlp.w_up.weight", 1),
+        ((1, 2, 1), True, "exp_avg", "layers.1.mlp_norm.weight", 0),
+        ((2, 1, 1), False, "master", "embedding.weight", 1),
+    ],
+)
+def test_a_replica_that_drifts_is_named(
+    request: pytest.FixtureRequest, layout: tuple[int, int, int], sp: bool, kind: str, name: str, rank: int
+) -> None:
+    everyone = _pool(request, layout).run(drifting_replica, configuration(*layout, sp=sp), kind, name, rank)
+    assert everyone == [[f"{kind} {name}"]] * 2
