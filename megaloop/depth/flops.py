@@ -73,12 +73,14 @@ def flops_per_token(
     Args:
         sequence_length: tokens that attention sees, S.
         vocab_size: rows of the head; default: the shape's.
-        recompute: activation checkpointing. ``full`` runs every layer's forward pass once more;
+        recompute: activation checkpointing. ``full`` runs every layer's forward pass once more, up to the MLP's
+            last product, whose result no gradient needs (``torch.utils.checkpoint`` stops early there);
             ``selective`` keeps all matrix products and so recomputes nothing that counts.
     """
-    layers = plan.depth * layer_flops(shape, sequence_length)
-    forward = layers + head_flops(shape, _vocabulary(shape, vocab_size))
-    return Flops(forward, 2 * forward, layers if recompute == "full" else 0)
+    layer = layer_flops(shape, sequence_length)
+    forward = plan.depth * layer + head_flops(shape, _vocabulary(shape, vocab_size))
+    again = plan.depth * (layer - 2 * shape.ffn_size * shape.hidden_size) if recompute == "full" else 0
+    return Flops(forward, 2 * forward, again)
 
 
 def layer_flops(shape: DecoderShape, sequence_length: int) -> int:

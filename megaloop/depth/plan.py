@@ -16,9 +16,10 @@ from megaloop.errors import MegaloopError
 
 __all__ = ["DepthPlan"]
 
-_PLAIN = re.compile(r"[0-9]+")
-_LOOPED = re.compile(r"([0-9]+)-([0-9]+)x([0-9]+)-([0-9]+)")
-_GROUP = re.compile(r"\(([0-9,]+)\)(?:x([0-9]+))?")
+# nine digits: Python refuses to convert thousands of them
+_PLAIN = re.compile(r"[0-9]{1,9}")
+_LOOPED = re.compile(r"([0-9]{1,9})-([0-9]{1,9})x([0-9]{1,9})-([0-9]{1,9})")
+_GROUP = re.compile(r"\(([0-9,]+)\)(?:x([0-9]{1,9}))?")
 _MAX_DEPTH = 100_000
 
 
@@ -77,7 +78,9 @@ class DepthPlan:
         elif match := _LOOPED.fullmatch(text):
             counts = (int(match[1]), int(match[2]), int(match[3]), int(match[4]))
             if counts[1] == 0 or counts[2] == 0:
-                raise MegaloopError(f"depth: {text!r} loops {counts[1]} layers {counts[2]} times; both must be at least 1")
+                raise MegaloopError(
+                    f"depth: {text!r} loops {counts[1]} layers {counts[2]} times; both must be at least 1"
+                )
         elif text and "".join(m[0] for m in _GROUP.finditer(text)) == text:
             return cls(tuple(_read_groups(text)))
         else:
@@ -152,7 +155,9 @@ def _read_groups(text: str) -> Iterator[int]:
         try:
             ids = [int(part) for part in match[1].split(",")]
         except ValueError:
-            raise MegaloopError(f"depth: {match[0]!r} is no list of layer ids; expected something like (0,1,4)") from None
+            raise MegaloopError(
+                f"depth: {match[0]!r} is no list of layer ids; expected something like (0,1,4)"
+            ) from None
         times = int(match[2] or 1)
         if times * len(ids) > _MAX_DEPTH:
             raise MegaloopError(f"depth: {match[0]!r} is deeper than {_MAX_DEPTH} layers")

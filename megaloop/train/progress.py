@@ -111,6 +111,7 @@ class _Speed:
         self.total_steps = total_steps
         self.start_step = start_step
         self._clock = clock
+        self._begin = clock()
         self._records: deque[tuple[float, StepRecord]] = deque(maxlen=_WINDOW + 1)
 
     @property
@@ -136,6 +137,12 @@ class _Speed:
         mfu = last.mfu * ratio if last.mfu is not None else None
         return _Rates(speed, tflops, mfu, self._seconds_left(last))
 
+    def time_text(self, rates: _Rates) -> str:
+        """The time left, or the time it took once the last step is done."""
+        if self.last is not None and self.last.step >= self.total_steps:
+            return f"took {_duration(self._records[-1][0] - self._begin)}"
+        return f"{_duration(rates.seconds_left)} left" if rates.seconds_left is not None else ""
+
     def _seconds_left(self, last: StepRecord) -> float | None:
         begin_at, first = self._records[0]
         end_at, _ = self._records[-1]
@@ -146,7 +153,7 @@ class _Speed:
             per_step = last.seconds
         if per_step is None:
             return None
-        return max(0.0, per_step * steps_left - (self._clock() - end_at if steps_left else 0.0))
+        return max(0.0, per_step * steps_left - (self._clock() - end_at))
 
 
 class _LiveLine:
@@ -156,9 +163,9 @@ class _LiveLine:
         self._speed = speed
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.text(options.max_width)
+        yield self.text(options.max_width, "#-" if options.ascii_only else "━─")
 
-    def text(self, width: int) -> Text:
+    def text(self, width: int, bar: str) -> Text:
         speed = self._speed
         last = speed.last
         done = last.step if last else speed.start_step
@@ -175,7 +182,7 @@ class _LiveLine:
                 (5, (f"{_significant(rates.tflops)} TFLOP/s" if rates.tflops is not None else "", "cyan")),
                 (4, (f"MFU {rates.mfu:.0%}" if rates.mfu is not None else "", "cyan")),
                 (6, (_bytes(last.memory_bytes) if last.memory_bytes is not None else "", "magenta")),
-                (2, (f"{_duration(rates.seconds_left)} left" if rates.seconds_left is not None else "", "yellow")),
+                (2, (speed.time_text(rates), "yellow")),
             ]
             columns = [column for column in columns if column[1][0]]
             while len(columns) > 1 and _width([part for _, part in columns]) > width:
@@ -184,7 +191,7 @@ class _LiveLine:
         spare = min(width - _width(parts) - 2, _BAR[1])
         if spare >= _BAR[0]:
             full = int(spare * done / speed.total_steps)
-            parts[1:1] = [("━" * full + "─" * (spare - full), "blue")]
+            parts[1:1] = [(bar[0] * full + bar[1] * (spare - full), "blue")]
         line = Text("  ", end="").join(Text(*part) for part in parts)
         line.no_wrap = True
         line.truncate(width)
@@ -202,7 +209,7 @@ def _plain_line(speed: _Speed, record: StepRecord) -> str:
         f"{_significant(rates.tflops)} TFLOP/s" if rates.tflops is not None else "",
         f"MFU {rates.mfu:.1%}" if rates.mfu is not None else "",
         _bytes(record.memory_bytes) if record.memory_bytes is not None else "",
-        f"{_duration(rates.seconds_left)} left" if rates.seconds_left is not None else "",
+        speed.time_text(rates),
     ]
     return "  ".join(filter(None, parts))
 
@@ -235,9 +242,11 @@ def _bytes(value: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """4:05, 1:04:05, 2d 03h."""
+    """4:05, 1:04:05, 27h 04m, 5d 03h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 100:
         return f"{hours // 24}d {hours % 24:02}h"
+    if hours >= 10:
+        return f"{hours}h {minutes:02}m"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
