@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ERROR_FILE", "LAUNCHER", "STORE_FD", "follow_launcher", "open_store", "report_error", "started_by_launcher"]
+__all__ = [
+    "ERROR_FILE",
+    "LAUNCHER",
+    "STORE_FD",
+    "follow_launcher",
+    "launched",
+    "open_store",
+    "report_error",
+    "started_by_launcher",
+]
 
 ERROR_FILE = "MEGALOOP_ERROR_FILE"
 """Environment: where this rank leaves the line of an error that the user can mend."""
@@ -60,6 +69,11 @@ def open_store() -> Any:
         wait_for_workers=False,
         master_listen_fd=int(descriptor),
     )
+
+
+def launched() -> bool:
+    """True in a rank of the local launcher."""
+    return ERROR_FILE in os.environ
 
 
 def report_error(message: str) -> bool:

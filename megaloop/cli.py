@@ -7,17 +7,16 @@ exit codes: :func:`main`.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from launchers.rank import follow_launcher, open_store, report_error, started_by_launcher
+from launchers.rank import follow_launcher, launched, open_store, report_error, started_by_launcher
 from megaloop import __version__
 from megaloop.errors import MegaloopError
 
@@ -66,9 +65,17 @@ def main() -> None:
     except MegaloopError as error:
         if os.environ.get(_DEBUG):
             raise
-        if not report_error(str(error)):
-            _print_error(str(error))
+        if report_error(str(error)):
+            _leave(2)
+        _print_error(str(error))
         sys.exit(2)
+
+
+def _leave(code: int) -> NoReturn:
+    """End a rank at once: the connections to ranks that are gone already would complain while Python shuts down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _print_error(message: str) -> None:
@@ -169,9 +176,8 @@ def _train_here(configuration: Any, resume: bool) -> None:
 
         run(configuration, resume=resume)
     except KeyboardInterrupt:
-        # what the other ranks' connections say while they close is of no interest
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.stdout.flush()
+        if launched():
+            _leave(130)
         raise
     finally:
         del store
@@ -246,15 +252,40 @@ def generate(
 
 
 @bench.command("step")
-def bench_step() -> None:
-    """Time the training step against a plain loop around transformers."""
-    raise MegaloopError("bench step is not there yet")
+def bench_step_command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration whose model is timed, on one rank.")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each, alternated.")] = 10,
+    against: Annotated[bool, typer.Option(help="Time a plain loop around transformers, too.")] = True,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Time embedding, one layer and head alone, for parallel.layer_costs.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Time the training step against a plain loop around transformers, alternated in one run."""
+    from launchers.local import single_rank
+    from megaloop.bench.step import bench_step
+    from megaloop.config import load_config
+
+    configuration = load_config(config, overrides or [])
+    with single_rank():
+        store = open_store()
+        result = bench_step(configuration, steps=steps, against=against, layers=layers)
+        del store
+    _report(result, json)
 
 
 @bench.command("prep")
-def bench_prep_command() -> None:
-    """Time tokenization against sentencepiece's own batch encoding."""
-    raise MegaloopError("bench prep is not there yet")
+def bench_prep_command(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Text, as megaloop prep takes it.")],
+    tokenizer: Annotated[Path, typer.Option(help="The sentencepiece model to encode with.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
+    json: Json = False,
+) -> None:
+    """Time tokenization against sentencepiece's own multi-threaded batch encoding."""
+    from megaloop.bench.prep import bench_prep
+
+    _report(bench_prep(inputs, tokenizer=tokenizer, workers=workers), json)
 
 
 def _report(result: Any, as_json: bool) -> None:
