@@ -209,6 +209,8 @@ class Config(_Section):
     """Name of the run."""
     run_dir: Path | None = None
     """Where the run writes; empty: runs/NAME."""
+    init: Path | None = None
+    """Checkpoint (or run) whose weights a new run starts from; its moments, step and data position are not taken."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights and of the sample order."""
     depth: str = "32"
@@ -253,8 +255,8 @@ class Config(_Section):
                 raise MegaloopError(
                     f"parallel.tp {parallel.tp} does not divide model.{what} {value}; choose a tp that divides it"
                 )
-        if model.vocab_size is not None and model.vocab_size % parallel.tp:
-            raise MegaloopError(f"parallel.tp {parallel.tp} does not divide model.vocab_size {model.vocab_size}; pad the vocabulary")
+        if model.vocab_size is not None:
+            self.check_vocab(model.vocab_size)
         if parallel.sequence_parallel and self.data.sequence_length % parallel.tp:
             raise MegaloopError(
                 f"parallel.sequence_parallel: tp {parallel.tp} does not divide data.sequence_length {self.data.sequence_length}"
@@ -268,6 +270,15 @@ class Config(_Section):
             raise _batch_error(train, parallel.dp)
         if self.schedule.warmup_steps > train.steps:
             raise MegaloopError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {train.steps}")
+
+    def check_vocab(self, rows: int) -> None:
+        """Raise MegaloopError where the embedding's rows do not divide over the tensor-parallel ranks."""
+        tp = self.parallel.tp
+        if rows % tp:
+            raise MegaloopError(
+                f"parallel.tp {tp} does not divide the vocabulary of {rows} rows; "
+                f"set model.vocab_size to a multiple, for example {-(-rows // tp) * tp}"
+            )
 
     def topology(self, world_size: int) -> tuple[int, int, int]:
         """(pp, tp, dp) on ``world_size`` ranks.

@@ -1,0 +1,176 @@
+"""What a run tells: metrics, events and the progress line, from rank 0; the other ranks are silent."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from rich.console import Console
+
+from megaloop.config import Config
+from megaloop.depth import DepthPlan
+from megaloop.depth.flops import flops_per_token, parameters
+from megaloop.parallel.engine import StepResult, TrainingEngine, local_device
+from megaloop.parallel.topology import Topology
+from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
+from megaloop.train.metrics import MetricsWriter, StepRecord
+from megaloop.train.progress import ProgressReporter
+from megaloop.train.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from megaloop.data import Sources
+
+__all__ = ["Position", "RunReporter"]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: all of it a function of nothing but the steps done.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: samples consumed, which is the number of the next global sample.
+        tokens: tokens predicted.
+        flops: model FLOPs, forward and backward.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    flops: int = 0
+
+    def after(self, config: Config, flops: int) -> Position:
+        """The position one optimizer step later."""
+        samples = config.train.global_batch
+        return Position(
+            self.step + 1,
+            self.samples + samples,
+            self.tokens + samples * config.data.sequence_length,
+            self.flops + flops,
+        )
+
+
+class RunReporter:
+    """Reports a run on rank 0; every method is a no-op elsewhere.
+
+    Args:
+        start: where the run begins.
+        directory: rank 0's run directory; anything else on other ranks.
+
+    Attributes:
+        flops_per_step: model FLOPs of one optimizer step, over all ranks.
+    """
+
+    def __init__(
+        self, config: Config, plan: DepthPlan, topology: Topology, vocab_size: int, start: Position, directory: object
+    ):
+        self._config, self._plan, self._topology, self._vocab_size = config, plan, topology, vocab_size
+        self._start = start
+        self._directory = directory if isinstance(directory, RunDirectory) else None
+        self._began = time.monotonic()
+        self._stack = ExitStack()
+        self._tokens_per_step = config.train.global_batch * config.data.sequence_length
+        per_token = flops_per_token(plan, config.model, config.data.sequence_length, vocab_size=vocab_size)
+        self.flops_per_step = per_token.total * self._tokens_per_step
+        self._peak = peak_flops(device_name(local_device()), config.train.precision)
+        self._done = start
+
+    def __enter__(self) -> Self:
+        if self._directory is not None:
+            config, step = self._config, self._start.step
+            if step:
+                self._directory.resume_at(step)
+            self._metrics = self._stack.enter_context(
+                MetricsWriter(self._directory.path, config.logging.tensorboard, start_step=step)
+            )
+            self._progress = self._stack.enter_context(
+                ProgressReporter(config.train.steps, step, config.logging.every, Console())
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._directory is not None:
+            reason = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else f"error: {error}"
+            seconds = time.monotonic() - self._began
+            self._metrics.event("stop", self._done.step, seconds=seconds, reason=reason)
+        self._stack.close()
+
+    def begins(self, engine: TrainingEngine, sources: Sources, checkpoint: Path | None) -> None:
+        """Say what was built, from what, on what."""
+        if self._directory is None:
+            return
+        plan, config, topology = self._plan, self._config, self._topology
+        count = parameters(plan, config.model, vocab_size=self._vocab_size)
+        stages = ", ".join(f"{stop - start}" for start, stop in engine.stages)
+        self._progress.message(f"run {self._directory.path}  on {describe_machine()}")
+        self._progress.message(
+            f"model {count / 1e6:.1f}M parameters, depth {plan}, vocabulary {self._vocab_size}, {config.train.precision}"
+        )
+        self._progress.message(
+            f"{topology.world_size} ranks: {topology}, layers per stage {stages}, "
+            f"{engine.micro_batches} micro-batches of {config.train.micro_batch}"
+        )
+        self._progress.message(f"kernels: {engine.kernels}")
+        self._progress.message(sources.describe())
+        if checkpoint is not None:
+            self._progress.message(f"resuming {checkpoint} at step {self._start.step}")
+        self._metrics.event(
+            "start",
+            self._start.step,
+            seconds=time.monotonic() - self._began,
+            plan=str(plan),
+            pp=topology.pp,
+            tp=topology.tp,
+            dp=topology.dp,
+            parameters=count,
+            attention=engine.kernels.attention,
+            norm=engine.kernels.norm,
+            adam=engine.kernels.adam,
+            torch=torch.__version__,
+        )
+
+    def stepped(
+        self, at: Position, result: StepResult, lr: float, seconds: float, validated: tuple[float, float] | None
+    ) -> None:
+        """Record a step; ``validated`` is (nats per token, bits per byte) where validation followed it."""
+        self._done = at
+        if self._directory is None:
+            return
+        tflops = self.flops_per_step / seconds / self._topology.world_size / 1e12
+        record = StepRecord(
+            step=at.step,
+            tokens=at.tokens,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            layers=self._plan.layers,
+            depth=self._plan.depth,
+            flops=at.flops,
+            tokens_per_second=self._tokens_per_step / seconds,
+            tflops=tflops,
+            mfu=tflops * 1e12 / self._peak if self._peak else None,
+            pp=self._topology.pp,
+            tp=self._topology.tp,
+            dp=self._topology.dp,
+            seconds=seconds,
+            memory_bytes=memory_bytes(local_device()),
+        )
+        if validated is not None:
+            record = replace(record, val_loss=validated[0], val_bits_per_byte=validated[1])
+        self._metrics.step(record)
+        self._progress.step(record)
+        if validated is not None:
+            self._progress.validation(at.step, *validated)
+
+    def saved(self, step: int, path: Path, size: int, seconds: float) -> None:
+        """Record a checkpoint."""
+        if self._directory is not None:
+            self._metrics.event("save", step, seconds=seconds, bytes=size, path=str(path))
+            self._progress.saved(step, path, seconds=seconds, bytes=size)
