@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -121,25 +121,9 @@ class MetricsWriter:
         self._metrics = JsonLines(run_dir / METRICS)
         self._events = JsonLines(run_dir / EVENTS)
         self._tensorboard = _open_tensorboard(run_dir / TENSORBOARD, start_step) if tensorboard else None
-        self._validation: tuple[int, float, float | None] | None = None
-
-    def validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
-        """Give the validation after ``step`` steps: the record of that step, which must come next, will hold it.
-
-        Args:
-            loss: nats per token.
-            bits_per_byte: bits per byte of text.
-        """
-        self._validation = (step, loss, bits_per_byte)
 
     def step(self, record: StepRecord) -> None:
         """Record a step: one line of ``metrics.jsonl``, and TensorBoard's scalars."""
-        if self._validation is not None:
-            step, loss, bits_per_byte = self._validation
-            if step != record.step:
-                raise ValueError(f"validation was given for step {step}, but the next record is of step {record.step}")
-            record = replace(record, val_loss=loss, val_bits_per_byte=bits_per_byte)
-            self._validation = None
         self._metrics.append(record.to_json())
         if self._tensorboard is not None:
             _write_scalars(self._tensorboard, record)
@@ -217,7 +201,7 @@ def _open_tensorboard(path: Path, start_step: int) -> SummaryWriter:
             "logging.tensorboard is true, but the tensorboard package is not installed: "
             "pip install tensorboard, or set logging.tensorboard=false"
         ) from None
-    return SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
+    return SummaryWriter(str(path), purge_step=start_step + 1)
 
 
 _SCALARS = {

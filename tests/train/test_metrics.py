@@ -64,18 +64,9 @@ def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -
 def test_validation_is_part_of_the_record_of_its_step(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.step(RECORD)
-        writer.validation(2, 3.25, 1.5)
-        writer.step(replace(RECORD, step=2))
-        writer.step(replace(RECORD, step=3))
-    assert [record["val_loss"] for record in lines(tmp_path / METRICS)] == [None, 3.25, None]
-    assert [record["val_bits_per_byte"] for record in lines(tmp_path / METRICS)] == [None, 1.5, None]
-
-
-def test_a_validation_never_lands_in_another_step(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.validation(1, 3.25, 1.5)
-        with pytest.raises(ValueError, match="step 1"):
-            writer.step(replace(RECORD, step=2))
+        writer.step(replace(RECORD, step=2, val_loss=3.25, val_bits_per_byte=1.5))
+    assert [record["val_loss"] for record in lines(tmp_path / METRICS)] == [None, 3.25]
+    assert [record["val_bits_per_byte"] for record in lines(tmp_path / METRICS)] == [None, 1.5]
 
 
 def test_events_say_what_when_how_long_and_how_much(tmp_path: Path) -> None:
@@ -93,19 +84,20 @@ def test_events_say_what_when_how_long_and_how_much(tmp_path: Path) -> None:
 def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
         writer.step(RECORD)
-        writer.validation(2, 3.25, 1.5)
-        writer.step(replace(RECORD, step=2, loss=3.0))
+        writer.step(replace(RECORD, step=2, loss=3.0, val_loss=3.25, val_bits_per_byte=1.5))
     assert scalars(tmp_path, "train/loss") == {1: 3.5, 2: 3.0}
     assert scalars(tmp_path, "validation/loss") == {2: 3.25}
 
 
-def test_tensorboard_forgets_what_a_killed_run_did_after_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint", [0, 1])
+def test_tensorboard_forgets_what_a_killed_run_did_after_its_checkpoint(tmp_path: Path, checkpoint: int) -> None:
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
         for step in (1, 2, 3):
             writer.step(replace(RECORD, step=step, loss=float(step)))
-    with MetricsWriter(tmp_path, tensorboard=True, start_step=1) as writer:
-        writer.step(replace(RECORD, step=2, loss=20.0))
-    assert scalars(tmp_path, "train/loss") == {1: 1.0, 2: 20.0}
+    with MetricsWriter(tmp_path, tensorboard=True, start_step=checkpoint) as writer:
+        for step in range(checkpoint + 1, 3):
+            writer.step(replace(RECORD, step=step, loss=20.0))
+    assert scalars(tmp_path, "train/loss") == {1: 1.0 if checkpoint else 20.0, 2: 20.0}
 
 
 @pytest.mark.parametrize("size", [0, 10, 200_000])
