@@ -19,12 +19,12 @@ class Kernels:
     Attributes:
         attention: ``flash-attn`` or ``torch SDPA``.
         norm: ``apex`` (fused RMSNorm) or ``torch``.
-        adam: ``apex`` (FusedAdam), ``torch fused`` or ``torch``.
+        adam: ``apex`` (FusedAdam) or ``torch fused``.
     """
 
     attention: str = "torch SDPA"
     norm: str = "torch"
-    adam: str = "torch"
+    adam: str = "torch fused"
 
     def __str__(self) -> str:
         return f"attention {self.attention}, norm {self.norm}, Adam {self.adam}"
@@ -33,8 +33,8 @@ class Kernels:
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels that are there for tensors of ``dtype`` on ``device``.
 
-    flash-attn has no fp32 kernels; apex and flash-attn need a GPU. On CPU the plain AdamW is taken: its
-    rounding does not depend on where an element lies in a flat buffer, so replicas stay bit-identical.
+    flash-attn has no fp32 kernels; apex and flash-attn need a GPU. torch's fused Adam rounds an element alike
+    wherever it lies in a flat buffer, on CPU too, so replicas stay bit-identical.
     """
     if device.type != "cuda":
         return Kernels()
@@ -65,6 +65,4 @@ def build_adamw(
 
         optimizer: torch.optim.Optimizer = FusedAdam(list(groups), lr=lr, betas=betas, eps=eps, adam_w_mode=True)
         return optimizer
-    return torch.optim.AdamW(
-        list(groups), lr=lr, betas=betas, eps=eps, fused=kernels.adam == "torch fused", foreach=False
-    )
+    return torch.optim.AdamW(list(groups), lr=lr, betas=betas, eps=eps, fused=True)

@@ -180,7 +180,8 @@ class TrainingEngine:
             "train_micro_batch_size_per_gpu": train.micro_batch,
             "gradient_accumulation_steps": self.micro_batches,
             "gradient_clipping": self.config.optimizer.clip,
-            "zero_optimization": {"stage": 1},
+            # without contiguous buffers gradients are reduced from where they are, a copy less
+            "zero_optimization": {"stage": 1, "contiguous_gradients": False},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             "data_types": {"grad_accum_dtype": "fp32"},

@@ -83,7 +83,7 @@ class RunReporter:
     def __enter__(self) -> Self:
         if self._directory is not None:
             config, step = self._config, self._start.step
-            if step:
+            if step or self._directory.last_step() is not None:
                 self._directory.resume_at(step)
             self._metrics = self._stack.enter_context(
                 MetricsWriter(self._directory.path, config.logging.tensorboard, start_step=step)
@@ -99,8 +99,8 @@ class RunReporter:
         if self._directory is not None:
             reason = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else f"error: {error}"
             seconds = time.monotonic() - self._began
-            self._metrics.event("stop", self._done.step, seconds=seconds, reason=reason)
-        self._stack.close()
+            self._stack.callback(self._metrics.event, "stop", self._done.step, seconds=seconds, reason=reason)
+        self._stack.close()  # the event comes first; the live line ends even where it can't be written
 
     def begins(self, engine: TrainingEngine, sources: Sources, checkpoint: Path | None) -> None:
         """Say what was built, from what, on what."""

@@ -1,0 +1,241 @@
+"""``megaloop bench step``: our training step against a plain loop around transformers' Llama.
+
+Both train the same shape on the same batches with the same dtype, optimizer and threads; they take turns in
+one process, because machines are shared and noisy, and the ratio of their medians is the result.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaloop.config import Config
+from megaloop.depth import DepthPlan
+from megaloop.depth.flops import flops_per_token
+from megaloop.parallel.engine import InitialValues, TrainingEngine, join_ranks, local_device
+from megaloop.parallel.topology import Topology
+from megaloop.train.hardware import describe_machine
+
+__all__ = ["SHAPES", "StepBenchmark", "bench_step"]
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "depth": "8",
+        "model": {"hidden_size": 256, "num_heads": 8, "num_kv_heads": 8, "ffn_size": 688, "vocab_size": 4096},
+    },
+    "360m": {
+        "depth": "32",
+        "model": {"hidden_size": 960, "num_heads": 15, "num_kv_heads": 5, "ffn_size": 2560, "vocab_size": 49152},
+    },
+    "1.7b": {
+        "depth": "24",
+        "model": {"hidden_size": 2048, "num_heads": 32, "num_kv_heads": 32, "ffn_size": 8192, "vocab_size": 49152},
+    },
+}
+"""Shapes by name: a small one for CPUs, and SmolLM v1's."""
+
+
+@dataclass(frozen=True)
+class StepBenchmark:
+    """What the benchmark measured.
+
+    Attributes:
+        ours, theirs: tokens per second, the median over rounds; theirs is transformers'.
+        ratio: the median over rounds of ours / theirs (each round runs both).
+        spread: smallest and largest of those ratios.
+        tflops: our model TFLOP/s (forward and backward, no recomputation).
+        product_tflops: rate of a large matrix product in the same dtype, measured in the same run.
+        utilisation: tflops / product_tflops.
+        ours_loss, theirs_loss: losses of the last step, which must agree.
+    """
+
+    machine: str
+    shape: str
+    precision: str
+    batch: int
+    sequence_length: int
+    compile: bool
+    threads: int
+    ours: float
+    theirs: float
+    ratio: float
+    spread: tuple[float, float]
+    tflops: float
+    product_tflops: float
+    utilisation: float
+    ours_loss: float
+    theirs_loss: float
+
+
+def bench_step(
+    shape: str = "tiny",
+    *,
+    precision: str = "fp32",
+    batch: int = 4,
+    sequence_length: int = 256,
+    steps: int = 5,
+    rounds: int = 5,
+    compile: bool = False,
+    recompute: str = "none",
+    threads: int | None = None,
+    on_round: Callable[[int, float, float], None] | None = None,
+) -> StepBenchmark:
+    """Alternate ``rounds`` times between ``steps`` of our 1x1x1 engine and of the plain loop.
+
+    Args:
+        shape: a key of :data:`SHAPES`.
+        batch: samples per step, one micro-batch.
+        compile: torch.compile both (our layers; their whole model).
+        threads: CPU threads of both; default: torch's.
+        on_round: called after each round with its number and both rates in tokens per second.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    config = _configuration(shape, precision, batch, sequence_length, compile, recompute)
+    ours, theirs = _our_steps(config), _their_steps(config)
+    tokens = batch * sequence_length * steps
+    rates: list[tuple[float, float]] = []
+    losses = (0.0, 0.0)
+    for number in range(-1, rounds):  # round -1 warms up and compiles
+        our_seconds, our_loss = _time(ours, steps)
+        their_seconds, their_loss = _time(theirs, steps)
+        losses = (our_loss, their_loss)
+        if number >= 0:
+            rates.append((tokens / our_seconds, tokens / their_seconds))
+            if on_round is not None:
+                on_round(number + 1, *rates[-1])
+    our_rate, their_rate = (statistics.median(column) for column in zip(*rates, strict=True))
+    ratios = [mine / other for mine, other in rates]
+    product = _product_tflops(torch.bfloat16 if precision == "bf16" else torch.float32)
+    flops = flops_per_token(DepthPlan.parse(config.depth), config.model, sequence_length).total
+    tflops = flops * our_rate / 1e12
+    return StepBenchmark(
+        machine=describe_machine(), shape=shape, precision=precision, batch=batch, sequence_length=sequence_length,
+        compile=compile, threads=torch.get_num_threads(), ours=our_rate, theirs=their_rate,
+        ratio=statistics.median(ratios), spread=(min(ratios), max(ratios)),
+        tflops=tflops, product_tflops=product, utilisation=tflops / product,
+        ours_loss=losses[0], theirs_loss=losses[1],
+    )  # fmt: skip
+
+
+def _configuration(
+    shape: str, precision: str, batch: int, sequence_length: int, compile: bool, recompute: str
+) -> Config:
+    return Config.model_validate(
+        {
+            **SHAPES[shape],
+            "name": "bench",
+            "data": {"sources": [{"path": "synthetic"}], "sequence_length": sequence_length},
+            "train": {
+                "global_batch": batch,
+                "micro_batch": batch,
+                "precision": precision,
+                "compile": compile,
+                "recompute": recompute,
+            },
+        }
+    )
+
+
+def _batches(config: Config, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same random tokens for both."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = config.model.vocab_size or 0
+    while True:
+        tokens = torch.randint(
+            0, vocab_size, (config.train.micro_batch, config.data.sequence_length + 1), generator=generator
+        ).to(device)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _time(steps: Iterator[float], count: int) -> tuple[float, float]:
+    """Seconds of ``count`` steps, and the last loss. A loss is a number on the host, so the device is done."""
+    began = time.perf_counter()
+    loss = 0.0
+    for _ in range(count):
+        loss = next(steps)
+    return time.perf_counter() - began, loss
+
+
+def _our_steps(config: Config) -> Iterator[float]:
+    """Losses of our engine on one rank, a step each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join_ranks()
+    vocab_size = config.model.vocab_size or 0
+    engine = TrainingEngine(config, config.plan, Topology(), vocab_size, InitialValues(config, config.plan, vocab_size))
+    batches = _batches(config, local_device())
+    while True:
+        yield engine.train_step(batches, config.optimizer.lr).loss
+
+
+def _their_steps(config: Config) -> Iterator[float]:
+    """Losses of a plain loop around transformers, a step each: bf16 weights have fp32 masters there too."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model_config, device = config.model, local_device()
+    bf16 = config.train.precision == "bf16"
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=model_config.hidden_size,
+            intermediate_size=model_config.ffn_size,
+            num_hidden_layers=config.plan.depth,
+            num_attention_heads=model_config.num_heads,
+            num_key_value_heads=model_config.num_kv_heads,
+            vocab_size=model_config.vocab_size,
+            rms_norm_eps=model_config.norm_eps,
+            tie_word_embeddings=model_config.tied_embeddings,
+            use_cache=False,
+        )
+    ).to(device, torch.bfloat16 if bf16 else torch.float32)
+    weights = list(model.parameters())
+    masters = [weight.detach().float().requires_grad_() for weight in weights] if bf16 else weights
+    options = config.optimizer
+    adam = torch.optim.AdamW(
+        masters, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps,
+        weight_decay=options.weight_decay, fused=True,
+    )  # fmt: skip
+    forward: Any = torch.compile(model) if config.train.compile else model
+    for tokens_BS, targets_BS in _batches(config, device):
+        logits_BSV = forward(tokens_BS).logits
+        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+        loss.backward()
+        if bf16:
+            for weight, master in zip(weights, masters, strict=True):
+                master.grad = weight.grad.float() if weight.grad is not None else None
+                weight.grad = None
+        torch.nn.utils.clip_grad_norm_(masters, options.clip)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        if bf16:
+            with torch.no_grad():
+                for weight, master in zip(weights, masters, strict=True):
+                    weight.copy_(master)
+        yield float(loss.detach())
+
+
+def _product_tflops(dtype: torch.dtype) -> float:
+    """TFLOP/s of a square matrix product, the best of several."""
+    device = local_device()
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best / 1e12

@@ -1,0 +1,120 @@
+"""Text generation with a key-value cache, greedy or sampled, on one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megaloop.data.tokenizer import Tokenizer
+from megaloop.errors import MegaloopError
+from megaloop.inference.load import load_decoder
+from megaloop.model import Decoder
+
+__all__ = ["GenerationResult", "generate_text", "generate_tokens"]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A generated text.
+
+    Attributes:
+        text: prompt and continuation.
+        tokens: tokens generated, the end-of-text token included.
+        seconds: time from the prompt to the last token.
+        stopped: ``end`` (the model ended the text) or ``length`` (``max_tokens`` were generated).
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    stopped: Literal["end", "length"]
+
+
+def generate_text(
+    checkpoint: Path,
+    prompt: str,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    on_text: Callable[[str], None] | None = None,
+) -> GenerationResult:
+    """Continue ``prompt`` with the model of a checkpoint.
+
+    Args:
+        checkpoint: a checkpoint, or a run (its newest).
+        temperature: 0 is greedy.
+        top_k: sample from the k likeliest tokens; 0: all.
+        top_p: sample from the likeliest tokens that together have this probability.
+        on_text: called with each piece of text as it comes.
+
+    Raises:
+        MegaloopError: a damaged checkpoint, or one without a tokenizer.
+    """
+    model, opened = load_decoder(checkpoint, precision=precision)
+    if opened.tokenizer is None:
+        raise MegaloopError(f"checkpoint {opened.path} holds no tokenizer.model; it can't turn text into tokens")
+    tokenizer = Tokenizer.load(opened.tokenizer)
+    ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    began = time.perf_counter()
+    produced: list[int] = []
+    shown = tokenizer.decode(ids)
+    stopped: Literal["end", "length"] = "length"
+    for token in generate_tokens(model, ids, max_tokens, temperature, top_k, top_p, generator):
+        produced.append(token)
+        if token == tokenizer.eos_id:
+            stopped = "end"
+            break
+        text = tokenizer.decode(ids + produced)
+        # a character of several bytes is shown when its last byte token has come
+        if on_text is not None and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            on_text(text[len(shown) :])
+            shown = text
+    kept = [token for token in produced if token != tokenizer.eos_id]
+    seconds = time.perf_counter() - began
+    return GenerationResult(tokenizer.decode(ids + kept), len(produced), seconds, stopped)
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: Decoder,
+    prompt: list[int],
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Token ids after ``prompt``, one by one; each new token costs one pass over itself alone."""
+    caches = model.new_caches(1, len(prompt) + max_tokens)
+    tokens_BS = torch.tensor([prompt], device=model.device)
+    for _ in range(max_tokens):
+        logits_V = model(tokens_BS, caches=caches)[0, -1].float()
+        token = _choose(logits_V, temperature, top_k, top_p, generator)
+        yield token
+        tokens_BS = torch.tensor([[token]], device=model.device)
+
+
+def _choose(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V / temperature
+    if top_k:
+        threshold = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < threshold, float("-inf"))
+    if top_p < 1:
+        sorted_V, order_V = logits_V.softmax(-1).sort(descending=True)
+        before_V = sorted_V.cumsum(-1) - sorted_V
+        outside_V = (before_V >= top_p).index_fill(0, torch.tensor([0], device=logits_V.device), False)
+        logits_V = logits_V.index_fill(0, order_V[outside_V], float("-inf"))
+    return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
