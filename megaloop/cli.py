@@ -226,12 +226,13 @@ def generate(
     """Continue a text, token by token as they come."""
     from megaloop.inference.generate import generate_text
 
+    shown: list[str] = []
+
     def show(text: str) -> None:
-        typer.echo(text, nl=False)
+        shown.append(text if shown else prompt + text)  # the prompt comes with the first token: no error follows it
+        typer.echo(shown[-1], nl=False)
         sys.stdout.flush()
 
-    if not json:
-        show(prompt)
     result = generate_text(
         checkpoint,
         prompt,
@@ -246,7 +247,7 @@ def generate(
     if json:
         _report(result, json)
         return
-    typer.echo()
+    typer.echo("" if shown else result.text)
     rate = result.tokens / max(result.seconds, 1e-9)
     typer.echo(f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.0f} tokens/s", err=True)
 
