@@ -117,8 +117,8 @@ class DecoderStage(nn.Module):
             if start:  # generation asks for another start each time
                 self._tables.clear()
             tables = rotary_tables(start + length, self.config.head_size, self.config.rope_theta, device)
-            cos_SH, sin_SH = (table[start:].to(dtype) for table in tables)
-            self._tables[key] = (cos_SH, sin_SH)
+            cos_Sh, sin_Sh = (table[start:].to(dtype) for table in tables)
+            self._tables[key] = (cos_Sh, sin_Sh)
         context = AttentionContext(*self._tables[key])
         if documents_BS is not None:
             _add_documents(context, documents_BS, self.use_flash)

@@ -1,15 +1,17 @@
 """One layer of the Llama-family decoder of SmolLM v1, from top to bottom as the paper draws it.
 
-Shape suffixes: B batch, S sequence, D model, N query heads, K key-value heads, H head size, T keys.
+Shape suffixes: B batch, S sequence, D model, N query heads, K key-value heads, H head size (h: half of it), T keys.
 Inside a tensor-parallel rank N, K and the MLP's width are the rank's share.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from spmd_types import rules
 from torch import Tensor, nn
 
 from megaloop.config import ModelConfig
@@ -43,34 +45,58 @@ class AttentionContext:
     """What attention needs besides the activations; made once per forward pass, the same for all layers.
 
     Attributes:
-        cos_SH, sin_SH: rotary tables of the positions at hand.
+        cos_Sh, sin_Sh: rotary tables of the positions at hand.
         mask_BSS: True where a query may look at a key, for document masking; None: plain causal.
         document_ends: cumulative document lengths over the flattened batch (flash-attn's variable lengths).
         max_document: the longest of them.
     """
 
-    cos_SH: Tensor
-    sin_SH: Tensor
+    cos_Sh: Tensor
+    sin_Sh: Tensor
     mask_BSS: Tensor | None = None
     document_ends: Tensor | None = None
     max_document: int = 0
 
 
 def rotary_tables(length: int, head_size: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary position embedding (arXiv 2104.09864), fp32 [length, head_size].
+    """cos and sin of the rotary position embedding (arXiv 2104.09864), fp32 [length, head_size / 2].
 
-    Both halves of the last dimension hold the same frequencies, as in Hugging Face's Llama.
+    Dimensions i and i + head_size/2 turn together, as in Hugging Face's Llama.
     """
     exponent_h = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
     frequency_h = 1.0 / (theta**exponent_h)
     angle_Sh = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency_h)
-    angle_SH = torch.cat([angle_Sh, angle_Sh], dim=-1)
-    return angle_SH.cos(), angle_SH.sin()
+    return angle_Sh.cos(), angle_Sh.sin()
 
 
-def _rotate(x_BNSH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
+class _Rotate(torch.autograd.Function):
+    """Rotate pairs (i, i + H/2) of the last dimension; the gradient rotates back. Keeps nothing but the tables.
+
+    Written out as products and sums autograd would make seven passes over memory and keep four of them.
+    """
+
+    @staticmethod
+    def spmd_typecheck(*, x_BNSH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Any:
+        rules.ignore(cos_Sh, sin_Sh)
+        return rules.einsum("bnsh->bnsh", x_BNSH)
+
+    @staticmethod
+    def forward(ctx: Any, x_BNSH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_Sh, sin_Sh)
+        return _rotated(x_BNSH, cos_Sh, sin_Sh, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BNSH: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _rotated(grad_BNSH, *ctx.saved_tensors, -1), None, None
+
+
+def _rotated(x_BNSH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor, direction: int) -> Tensor:
     first, second = x_BNSH.chunk(2, dim=-1)
-    return x_BNSH * cos_SH + torch.cat([-second, first], dim=-1) * sin_SH
+    out = torch.empty_like(x_BNSH)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos_Sh, out=out_first).addcmul_(second, sin_Sh, value=-direction)
+    torch.mul(second, cos_Sh, out=out_second).addcmul_(first, sin_Sh, value=direction)
+    return out
 
 
 class RMSNorm(nn.Module):
@@ -111,8 +137,8 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
         x_BSD = self.tp.enter(x_BSD)
         q_BNSH, k_BKSH, v_BKSH = (self._heads(w(x_BSD)) for w in (self.wq, self.wk, self.wv))
-        q_BNSH = _rotate(q_BNSH, context.cos_SH, context.sin_SH)
-        k_BKSH = _rotate(k_BKSH, context.cos_SH, context.sin_SH)
+        q_BNSH = _Rotate.apply(q_BNSH, context.cos_Sh, context.sin_Sh)
+        k_BKSH = _Rotate.apply(k_BKSH, context.cos_Sh, context.sin_Sh)
         if cache is not None:
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH)
         if self.use_flash and cache is None:
