@@ -254,25 +254,38 @@ def generate(
 
 @bench.command("step")
 def bench_step_command(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration whose model is timed, on one rank.")],
-    overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each, alternated.")] = 10,
-    against: Annotated[bool, typer.Option(help="Time a plain loop around transformers, too.")] = True,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Time embedding, one layer and head alone, for parallel.layer_costs.")
-    ] = False,
+    shape: Annotated[str, typer.Option(help="Model to time: tiny, 360m or 1.7b.")] = "tiny",
+    precision: Annotated[Precision, typer.Option(help="As train.precision.")] = Precision.fp32,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per round.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each times both.")] = 5,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile both.")] = False,
+    recompute: Annotated[str, typer.Option(help="As train.recompute.")] = "none",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
     json: Json = False,
 ) -> None:
     """Time the training step against a plain loop around transformers, alternated in one run."""
-    from launchers.local import single_rank
-    from megaloop.bench.step import bench_step
-    from megaloop.config import load_config
+    from megaloop.bench.step import SHAPES, bench_step
 
-    configuration = load_config(config, overrides or [])
-    with single_rank():
-        store = open_store()
-        result = bench_step(configuration, steps=steps, against=against, layers=layers)
-        del store
+    if shape not in SHAPES:
+        raise MegaloopError(f"bench step: unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+
+    def show(number: int, ours: float, theirs: float) -> None:
+        typer.echo(f"round {number}: {ours:,.0f} tokens/s, transformers {theirs:,.0f} tokens/s", err=True)
+
+    result = bench_step(
+        shape,
+        precision=precision.value,
+        batch=batch,
+        sequence_length=sequence_length,
+        steps=steps,
+        rounds=rounds,
+        compile=compile,
+        recompute=recompute,
+        threads=threads,
+        on_round=show,
+    )
     _report(result, json)
 
 
@@ -305,5 +318,11 @@ def _report(result: Any, as_json: bool) -> None:
         return
     width = max(map(len, values), default=0)
     for key, value in values.items():
-        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        text = _number(value) if isinstance(value, int | float) else str(value)
         typer.echo(f"{key.replace('_', ' '):{width}}  {text}")
+
+
+def _number(value: float) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
