@@ -1,0 +1,18 @@
+"""Sharded checkpoints: every rank writes what it owns, any topology reads it, nothing is ever unpickled."""
+
+from megaloop.checkpoint.manifest import Manifest
+from megaloop.checkpoint.reader import Checkpoint
+from megaloop.checkpoint.resolve import check_same_model, list_checkpoints, prune, resolve_checkpoint
+from megaloop.checkpoint.writer import CheckpointInfo, SaveResult, save_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointInfo",
+    "Manifest",
+    "SaveResult",
+    "check_same_model",
+    "list_checkpoints",
+    "prune",
+    "resolve_checkpoint",
+    "save_checkpoint",
+]
