@@ -1,0 +1,19 @@
+"""Reading token shards in a global order that no topology changes."""
+
+from megaloop.data.dataset import DataSet, Sample
+from megaloop.data.loader import BatchLoader, MicroBatch, validation_batches
+from megaloop.data.order import SampleOrder
+from megaloop.data.sources import Sources, open_sources
+from megaloop.data.tokenizer import Tokenizer
+
+__all__ = [
+    "BatchLoader",
+    "DataSet",
+    "MicroBatch",
+    "Sample",
+    "SampleOrder",
+    "Sources",
+    "Tokenizer",
+    "open_sources",
+    "validation_batches",
+]

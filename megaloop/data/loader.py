@@ -1,0 +1,180 @@
+"""Micro-batches for one data-parallel rank, read ahead in the background.
+
+The global batch that starts at sample n holds samples n, n+1, ..., n+G-1 of the order. Data-parallel rank r of
+R takes the r-th contiguous slice of it, cut into micro-batches: whatever R is, together they read the same.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaloop.data.dataset import DataSet, Sample
+from megaloop.data.order import SampleOrder
+from megaloop.errors import MegaloopError
+
+__all__ = ["BatchLoader", "MicroBatch", "validation_batches"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one rank reads; B samples of S predicted tokens.
+
+    Attributes:
+        inputs: token ids, int64 [B, S].
+        targets: the token after each, int64 [B, S].
+        documents: for each input the index of its document within the sample, int32 [B, S].
+        sample_ids: global sample numbers (positions in the order).
+        bytes: UTF-8 bytes of text that the targets stand for.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor
+    sample_ids: list[int]
+    bytes: int
+
+
+class BatchLoader:
+    """An endless iterator of micro-batches; close it, or use it as a context manager.
+
+    Args:
+        datasets: the sources, in the order's numbering.
+        order: which sample of which source is global sample n.
+        global_batch: samples per optimizer step over all data-parallel ranks.
+        micro_batch: samples per micro-batch.
+        dp_rank, dp_size: this rank's slice of each global batch.
+        start_sample: the first global sample of the first step.
+        prefetch: micro-batches to read ahead; 0: read when asked.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[DataSet],
+        order: SampleOrder,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start_sample: int = 0,
+        prefetch: int = 4,
+    ):
+        self._splits = [dataset.split("train") for dataset in datasets]
+        self._order = order
+        self._numbers = _slices(start_sample, global_batch, micro_batch, dp_rank, dp_size)
+        self._stop = threading.Event()
+        self._queue: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=max(prefetch, 1))
+        self._thread: threading.Thread | None = None
+        if prefetch:
+            self._thread = threading.Thread(target=self._read_ahead, name="megaloop-data", daemon=True)
+            self._thread.start()
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        if self._stop.is_set():
+            raise RuntimeError("the loader is closed")
+        if self._thread is None:
+            return self._read(next(self._numbers))
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def _read(self, numbers: list[int]) -> MicroBatch:
+        places = [self._order(number) for number in numbers]
+        return _collate([self._splits[source].sample(index) for source, index in places], numbers)
+
+    def _read_ahead(self) -> None:
+        item: MicroBatch | BaseException
+        while not self._stop.is_set():
+            try:
+                item = self._read(next(self._numbers))
+            except BaseException as error:  # whatever it is, the reader of the queue must learn of it
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def validation_batches(
+    datasets: Sequence[DataSet], *, samples: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+) -> list[MicroBatch]:
+    """The first ``samples`` validation samples of the sources taken in turn, as micro-batches of one rank.
+
+    Rounded down to whole micro-batches on every rank, so that each rank has as many.
+
+    Raises:
+        MegaloopError: the sources hold fewer than one micro-batch per rank.
+    """
+    splits = [dataset.split("validation") for dataset in datasets]
+    turns = max(map(len, splits))
+    places = [(split, index) for index in range(turns) for split in splits if index < len(split)][:samples]
+    unit = micro_batch * dp_size
+    usable = len(places) // unit * unit
+    if not usable:
+        raise MegaloopError(
+            f"{len(places)} validation samples (validation.samples {samples}) are fewer than one micro-batch on each rank, "
+            f"{micro_batch} x dp {dp_size} = {unit}; hold out more with --validation-fraction, or raise validation.samples"
+        )
+    numbers = _slices(0, usable, micro_batch, dp_rank, dp_size)
+    batches = []
+    for _ in range(usable // unit):
+        chosen = next(numbers)
+        batches.append(_collate([places[n][0].sample(places[n][1]) for n in chosen], chosen))
+    return batches
+
+
+def _slices(start: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
+    """Global sample numbers of one rank's micro-batches."""
+    share = global_batch // dp_size
+    while True:
+        first = start + dp_rank * share
+        for offset in range(0, share, micro_batch):
+            yield list(range(first + offset, first + offset + micro_batch))
+        start += global_batch
+
+
+def _collate(samples: Sequence[Sample], numbers: list[int]) -> MicroBatch:
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+    begins = np.zeros((len(samples), tokens.shape[1] - 1), dtype=np.int32)
+    for row, sample in enumerate(samples):
+        begins[row, sample.starts] = 1
+    begins[:, 0] = 0  # the first document of a sample is number 0, whether it begins there or goes on
+    return MicroBatch(
+        inputs=tokens[:, :-1].contiguous(),
+        targets=tokens[:, 1:].contiguous(),
+        documents=torch.from_numpy(np.cumsum(begins, axis=1, dtype=np.int32)),
+        sample_ids=numbers,
+        bytes=sum(sample.bytes for sample in samples),
+    )

@@ -1,0 +1,110 @@
+"""The order of samples: a pure function of (seed, global sample number), whatever the topology.
+
+Two questions, both answered in constant time without replaying what came before: which source does global
+sample n come from, and which of its samples is the j-th that the run takes from a source?
+
+* Sources are interleaved by weight, as evenly as integers allow: among the first n samples, source 0 has
+  floor(n a) for its share a, and the rest is split among the others in the same way.
+* A source is walked epoch by epoch. An epoch is a permutation: shards in shuffled order, one after another,
+  and samples shuffled within blocks of a few shards' length, so that a reader streams through few shards at
+  a time. Every sample occurs exactly once per epoch.
+
+Permutations are Feistel networks (Black and Rogaway, CT-RSA 2002) over splitmix64: integers in, integers
+out, the same on every machine and with every version of every library.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+__all__ = ["SampleOrder", "permute"]
+
+_ONE = 1 << 48
+_MASK = (1 << 64) - 1
+BLOCK_SHARDS = 4
+"""Samples are shuffled within blocks as long as this many shards."""
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finaliser."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _key(*parts: int) -> int:
+    key = 0
+    for part in parts:
+        key = _mix(key ^ _mix(part & _MASK))
+    return key
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """The place of ``index`` in a permutation of range(size) chosen by ``key``."""
+    half = max((size - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    while True:  # walk the cycle until it falls into range; the network spans at most four times the range
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(key ^ (turn << 56) ^ right) & mask)
+        index = (left << half) | right
+        if index < size:
+            return index
+
+
+class SampleOrder:
+    """Which sample of which source is global sample n.
+
+    Args:
+        seed: of the run.
+        shard_sizes: for every source, the samples of each of its shards.
+        weights: shares of the sources, relative to each other.
+    """
+
+    def __init__(self, seed: int, shard_sizes: Sequence[Sequence[int]], weights: Sequence[float]):
+        self._seed = seed
+        self._shards = tuple(tuple(sizes) for sizes in shard_sizes)
+        left = [sum(weights[i:]) for i in range(len(weights))]
+        # share of source i among sources i, i+1, ...; exact from here on
+        self._shares = [round(_ONE * weight / rest) for weight, rest in zip(weights, left, strict=True)]
+        self._epoch = lru_cache(maxsize=16)(self._shuffled_shards)
+
+    def __call__(self, number: int) -> tuple[int, int]:
+        """(source, index of the sample in that source) of global sample ``number``."""
+        source, turn = self.source(number)
+        size = sum(self._shards[source])
+        return source, self._in_epoch(source, turn // size, turn % size)
+
+    def source(self, number: int) -> tuple[int, int]:
+        """(source, how many samples of that source came before) of global sample ``number``."""
+        for source, share in enumerate(self._shares[:-1]):
+            before = number * share // _ONE
+            if (number + 1) * share // _ONE > before:
+                return source, before
+            number -= before
+        return len(self._shares) - 1, number
+
+    def _in_epoch(self, source: int, epoch: int, position: int) -> int:
+        """The sample at ``position`` of an epoch's walk through a source."""
+        sizes = self._shards[source]
+        size = sum(sizes)
+        block = max(sizes) * BLOCK_SHARDS
+        start = position // block * block
+        length = min(block, size - start)
+        position = start + permute(position - start, length, _key(self._seed, source, epoch, 1, start // block))
+        shards, ends = self._epoch(source, epoch)
+        turn = bisect_right(ends, position)
+        first, end = shards[turn]
+        return first + position - (ends[turn] - (end - first))
+
+    def _shuffled_shards(self, source: int, epoch: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """An epoch's shards in their order, as [first, end) samples, and where each ends in the walk."""
+        sizes = self._shards[source]
+        ends = list(accumulate(sizes))
+        key = _key(self._seed, source, epoch, 0)
+        order = [permute(i, len(sizes), key) for i in range(len(sizes))]
+        return [(ends[i] - sizes[i], ends[i]) for i in order], list(accumulate(sizes[i] for i in order))

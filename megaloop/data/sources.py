@@ -1,0 +1,81 @@
+"""The data sets of a run's configuration, opened together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaloop.config import DataConfig
+from megaloop.data.dataset import DataSet
+from megaloop.data.order import SampleOrder
+from megaloop.data.tokenizer import file_sha256
+from megaloop.errors import MegaloopError
+
+__all__ = ["Sources", "open_sources"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """One or more data sets that share a tokenizer.
+
+    Attributes:
+        datasets: the sources, in configuration order.
+        weights: their shares.
+    """
+
+    datasets: tuple[DataSet, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the tokenizer."""
+        return self.datasets[0].description.tokenizer.vocab_size
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.datasets[0].tokenizer
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self.datasets[0].description.tokenizer.sha256
+
+    def order(self, seed: int) -> SampleOrder:
+        """The order of the sources' training samples."""
+        return SampleOrder(seed, [dataset.split("train").shard_sizes for dataset in self.datasets], self.weights)
+
+    def describe(self) -> str:
+        """One line about each source."""
+        total = sum(self.weights)
+        lines = []
+        for dataset, weight in zip(self.datasets, self.weights, strict=True):
+            train = dataset.description.splits["train"]
+            lines.append(
+                f"data {dataset.path}: {train.tokens:,} tokens of {train.documents:,} documents, "
+                f"{len(dataset.split('train')):,} samples of {dataset.sequence_length}, share {weight / total:.0%}"
+            )
+        return "\n".join(lines)
+
+
+def open_sources(config: DataConfig) -> Sources:
+    """Open every source of a configuration.
+
+    Raises:
+        MegaloopError: one cannot be opened, holds no training sample, or has another tokenizer than the first.
+    """
+    datasets = tuple(DataSet.open(source.path, config.sequence_length) for source in config.sources)
+    for dataset in datasets:
+        entry = dataset.description.tokenizer
+        try:
+            checksum = file_sha256(dataset.tokenizer)
+        except OSError:
+            raise MegaloopError(f"data {dataset.path}: {entry.file} is missing; prepare the data again") from None
+        if checksum != entry.sha256:
+            raise MegaloopError(f"data {dataset.path}: {entry.file} was altered (SHA-256 differs); prepare the data again")
+        if entry.sha256 != datasets[0].description.tokenizer.sha256:
+            raise MegaloopError(
+                f"data {dataset.path} has another tokenizer than {datasets[0].path}; "
+                f"prepare it again with --tokenizer {datasets[0].tokenizer}"
+            )
+        if not len(dataset.split("train")):
+            raise MegaloopError(f"data {dataset.path}: no training samples")
+    return Sources(datasets, tuple(source.weight for source in config.sources))
