@@ -227,8 +227,10 @@ class Split:
             raise MegaloopError(f"data {path}: damaged; prepare the data again") from None
 
     def _reader(self, entry: dict[str, Any]) -> Any:
-        values = {key: value for key, value in entry.items() if key not in ("version", "format")}
-        return mds_reader().from_json(str(self._directory.parent), self._directory.name, values)
+        # only these encodings: MDS also knows one that unpickles
+        if dict(zip(entry["column_names"], entry["column_encodings"], strict=True)) != COLUMNS or entry["compression"]:
+            raise MegaloopError(f"data {self._directory}: shards of another layout than megaloop's; prepare the data again")
+        return mds_reader().from_json(str(self._directory.parent), self._directory.name, entry)
 
     def _verify(self, shard: int) -> None:
         """Hash a shard, once."""

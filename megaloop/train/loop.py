@@ -196,7 +196,6 @@ def _open_loader(config: Config, engine: TrainingEngine, sources: Sources, first
     return BatchLoader(
         sources.datasets,
         sources.order(config.seed),
-        sequence_length=config.data.sequence_length,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         dp_rank=engine.coordinate.dp,
@@ -225,7 +224,6 @@ class _Validation:
             list(
                 validation_batches(
                     sources.datasets,
-                    sequence_length=config.data.sequence_length,
                     samples=config.validation.samples,
                     micro_batch=config.train.micro_batch,
                     dp_rank=dp_rank,

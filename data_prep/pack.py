@@ -1,0 +1,85 @@
+"""Packing documents into samples of fixed length, and writing them as MDS shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaloop.data.dataset import COLUMNS, HASH, SplitEntry
+from megaloop.data.streaming_base import mds_writer
+
+__all__ = ["SplitWriter"]
+
+SHARD_BYTES = 1 << 24
+
+
+class SplitWriter:
+    """Joins documents to one stream of tokens and cuts it into samples.
+
+    Sample k holds tokens k S to (k + 1) S, both ends included: neighbours share one token, so that every token
+    but the stream's first is predicted exactly once. What is left at the end, less than a sample, is dropped.
+
+    Args:
+        directory: of the split's shards; must not exist.
+        sequence_length: S.
+        dtype: ``uint16`` or ``uint32``.
+        token_bytes: bytes of text of each token.
+        eos_id: put after every document.
+    """
+
+    def __init__(self, directory: Path, sequence_length: int, dtype: str, token_bytes: NDArray[np.int64], eos_id: int):
+        self._length, self._eos = sequence_length, eos_id
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._token_bytes = token_bytes
+        self._writer: Any = mds_writer()(
+            out=str(directory), columns=COLUMNS, hashes=[HASH], size_limit=SHARD_BYTES, progress_bar=False
+        )
+        self._parts: list[NDArray[Any]] = []
+        self._starts: list[int] = []  # of documents, counted from the first token that is not yet written
+        self._pending = 0
+        self.documents = self.tokens = self.bytes = self.samples = 0
+
+    def add(self, tokens: NDArray[Any]) -> None:
+        """Append a document's tokens."""
+        self._starts.append(self._pending)
+        self._parts += [tokens, np.array([self._eos], dtype=tokens.dtype)]
+        self._pending += len(tokens) + 1
+        self.documents += 1
+        self.tokens += len(tokens) + 1
+        self.bytes += int(self._token_bytes[tokens].sum())
+        if self._pending > 64 * self._length:
+            self._write()
+
+    def _write(self) -> None:
+        """Write all whole samples."""
+        stream = np.concatenate(self._parts) if self._parts else np.empty(0, dtype=self._dtype)
+        starts = np.array(self._starts, dtype=np.int64)
+        whole = max(len(stream) - 1, 0) // self._length
+        for sample in range(whole):
+            first = sample * self._length
+            tokens = stream[first : first + self._length + 1]
+            inside = starts[np.searchsorted(starts, first) : np.searchsorted(starts, first + self._length)]
+            self._writer.write(
+                {
+                    "tokens": tokens.astype(self._dtype).tobytes(),
+                    "starts": (inside - first).astype("<i4").tobytes(),
+                    "text_bytes": int(self._token_bytes[tokens[1:]].sum()),
+                }
+            )
+        self.samples += whole
+        rest = stream[whole * self._length :]
+        self._parts, self._pending = [rest], len(rest)
+        self._starts = [int(start) for start in starts - whole * self._length if start >= 0]
+
+    def finish(self) -> SplitEntry:
+        """Write what is left and close the shards; returns the counts."""
+        self._write()
+        self._writer.finish()
+        return SplitEntry(documents=self.documents, tokens=self.tokens, bytes=self.bytes, samples=self.samples)
+
+    def abandon(self) -> None:
+        """Release what writing holds, after an error."""
+        self._writer.__exit__(RuntimeError, RuntimeError("abandoned"), None)

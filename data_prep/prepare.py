@@ -1,0 +1,356 @@
+"""``megaloop prep``: text files to a data set of token shards."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_prep.pack import SplitWriter
+from data_prep.sources import Inputs, find_inputs
+from data_prep.tokenizer import token_bytes, train_tokenizer
+from megaloop import __version__
+from megaloop.data.dataset import DATA_JSON, FORMAT_VERSION, Description, SourceEntry, TokenizerEntry
+from megaloop.data.tokenizer import Tokenizer, file_sha256
+from megaloop.errors import MegaloopError
+
+__all__ = ["PrepSummary", "encode_documents", "prepare"]
+
+TOKENIZER = "tokenizer.model"
+_BATCH_BYTES = 1 << 20
+"""Text per task of a worker."""
+_TRAINING_BYTES = 64 << 20
+"""Text at most on which a tokenizer is trained, drawn evenly from all input by document hash."""
+_HASH_RANGE = 1 << 64
+
+
+@dataclass(frozen=True)
+class PrepSummary:
+    """What ``prepare`` made; ``tokens`` count one end-of-text token per document, ``bytes`` are UTF-8 text."""
+
+    out: str
+    documents: int
+    tokens: int
+    bytes: int
+    train_samples: int
+    validation_samples: int
+    validation_documents: int
+    vocab_size: int
+    sequence_length: int
+    skipped: int
+    seconds: float
+
+
+def prepare(
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: Path | None = None,
+    sequence_length: int = 2048,
+    validation_fraction: float = 0.01,
+    errors: Literal["stop", "skip"] = "stop",
+    workers: int | None = None,
+    text_field: str = "text",
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> PrepSummary:
+    """Tokenize ``inputs`` into shards in ``out``. The result does not depend on the number of workers.
+
+    Reads the input twice: once to choose what is held out (and what the tokenizer is trained on), once to
+    tokenize. Everything is written beside ``out`` and gets its name at the end: a directory of that name is whole.
+
+    Args:
+        inputs: files or directories.
+        vocab_size: train a tokenizer of this size; or
+        tokenizer: reuse this sentencepiece model.
+        sequence_length: tokens per sample.
+        validation_fraction: share of documents held out, chosen by a hash of the document; at least enough for a
+            few samples.
+        errors: what to do with text that is not UTF-8 or lines that are not JSON: stop, or skip and count.
+        workers: processes; default: one per core.
+        overwrite: replace a data set that is already there.
+        console: where progress is shown; None: nowhere.
+
+    Raises:
+        MegaloopError: bad input or options, too little text, a full disk; nothing is left behind.
+    """
+    began = time.perf_counter()
+    if (vocab_size is None) == (tokenizer is None):
+        raise MegaloopError("give either --vocab-size N to train a tokenizer, or --tokenizer FILE to reuse one")
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
+        raise MegaloopError(f"output {out} is not empty; choose another directory, or pass --overwrite to replace it")
+    documents = Inputs(find_inputs(inputs), text_field, errors)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        held_out, sample = _scan(documents, validation_fraction, sequence_length, vocab_size is not None, console)
+        _install_tokenizer(partial / TOKENIZER, vocab_size, tokenizer, sample, console)
+        description = _write_shards(
+            documents, partial, held_out, sequence_length, validation_fraction, workers or os.cpu_count() or 1, console
+        )
+        _publish(partial, out, description)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise MegaloopError(
+                f"output {out}: cannot be written ({error.strerror or error}); make room or mend the permissions, "
+                "and start again: nothing was left behind"
+            ) from None
+        raise
+    train, validation = description.splits["train"], description.splits["validation"]
+    return PrepSummary(
+        out=str(out),
+        documents=train.documents + validation.documents,
+        tokens=train.tokens + validation.tokens,
+        bytes=train.bytes + validation.bytes,
+        train_samples=train.samples,
+        validation_samples=validation.samples,
+        validation_documents=validation.documents,
+        vocab_size=description.tokenizer.vocab_size,
+        sequence_length=sequence_length,
+        skipped=sum(source.skipped for source in description.sources),
+        seconds=time.perf_counter() - began,
+    )
+
+
+# --- first pass ---
+
+
+def _scan(
+    documents: Inputs, fraction: float, sequence_length: int, training: bool, console: Console | None
+) -> tuple[int, list[str]]:
+    """Read everything once: which documents are held out, and a bounded sample to train the tokenizer on.
+
+    Returns:
+        The largest hash of a held-out document, and texts (empty unless ``training``).
+    """
+    wanted = 16 * (sequence_length + 1)  # bytes: at 4 to 5 a token, two to four samples
+    smallest: list[tuple[int, int]] = []  # the documents of smallest hash, largest of them first: (-hash, bytes)
+    held = count = total = 0
+    sample: list[tuple[int, str]] = []
+    sampled = 0
+    with _progress(console, "reading", documents) as advance:
+        for number, text in documents:
+            digest, size = _hash(text), len(text.encode())
+            count, total = count + 1, total + size
+            heapq.heappush(smallest, (-digest, size))
+            held += size
+            while len(smallest) > 1 and held - smallest[0][1] >= wanted:
+                held -= heapq.heappop(smallest)[1]
+            if training:
+                # kept by another part of the hash, so that what is trained on says nothing of what is held out
+                heapq.heappush(sample, (-_hash(text, b"tokenizer"), text))
+                sampled += size
+                while len(sample) > 1 and sampled > _TRAINING_BYTES:
+                    sampled -= len(heapq.heappop(sample)[1].encode())
+            advance(number)
+    if not count:
+        raise MegaloopError(f"input {documents.files[0]}: no text in it (skipped: {sum(documents.skipped)})")
+    while len(smallest) > 1 and held > total // 4:  # little text: most of it is for training
+        held -= heapq.heappop(smallest)[1]
+    threshold = max(-smallest[0][0], int(fraction * _HASH_RANGE) - 1)
+    return threshold, [text for _, text in sorted(sample, reverse=True)]
+
+
+def _hash(text: str, salt: bytes = b"") -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "big")
+
+
+def _install_tokenizer(
+    path: Path, vocab_size: int | None, reused: Path | None, sample: list[str], console: Console | None
+) -> None:
+    if reused is not None:
+        Tokenizer.load(reused)
+        shutil.copyfile(reused, path)
+        return
+    if console is not None:
+        console.print(f"training a tokenizer of {vocab_size} tokens", highlight=False)
+    path.write_bytes(train_tokenizer(sample, vocab_size or 0))
+
+
+# --- second pass ---
+
+_worker: sentencepiece.SentencePieceProcessor | None = None
+
+
+def _start_worker(model: bytes) -> None:
+    global _worker  # one tokenizer per worker process, loaded once
+    _worker = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def _encode(texts: list[str], dtype: str) -> list[NDArray[Any]]:
+    assert _worker is not None
+    return [np.array(ids, dtype=dtype) for ids in _worker.encode(texts)]
+
+
+def encode_documents(
+    documents: Iterator[tuple[int, str]], model: bytes, dtype: str, workers: int
+) -> Iterator[tuple[int, str, NDArray[Any]]]:
+    """(file number, text, tokens) in the order of ``documents``, tokenized by ``workers`` processes.
+
+    At most a few megabytes of text per worker are in flight, so memory does not grow with the input.
+    """
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (model,))
+    waiting: deque[tuple[list[tuple[int, str]], Future[list[NDArray[Any]]]]] = deque()
+
+    def finished() -> Iterator[tuple[int, str, NDArray[Any]]]:
+        batch, future = waiting.popleft()
+        for (number, text), tokens in zip(batch, future.result(), strict=True):
+            yield number, text, tokens
+
+    try:
+        for batch in _batches(documents):
+            waiting.append((batch, pool.submit(_encode, [text for _, text in batch], dtype)))
+            if len(waiting) > 2 * workers:
+                yield from finished()
+        while waiting:
+            yield from finished()
+    except BrokenProcessPool:
+        raise MegaloopError("a tokenizing process died (out of memory?); use fewer --workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for number, text in documents:
+        batch.append((number, text))
+        size += len(text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_shards(
+    documents: Inputs,
+    partial: Path,
+    held_out: int,
+    sequence_length: int,
+    fraction: float,
+    workers: int,
+    console: Console | None,
+) -> Description:
+    """Tokenize, pack and write both splits."""
+    tokenizer = Tokenizer.load(partial / TOKENIZER)
+    if tokenizer.eos_id < 0:
+        raise MegaloopError("the tokenizer has no end-of-text token (</s>); documents could not be told apart")
+    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    model = (partial / TOKENIZER).read_bytes()
+    sizes = token_bytes(sentencepiece.SentencePieceProcessor(model_proto=model))
+    writers = {
+        name: SplitWriter(partial / name, sequence_length, dtype, sizes, tokenizer.eos_id)
+        for name in ("train", "validation")
+    }
+    try:
+        with _progress(console, "tokenizing", documents) as advance:
+            for number, text, tokens in encode_documents(iter(documents), model, dtype, workers):
+                writers["validation" if _hash(text) <= held_out else "train"].add(tokens)
+                advance(number)
+        splits = {name: writer.finish() for name, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    for name, entry in splits.items():
+        if not entry.samples:
+            raise MegaloopError(
+                f"too little text: the {name} split has {entry.tokens} tokens in {entry.documents} documents, less than "
+                f"one sample of {sequence_length + 1}; give more text (in more documents) or a shorter --sequence-length"
+            )
+    return Description(
+        format_version=FORMAT_VERSION,
+        megaloop=__version__,
+        tokenizer=TokenizerEntry(
+            file=TOKENIZER,
+            sha256=file_sha256(partial / TOKENIZER),
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        ),
+        sequence_length=sequence_length,
+        dtype=dtype,
+        splits=splits,  # type: ignore[arg-type]
+        sources=[
+            SourceEntry(path=str(path), bytes=path.stat().st_size, documents=found, skipped=skipped)
+            for path, found, skipped in zip(documents.files, documents.documents, documents.skipped, strict=True)
+        ],
+        validation_fraction=fraction,
+    )
+
+
+def _publish(partial: Path, out: Path, description: Description) -> None:
+    """Write data.json last, sync, and give the directory its name."""
+    for file in sorted(partial.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    with (partial / DATA_JSON).open("w", encoding="utf-8") as target:
+        json.dump(description.model_dump(mode="json"), target, indent=1)
+        target.flush()
+        os.fsync(target.fileno())
+    if out.is_dir():
+        (out / DATA_JSON).unlink(missing_ok=True)  # half deleted, the old one does not exist
+        shutil.rmtree(out)
+    elif out.exists():
+        out.unlink()
+    partial.rename(out)
+
+
+class _progress:  # noqa: N801  (used as a function)
+    """A progress bar over the input files by size on a terminal; one plain line per pass elsewhere."""
+
+    def __init__(self, console: Console | None, what: str, documents: Inputs):
+        self._ends = np.cumsum([0, *(file.stat().st_size for file in documents.files)])
+        self._documents = documents
+        self._bar: Progress | None = None
+        self._console, self._what = console, what
+        if console is not None and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[count]:,} documents"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+        self._count = 0
+
+    def __enter__(self) -> Any:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=float(self._ends[-1]), count=0)
+        return self._advance
+
+    def _advance(self, number: int) -> None:
+        self._count += 1
+        if self._bar is not None and self._count % 16 == 0:
+            self._bar.update(self._task, completed=float(self._ends[number]), count=self._count)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._bar is not None:
+            if kind is None:
+                self._bar.update(self._task, completed=float(self._ends[-1]), count=self._count)
+            self._bar.stop()
+        elif self._console is not None and kind is None:
+            self._console.print(f"{self._what}: {self._count:,} documents", highlight=False)

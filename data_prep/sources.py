@@ -1,0 +1,201 @@
+"""Documents from files: txt, jsonl (plain, gzip, zstd) and parquet, streamed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Literal
+
+from megaloop.errors import MegaloopError
+
+__all__ = ["Inputs", "find_inputs"]
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+DOCUMENT_BYTES = 1 << 20
+"""A text file larger than this is cut at blank lines into documents of about this size."""
+_LONGEST_LINE = 1 << 28
+
+
+@dataclass
+class Inputs:
+    """Input files, and what was found in them so far.
+
+    Attributes:
+        files: in the order in which they are read.
+        text_field: the field of jsonl and parquet that holds the text.
+        errors: ``stop`` at what cannot be read as text, or ``skip`` and count it.
+        documents, skipped: per file, of the last pass.
+    """
+
+    files: list[Path]
+    text_field: str = "text"
+    errors: Literal["stop", "skip"] = "stop"
+    documents: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files on disk."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        """(file number, document) for all documents that are not empty, in order."""
+        self.documents = [0] * len(self.files)
+        self.skipped = [0] * len(self.files)
+        for number, path in enumerate(self.files):
+            try:
+                for text in self._read(number, path):
+                    if text and not text.isspace():
+                        self.documents[number] += 1
+                        yield number, text
+            except OSError as error:
+                raise MegaloopError(f"input {path}: cannot be read ({error.strerror or error})") from None
+
+    def _read(self, number: int, path: Path) -> Iterator[str]:
+        if path.name.endswith(".parquet"):
+            yield from self._parquet(number, path)
+        elif path.name.endswith(".txt"):
+            yield from self._text(number, path)
+        else:
+            yield from self._jsonl(number, path)
+
+    def _skip(self, number: int, path: Path, line: int, what: str) -> None:
+        if self.errors == "stop":
+            raise MegaloopError(f"input {path}, line {line}: {what}; mend it, or pass --errors skip to leave such lines out")
+        self.skipped[number] += 1
+
+    def _text(self, number: int, path: Path) -> Iterator[str]:
+        whole = path.stat().st_size <= DOCUMENT_BYTES
+        parts: list[str] = []
+        size = 0
+        for line, raw in enumerate(_lines(path), start=1):
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError as error:
+                self._skip(number, path, line, f"byte 0x{raw[error.start]:02x} is not UTF-8")
+                continue
+            if not whole and not text.strip() and size >= DOCUMENT_BYTES:
+                yield "".join(parts)
+                parts, size = [], 0
+                continue
+            parts.append(text)
+            size += len(raw)
+            if size >= 4 * DOCUMENT_BYTES:  # no blank line in sight: memory stays bounded
+                yield "".join(parts)
+                parts, size = [], 0
+        yield "".join(parts)
+
+    def _jsonl(self, number: int, path: Path) -> Iterator[str]:
+        for line, raw in enumerate(_lines(path), start=1):
+            if not raw.strip():
+                continue
+            try:
+                value = json.loads(raw)
+            except UnicodeDecodeError as error:
+                self._skip(number, path, line, f"byte 0x{raw[error.start]:02x} is not UTF-8")
+                continue
+            except (ValueError, RecursionError):
+                self._skip(number, path, line, "not JSON")
+                continue
+            text = value.get(self.text_field) if isinstance(value, dict) else None
+            if not isinstance(text, str):
+                self._skip(number, path, line, f"no text in field {self.text_field!r}")
+                continue
+            yield from self._sound(number, path, line, text)
+
+    def _parquet(self, number: int, path: Path) -> Iterator[str]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                if self.text_field not in file.schema_arrow.names:
+                    raise MegaloopError(
+                        f"input {path}: no column {self.text_field!r}; it has {', '.join(file.schema_arrow.names)}: "
+                        "name one with --text-field"
+                    )
+                line = 0
+                for batch in file.iter_batches(batch_size=256, columns=[self.text_field]):
+                    for value in batch.column(0):
+                        line += 1
+                        try:
+                            text = value.as_py()
+                        except UnicodeDecodeError:
+                            self._skip(number, path, line, "not UTF-8")
+                            continue
+                        if isinstance(text, str):
+                            yield from self._sound(number, path, line, text)
+                        else:
+                            self._skip(number, path, line, f"no text in column {self.text_field!r}")
+        except pyarrow.ArrowException as error:
+            raise MegaloopError(f"input {path}: damaged, or no parquet file ({_first_line(error)})") from None
+
+    def _sound(self, number: int, path: Path, line: int, text: str) -> Iterator[str]:
+        """The text, unless JSON escapes put half a surrogate pair into it, which is no character."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self._skip(number, path, line, "half a surrogate pair, which is not UTF-8")
+            return
+        yield text
+
+
+def find_inputs(paths: Sequence[Path]) -> list[Path]:
+    """The input files that paths name: files as they are, directories searched through, in sorted order.
+
+    Raises:
+        MegaloopError: nothing there, an empty file, or a file of an unknown kind.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(each for each in path.rglob("*") if each.is_file() and each.name.endswith(SUFFIXES))
+            if not found:
+                raise MegaloopError(f"input {path}: the directory holds no {', '.join(SUFFIXES)} file")
+            files += found
+        elif not path.is_file():
+            raise MegaloopError(f"input {path}: no such file or directory")
+        elif not path.name.endswith(SUFFIXES):
+            raise MegaloopError(f"input {path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    if not any(file.stat().st_size for file in files):
+        raise MegaloopError(f"input {', '.join(map(str, paths)) or '(none)'}: empty; give files with text")
+    return files
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file, decompressed as its name says."""
+    with _opened(path) as file:
+        while line := file.readline(_LONGEST_LINE):
+            yield line
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    if path.name.endswith(".gz"):
+        try:
+            with gzip.open(path) as packed:
+                yield packed  # type: ignore[misc]
+        except (EOFError, gzip.BadGzipFile, ValueError) as error:
+            raise MegaloopError(f"input {path}: damaged gzip ({_first_line(error)})") from None
+    elif path.name.endswith(".zst"):
+        import zstandard
+
+        try:
+            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+                yield io.BufferedReader(stream)  # type: ignore[type-var]
+        except zstandard.ZstdError as error:
+            raise MegaloopError(f"input {path}: damaged zstd ({_first_line(error)})") from None
+    else:
+        with path.open("rb") as plain:
+            yield plain
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

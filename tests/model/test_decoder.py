@@ -1,0 +1,95 @@
+"""The decoder: the same numbers with a cache, under recomputation, with documents, and as transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megaloop.config import ModelConfig
+from megaloop.depth import DepthPlan
+from megaloop.model import Decoder, initial_values, parameter_specs, vocab_parallel_cross_entropy
+
+VOCAB = 96
+SHAPE = {"hidden_size": 48, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 80}
+
+
+def _decoder(depth: str = "3", **changes: object) -> Decoder:
+    model = Decoder(ModelConfig.model_validate(SHAPE | changes), VOCAB, DepthPlan.parse(depth))
+    model.initialise(seed=1)
+    return model
+
+
+def _tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("depth", ["3", "1-2x2-0"])
+@torch.no_grad()
+def test_a_cache_gives_the_logits_of_the_whole_text(depth: str) -> None:
+    model, tokens = _decoder(depth), _tokens()
+    caches = model.new_caches(2, 24)
+    parts = [model(piece, caches=caches) for piece in tokens.split([7, 3, *[1] * 14], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model(tokens), atol=1e-5)
+
+
+@torch.no_grad()
+def test_document_masking_isolates_documents() -> None:
+    """Logits of the second document are those of its tokens alone, up to the positions' shift, which RoPE ignores."""
+    model, tokens = _decoder(document_masking=True), _tokens(1)
+    documents = torch.tensor([[0] * 10 + [1] * 14])
+    masked = model(tokens, documents)
+    assert torch.allclose(masked[:, :10], model(tokens[:, :10]), atol=1e-5)
+    assert torch.allclose(masked[:, 10:], model(tokens[:, 10:]), atol=1e-5)
+    assert not torch.allclose(masked[:, 10:], model(tokens)[:, 10:], atol=1e-3)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_gives_the_same_gradients(recompute: str) -> None:
+    gradients = []
+    for choice in ("none", recompute):
+        model = _decoder()
+        model.recompute = choice  # type: ignore[assignment]
+        vocab_parallel_cross_entropy(model(_tokens()), _tokens(), model.tp).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
+
+
+def test_selective_recomputation_keeps_less_than_everything_and_more_than_nothing() -> None:
+    kept = {}
+    for choice in ("none", "selective", "full"):
+        model, saved = _decoder(), []
+        model.recompute = choice  # type: ignore[assignment]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
+            model(_tokens(4, 64))
+        kept[choice] = sum(saved)
+    assert kept["full"] < kept["none"]
+    assert kept["selective"] < kept["none"]
+
+
+@given(data=st.data())
+def test_any_box_of_the_initial_values_is_that_box_of_the_whole(data: st.DataObject) -> None:
+    specs = parameter_specs(ModelConfig.model_validate(SHAPE), DepthPlan.plain(1), VOCAB)
+    name = data.draw(st.sampled_from(sorted(specs)))
+    spec = specs[name]
+    offset = tuple(data.draw(st.integers(0, size - 1)) for size in spec.shape)
+    shape = tuple(data.draw(st.integers(1, size - first)) for size, first in zip(spec.shape, offset, strict=True))
+    whole = initial_values(name, spec, 7, (0,) * len(spec.shape), spec.shape)
+    index = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+    assert torch.equal(initial_values(name, spec, 7, offset, shape), whole[index])
+
+
+def test_initial_values_are_normal_and_differ_by_name_and_seed() -> None:
+    spec = parameter_specs(ModelConfig(), DepthPlan.plain(1), 4096)["embedding.weight"]
+    shape = (512, 960)
+    values = initial_values("embedding.weight", spec, 0, (0, 0), shape)
+    assert abs(float(values.mean())) < 1e-4
+    assert float(values.std()) == pytest.approx(0.02, rel=5e-3)
+    assert float(((values / 0.02) ** 4).mean()) == pytest.approx(3.0, rel=2e-2)  # a normal's kurtosis
+    for other in (initial_values("other", spec, 0, (0, 0), shape), initial_values("embedding.weight", spec, 1, (0, 0), shape)):
+        assert abs(float((values * other).mean()) / 0.02**2) < 1e-2
+
+
+def test_a_looped_layer_has_one_set_of_weights() -> None:
+    assert sum(p.numel() for p in _decoder("1-2x3-1").parameters()) == sum(p.numel() for p in _decoder("4").parameters())
