@@ -51,6 +51,8 @@ def join_ranks() -> int:
     Returns:
         The world size.
     """
+    # DeepSpeed sends activations by broadcast between two ranks, on purpose outside autograd
+    warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
     with _quietly():
         import deepspeed
 
