@@ -289,6 +289,23 @@ def bench_step_command(
     _report(result, json)
 
 
+@bench.command("layers")
+def bench_layers_command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of the run.")],
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 10,
+    json: Json = False,
+) -> None:
+    """Time the embedding, one layer and the head; parallel.layer_costs takes the three numbers."""
+    from megaloop.bench.layers import bench_layers
+    from megaloop.config import load_config
+
+    times = bench_layers(load_config(config, overrides or []), rounds)
+    _report(times, json)
+    if not json:
+        typer.echo(f"parallel.layer_costs=[{times.embedding:.3e},{times.layer:.3e},{times.head:.3e}]")
+
+
 @bench.command("prep")
 def bench_prep_command(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Text, as megaloop prep takes it.")],

@@ -70,12 +70,13 @@ class ModelConfig(_Section):
         """Raise MegaloopError where the shape does not fit together."""
         if self.hidden_size % self.num_heads:
             raise MegaloopError(
-                f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}; "
-                f"choose a multiple, for example {self.hidden_size // self.num_heads * self.num_heads or self.num_heads}"
+                f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}; choose a "
+                f"multiple, for example {self.hidden_size // self.num_heads * self.num_heads or self.num_heads}"
             )
         if self.head_size % 2:
             raise MegaloopError(
-                f"model: head size {self.head_size} (hidden_size / num_heads) is odd; rotary embeddings need an even one"
+                f"model: head size {self.head_size} (hidden_size / num_heads) is odd; "
+                "rotary embeddings need an even one"
             )
         if self.num_heads % self.num_kv_heads:
             raise MegaloopError(
@@ -116,7 +117,7 @@ class ParallelConfig(_Section):
     sequence_parallel: bool = False
     """Split the norms' regions over the tensor-parallel ranks along the sequence."""
     layer_costs: tuple[PositiveFloat, ...] | None = None
-    """Measured seconds of embedding, one layer and head, as ``bench step --layers`` prints them; empty: estimated from FLOPs."""
+    """Seconds of embedding, one layer and head, as ``megaloop bench layers`` measures; empty: estimated by FLOPs."""
 
     @field_validator("layer_costs")
     @classmethod
@@ -250,7 +251,11 @@ class Config(_Section):
                 f"there yet: use a plain number of layers, for example {plan.depth}"
             )
         parallel, model, train = self.parallel, self.model, self.train
-        for what, value in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads), ("ffn_size", model.ffn_size)):
+        for what, value in (
+            ("num_heads", model.num_heads),
+            ("num_kv_heads", model.num_kv_heads),
+            ("ffn_size", model.ffn_size),
+        ):
             if value % parallel.tp:
                 raise MegaloopError(
                     f"parallel.tp {parallel.tp} does not divide model.{what} {value}; choose a tp that divides it"
@@ -259,7 +264,8 @@ class Config(_Section):
             self.check_vocab(model.vocab_size)
         if parallel.sequence_parallel and self.data.sequence_length % parallel.tp:
             raise MegaloopError(
-                f"parallel.sequence_parallel: tp {parallel.tp} does not divide data.sequence_length {self.data.sequence_length}"
+                f"parallel.sequence_parallel: tp {parallel.tp} does not divide "
+                f"data.sequence_length {self.data.sequence_length}"
             )
         if parallel.pp > plan.depth:
             raise MegaloopError(
@@ -269,7 +275,9 @@ class Config(_Section):
         if parallel.dp is not None and train.global_batch % (train.micro_batch * parallel.dp):
             raise _batch_error(train, parallel.dp)
         if self.schedule.warmup_steps > train.steps:
-            raise MegaloopError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {train.steps}")
+            raise MegaloopError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {train.steps}"
+            )
 
     def check_vocab(self, rows: int) -> None:
         """Raise MegaloopError where the embedding's rows do not divide over the tensor-parallel ranks."""
@@ -305,7 +313,8 @@ class Config(_Section):
 def _batch_error(train: TrainConfig, dp: int) -> MegaloopError:
     unit = train.micro_batch * dp
     return MegaloopError(
-        f"train.global_batch {train.global_batch} is not a multiple of micro_batch {train.micro_batch} x dp {dp} = {unit}; "
+        f"train.global_batch {train.global_batch} is not a multiple of "
+        f"micro_batch {train.micro_batch} x dp {dp} = {unit}; "
         f"choose for example {-(-train.global_batch // unit) * unit}"
     )
 
@@ -387,7 +396,9 @@ def _explain(error: ValidationError) -> str:
     first: Mapping[str, Any] = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg']} (found {first['input']!r})" if first["type"] != "missing" else f"{where}: missing"
+        return (
+            f"{where}: {first['msg']} (found {first['input']!r})" if first["type"] != "missing" else f"{where}: missing"
+        )
     plain = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
     known = list(_known_keys(Config))
     near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)

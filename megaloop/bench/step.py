@@ -170,7 +170,13 @@ def _our_steps(config: Config) -> Iterator[float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     join_ranks()
     vocab_size = config.model.vocab_size or 0
     engine = TrainingEngine(config, config.plan, Topology(), vocab_size, InitialValues(config, config.plan, vocab_size))

@@ -3,7 +3,7 @@
 from megaloop.data.dataset import DataSet, Sample
 from megaloop.data.loader import BatchLoader, MicroBatch, validation_batches
 from megaloop.data.order import SampleOrder
-from megaloop.data.sources import Sources, open_sources
+from megaloop.data.sources import Sources, embedding_rows, open_sources
 from megaloop.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "SampleOrder",
     "Sources",
     "Tokenizer",
+    "embedding_rows",
     "open_sources",
     "validation_batches",
 ]

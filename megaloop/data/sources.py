@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaloop.config import DataConfig
+from megaloop.config import Config, DataConfig
 from megaloop.data.dataset import DataSet
 from megaloop.data.order import SampleOrder
 from megaloop.data.tokenizer import file_sha256
 from megaloop.errors import MegaloopError
 
-__all__ = ["Sources", "open_sources"]
+__all__ = ["Sources", "embedding_rows", "open_sources"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,20 @@ def open_sources(config: DataConfig) -> Sources:
         if not len(dataset.split("train")):
             raise MegaloopError(f"data {dataset.path}: no training samples")
     return Sources(datasets, tuple(source.weight for source in config.sources))
+
+
+def embedding_rows(config: Config, sources: Sources) -> int:
+    """Rows of the embedding: as configured, or the tokenizer's size rounded up to a multiple of 128.
+
+    Raises:
+        MegaloopError: the configured size is smaller than the tokenizer's, or does not divide over tensor parallelism.
+    """
+    configured, tokens = config.model.vocab_size, sources.vocab_size
+    if configured is not None and configured < tokens:
+        raise MegaloopError(
+            f"model.vocab_size {configured} is smaller than the data's vocabulary of {tokens} tokens; "
+            f"set it to {tokens} or more, or leave it out"
+        )
+    rows = configured or -(-tokens // 128) * 128
+    config.check_vocab(rows)
+    return rows

@@ -61,7 +61,7 @@ def build_adamw(
 ) -> torch.optim.Optimizer:
     """AdamW over parameter groups (each with its own ``weight_decay``), by the chosen kernel."""
     if kernels.adam == "apex":
-        from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
+        from apex.optimizers import FusedAdam
 
         optimizer: torch.optim.Optimizer = FusedAdam(list(groups), lr=lr, betas=betas, eps=eps, adam_w_mode=True)
         return optimizer

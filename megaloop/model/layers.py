@@ -58,7 +58,9 @@ class AttentionContext:
     max_document: int = 0
 
 
-def rotary_tables(length: int, head_size: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, head_size: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary position embedding (arXiv 2104.09864), fp32 [length, head_size / 2].
 
     Dimensions i and i + head_size/2 turn together, as in Hugging Face's Llama.
@@ -86,8 +88,9 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x_BNSH, cos_Sh, sin_Sh, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad_BNSH: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _rotated(grad_BNSH, *ctx.saved_tensors, -1), None, None
+    def backward(ctx: Any, grad_BNSH: Tensor) -> tuple[Tensor, None, None]:
+        cos_Sh, sin_Sh = ctx.saved_tensors
+        return _rotated(grad_BNSH, cos_Sh, sin_Sh, -1), None, None
 
 
 def _rotated(x_BNSH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor, direction: int) -> Tensor:
@@ -112,7 +115,7 @@ class RMSNorm(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         weight_D = self.tp.replicated(self.weight)
         if self.use_apex:
-            from apex.normalization import fused_rms_norm_affine  # type: ignore[import-not-found]
+            from apex.normalization import fused_rms_norm_affine
 
             out: Tensor = fused_rms_norm_affine(x_BSD, weight_D, weight_D.shape, self.eps)
             return out
@@ -168,16 +171,14 @@ def _sdpa(q_BNSH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, context: AttentionCont
 
 
 def _flash_attention(q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, context: AttentionContext) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     q, k, v = (x.transpose(1, 2) for x in (q_BNSH, k_BKSH, v_BKSH))
     if context.document_ends is None:
         out: Tensor = flash_attn_func(q, k, v, causal=True)
         return out.flatten(2)
     ends, longest = context.document_ends, context.max_document
-    packed = flash_attn_varlen_func(
-        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, causal=True
-    )
+    packed = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, causal=True)
     return packed.unflatten(0, q.shape[:2]).flatten(2)
 
 

@@ -69,7 +69,9 @@ def parameter_specs(config: ModelConfig, plan: DepthPlan, vocab_size: int) -> di
     return specs
 
 
-def initial_values(name: str, spec: ParameterSpec, seed: int, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+def initial_values(
+    name: str, spec: ParameterSpec, seed: int, offset: tuple[int, ...], shape: tuple[int, ...]
+) -> Tensor:
     """First values of a box of a parameter, fp32 on the CPU.
 
     Element i (row-major, of the whole parameter) is a normal number made from the i-th 64-bit word of a

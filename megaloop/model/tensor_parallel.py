@@ -197,7 +197,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (sum_N1.log() - target_N1).mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         softmax_NV, local_N1, elsewhere_N1 = ctx.saved_tensors
         scale = grad / softmax_NV.shape[0]
         grad_NV = softmax_NV * scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
@@ -67,4 +67,4 @@ def partition(plan: DepthPlan, stages: int, costs: LayerCosts) -> tuple[tuple[in
             for stop in stops
         }
     cuts = best[plan.depth][2]
-    return tuple(zip(cuts[:-1], cuts[1:], strict=True))
+    return tuple(pairwise(cuts))

@@ -23,7 +23,7 @@ __all__ = ["PipelinedDecoder"]
 _TIE = "embedding"
 
 
-class PipelinedDecoder(PipelineModule):  # type: ignore[misc]
+class PipelinedDecoder(PipelineModule):
     """One pipeline stage of the decoder, on this rank.
 
     Args:
@@ -91,7 +91,7 @@ class PipelinedDecoder(PipelineModule):  # type: ignore[misc]
             parameter.ds_pipe_replicated = False  # _index_tied_modules marks the copy on the last stage
 
     def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens or activations in; activations or logits out. Document indices travel along where masking needs them."""
+        """Tokens or activations in; activations or logits out. Document indices travel along for masking."""
         if isinstance(inputs, tuple):
             x, documents_BS = inputs
             out = self.stage(x, documents_BS)

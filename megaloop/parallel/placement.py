@@ -47,9 +47,7 @@ class Box:
 
     def within(self, outer: Box) -> tuple[slice, ...]:
         """Index of this region inside a tensor that holds ``outer``."""
-        return tuple(
-            slice(b - o, b - o + n) for b, o, n in zip(self.offset, outer.offset, self.shape, strict=True)
-        )
+        return tuple(slice(b - o, b - o + n) for b, o, n in zip(self.offset, outer.offset, self.shape, strict=True))
 
 
 @dataclass(frozen=True)

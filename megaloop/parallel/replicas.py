@@ -61,4 +61,4 @@ def _everyone(value: Any) -> list[Any]:
 
 
 def _digest(values: torch.Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(values.cpu().contiguous().view(torch.uint8).numpy())
+    return xxhash.xxh3_128_hexdigest(values.cpu().contiguous().view(torch.uint8).numpy().data)

@@ -99,7 +99,9 @@ def prime_moments(optimizer: Any, step: int) -> None:
     optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def local_parameters(stage: nn.Module, specs: dict[str, ParameterSpec], topology: Topology, at: Coordinate) -> Iterator[LocalParameter]:
+def local_parameters(
+    stage: nn.Module, specs: dict[str, ParameterSpec], topology: Topology, at: Coordinate
+) -> Iterator[LocalParameter]:
     """All parameters of this rank's stage, in the stage's order."""
     for name, parameter in stage.named_parameters():
         spec = specs[name]
@@ -117,7 +119,9 @@ def local_parameters(stage: nn.Module, specs: dict[str, ParameterSpec], topology
         )
 
 
-def state_pieces(parameters: list[LocalParameter], specs: dict[str, ParameterSpec], topology: Topology, at: Coordinate) -> list[StatePiece]:
+def state_pieces(
+    parameters: list[LocalParameter], specs: dict[str, ParameterSpec], topology: Topology, at: Coordinate
+) -> list[StatePiece]:
     """Everything this rank holds; ``writes`` is set so that over all ranks each value is saved exactly once.
 
     Model weights are the same on all data-parallel ranks: they take turns by size. What tensor-parallel

@@ -22,7 +22,7 @@ from megaloop.checkpoint import (
     save_checkpoint,
 )
 from megaloop.config import Config
-from megaloop.data import BatchLoader, MicroBatch, Sources, open_sources, validation_batches
+from megaloop.data import BatchLoader, MicroBatch, Sources, embedding_rows, open_sources, validation_batches
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import InitialValues, TrainingEngine, join_ranks
@@ -51,7 +51,7 @@ def run(config: Config, *, resume: bool = False) -> None:
         with all_ranks_agree():
             topology = Topology(*config.topology(world_size))
             sources = open_sources(config.data)
-            plan, vocab_size = config.plan, _vocab_size(config, sources)
+            plan, vocab_size = config.plan, embedding_rows(config, sources)
         with _open_directory(config, resume) as directory:
             start = _starting_point(config, plan, vocab_size, sources, resume)
             with RunReporter(config, plan, topology, vocab_size, start.position, directory) as reporter:
@@ -114,21 +114,6 @@ class _WeightsOnly:
 
     def read_piece(self, kind: str, piece: Piece) -> torch.Tensor | None:
         return self.checkpoint.read_piece(kind, piece) if kind in ("model", "master") else None
-
-
-def _vocab_size(config: Config, sources: Sources) -> int:
-    """Rows of the embedding: as configured, or the tokenizer's size rounded up to a multiple of 128."""
-    configured, tokens = config.model.vocab_size, sources.vocab_size
-    if configured is None:
-        rows = -(-tokens // 128) * 128
-        config.check_vocab(rows)
-        return rows
-    if configured < tokens:
-        raise MegaloopError(
-            f"model.vocab_size {configured} is smaller than the data's vocabulary of {tokens} tokens; "
-            f"set it to {tokens} or more, or leave it out"
-        )
-    return configured
 
 
 def _open_directory(config: Config, resume: bool) -> RunDirectory | _NoDirectory:

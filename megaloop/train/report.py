@@ -111,7 +111,8 @@ class RunReporter:
         stages = ", ".join(f"{stop - start}" for start, stop in engine.stages)
         self._progress.message(f"run {self._directory.path}  on {describe_machine()}")
         self._progress.message(
-            f"model {count / 1e6:.1f}M parameters, depth {plan}, vocabulary {self._vocab_size}, {config.train.precision}"
+            f"model {count / 1e6:.1f}M parameters, depth {plan}, vocabulary {self._vocab_size}, "
+            f"{config.train.precision}"
         )
         self._progress.message(
             f"{topology.world_size} ranks: {topology}, layers per stage {stages}, "

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.model import Decoder, initial_values, parameter_specs, vocab_parallel_cross_entropy
+from megaloop.model.decoder import Recompute
 
 VOCAB = 96
 SHAPE = {"hidden_size": 48, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 80}
@@ -46,22 +47,30 @@ def test_document_masking_isolates_documents() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation_gives_the_same_gradients(recompute: str) -> None:
+def test_recomputation_gives_the_same_gradients(recompute: Recompute) -> None:
     gradients = []
-    for choice in ("none", recompute):
+    choices: tuple[Recompute, ...] = ("none", recompute)
+    for choice in choices:
         model = _decoder()
-        model.recompute = choice  # type: ignore[assignment]
+        model.recompute = choice
         vocab_parallel_cross_entropy(model(_tokens()), _tokens(), model.tp).backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_selective_recomputation_keeps_less_than_everything_and_more_than_nothing() -> None:
     kept = {}
-    for choice in ("none", "selective", "full"):
-        model, saved = _decoder(), []
-        model.recompute = choice  # type: ignore[assignment]
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
+    choices: tuple[Recompute, ...] = ("none", "selective", "full")
+    for choice in choices:
+        model = _decoder()
+        model.recompute = choice
+        saved: list[int] = []
+
+        def save(tensor: torch.Tensor, sizes: list[int] = saved) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
             model(_tokens(4, 64))
         kept[choice] = sum(saved)
     assert kept["full"] < kept["none"]
@@ -87,9 +96,14 @@ def test_initial_values_are_normal_and_differ_by_name_and_seed() -> None:
     assert abs(float(values.mean())) < 1e-4
     assert float(values.std()) == pytest.approx(0.02, rel=5e-3)
     assert float(((values / 0.02) ** 4).mean()) == pytest.approx(3.0, rel=2e-2)  # a normal's kurtosis
-    for other in (initial_values("other", spec, 0, (0, 0), shape), initial_values("embedding.weight", spec, 1, (0, 0), shape)):
+    for other in (
+        initial_values("other", spec, 0, (0, 0), shape),
+        initial_values("embedding.weight", spec, 1, (0, 0), shape),
+    ):
         assert abs(float((values * other).mean()) / 0.02**2) < 1e-2
 
 
 def test_a_looped_layer_has_one_set_of_weights() -> None:
-    assert sum(p.numel() for p in _decoder("1-2x3-1").parameters()) == sum(p.numel() for p in _decoder("4").parameters())
+    assert sum(p.numel() for p in _decoder("1-2x3-1").parameters()) == sum(
+        p.numel() for p in _decoder("4").parameters()
+    )

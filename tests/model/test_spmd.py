@@ -7,6 +7,7 @@ typed, and refuses any operation after which a gradient would miss a sum or get 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import spmd_types as spmd
@@ -17,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megaloop.config import ModelConfig
 from megaloop.model import DecoderStage, TensorParallel, vocab_parallel_cross_entropy
-from megaloop.model import layers as model_layers
+from megaloop.model.tensor_parallel import RowParallelLinear
 
-MODEL = {"hidden_size": 64, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 96}
+MODEL: dict[str, Any] = {"hidden_size": 64, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 96}
 LAYOUTS = [pytest.param(False, id="tensor-parallel"), pytest.param(True, id="sequence-parallel")]
 
 
@@ -74,12 +75,14 @@ def test_the_checker_refuses_a_block_that_forgets_to_enter(mesh: DeviceMesh, mon
 
 
 def test_the_checker_refuses_a_block_that_forgets_to_sum(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_layers.RowParallelLinear, "forward", lambda self, x: x @ self.weight.T)
+    monkeypatch.setattr(RowParallelLinear, "forward", lambda self, x: x @ self.weight.T)
     with pytest.raises(spmd.SpmdTypeError):
         _check(mesh, sequence_parallel=False)
 
 
-def test_the_checker_refuses_norms_whose_gradient_is_not_summed(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checker_refuses_norms_whose_gradient_is_not_summed(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under sequence parallelism each rank sees other tokens: a norm's gradient must be summed over ranks."""
     monkeypatch.setattr(TensorParallel, "replicated", lambda self, weight: weight)
     with pytest.raises(spmd.SpmdTypeError):

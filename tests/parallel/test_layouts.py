@@ -62,8 +62,9 @@ def test_bf16_with_fp32_masters_stays_close(request: pytest.FixtureRequest, layo
 def test_activation_checkpointing_changes_nothing(
     request: pytest.FixtureRequest, layout: tuple[int, int, int], recompute: str
 ) -> None:
-    kept = _pool(request, layout).run(train_layout, configuration(*layout, train__steps=5))
-    recomputed = _pool(request, layout).run(train_layout, configuration(*layout, train__steps=5, train__recompute=recompute))
+    pool = _pool(request, layout)
+    kept = pool.run(train_layout, configuration(*layout, train__steps=5))
+    recomputed = pool.run(train_layout, configuration(*layout, train__steps=5, train__recompute=recompute))
     assert recomputed == kept  # bit for bit
 
 

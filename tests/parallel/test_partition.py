@@ -57,4 +57,6 @@ def test_the_head_counts_as_the_layers_it_is_worth() -> None:
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_ranks_and_coordinates_are_one_to_one(pp: int, tp: int, dp: int) -> None:
     topology = Topology(pp, tp, dp)
-    assert [topology.rank(topology.coordinate(rank)) for rank in range(topology.world_size)] == list(range(pp * tp * dp))
+    ranks = range(pp * tp * dp)
+    assert topology.world_size == len(ranks)
+    assert [topology.rank(topology.coordinate(rank)) for rank in ranks] == list(ranks)
