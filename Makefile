@@ -25,6 +25,7 @@ test: lint types unit  ## lint, types and tests
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy

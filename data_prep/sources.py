@@ -66,7 +66,9 @@ class Inputs:
 
     def _skip(self, number: int, path: Path, line: int, what: str) -> None:
         if self.errors == "stop":
-            raise MegaloopError(f"input {path}, line {line}: {what}; mend it, or pass --errors skip to leave such lines out")
+            raise MegaloopError(
+                f"input {path}, line {line}: {what}; mend it, or pass --errors skip to leave such lines out"
+            )
         self.skipped[number] += 1
 
     def _text(self, number: int, path: Path) -> Iterator[str]:
@@ -188,8 +190,11 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         import zstandard
 
         try:
-            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                yield io.BufferedReader(stream)  # type: ignore[type-var]
+            with (
+                path.open("rb") as raw,
+                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream,
+            ):
+                yield io.BufferedReader(stream)
         except zstandard.ZstdError as error:
             raise MegaloopError(f"input {path}: damaged zstd ({_first_line(error)})") from None
     else:

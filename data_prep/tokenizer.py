@@ -76,8 +76,14 @@ def _explain(message: str, vocab_size: int) -> MegaloopError:
         return MegaloopError(
             f"--vocab-size {vocab_size} is larger than the text supports; use {largest[1]} or less, or give more text"
         )
-    smallest = re.search(r"required_chars\D*(\d+)\D+(\d+)", message) or re.search(r"smaller than required\D*\d+ vs (\d+)", message)
+    smallest = re.search(r"required_chars\D*(\d+)\D+(\d+)", message) or re.search(
+        r"smaller than required\D*\d+ vs (\d+)", message
+    )
     if smallest:
         needed = int(smallest[smallest.lastindex or 1])
-        return MegaloopError(f"--vocab-size {vocab_size} is smaller than the text's characters need; use {needed} or more")
-    return MegaloopError(f"the tokenizer could not be trained with --vocab-size {vocab_size}: {' '.join(message.split())}")
+        return MegaloopError(
+            f"--vocab-size {vocab_size} is smaller than the text's characters need; use {needed} or more"
+        )
+    return MegaloopError(
+        f"the tokenizer could not be trained with --vocab-size {vocab_size}: {' '.join(message.split())}"
+    )

@@ -115,13 +115,17 @@ class DataSet:
         try:
             description = Description.model_validate_json((path / DATA_JSON).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            raise MegaloopError(f"data {path}: no {DATA_JSON} there; make a data set with 'megaloop prep INPUT --out {path}'") from None
+            raise MegaloopError(
+                f"data {path}: no {DATA_JSON} there; make a data set with 'megaloop prep INPUT --out {path}'"
+            ) from None
         except OSError as error:
             raise MegaloopError(f"data {path}: {DATA_JSON} cannot be read ({error.strerror})") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "content"
-            raise MegaloopError(f"data {path}: {DATA_JSON} is damaged ({where}: {first['msg']}); prepare it again") from None
+            raise MegaloopError(
+                f"data {path}: {DATA_JSON} is damaged ({where}: {first['msg']}); prepare it again"
+            ) from None
         if description.format_version != FORMAT_VERSION:
             raise MegaloopError(
                 f"data {path}: format version {description.format_version}, expected {FORMAT_VERSION}; prepare it again"
@@ -215,7 +219,9 @@ class Split:
                 try:
                     size = (self._directory / basename).stat().st_size
                 except FileNotFoundError:
-                    raise MegaloopError(f"data {self._directory / basename}: shard is missing; prepare the data again") from None
+                    raise MegaloopError(
+                        f"data {self._directory / basename}: shard is missing; prepare the data again"
+                    ) from None
                 if size != expected:
                     raise MegaloopError(
                         f"data {self._directory / basename}: shard has {size} bytes, expected {expected}; prepare the data again"
@@ -229,7 +235,9 @@ class Split:
     def _reader(self, entry: dict[str, Any]) -> Any:
         # only these encodings: MDS also knows one that unpickles
         if dict(zip(entry["column_names"], entry["column_encodings"], strict=True)) != COLUMNS or entry["compression"]:
-            raise MegaloopError(f"data {self._directory}: shards of another layout than megaloop's; prepare the data again")
+            raise MegaloopError(
+                f"data {self._directory}: shards of another layout than megaloop's; prepare the data again"
+            )
         return mds_reader().from_json(str(self._directory.parent), self._directory.name, entry)
 
     def _verify(self, shard: int) -> None:
@@ -244,5 +252,7 @@ class Split:
                 while block := file.read(8 << 20):
                     digest.update(block)
             if digest.hexdigest() != raw["hashes"].get(HASH):
-                raise MegaloopError(f"data {path}: shard was altered (its {HASH} does not match); prepare the data again")
+                raise MegaloopError(
+                    f"data {path}: shard was altered (its {HASH} does not match); prepare the data again"
+                )
             self._verified[shard] = True

@@ -70,7 +70,9 @@ def open_sources(config: DataConfig) -> Sources:
         except OSError:
             raise MegaloopError(f"data {dataset.path}: {entry.file} is missing; prepare the data again") from None
         if checksum != entry.sha256:
-            raise MegaloopError(f"data {dataset.path}: {entry.file} was altered (SHA-256 differs); prepare the data again")
+            raise MegaloopError(
+                f"data {dataset.path}: {entry.file} was altered (SHA-256 differs); prepare the data again"
+            )
         if entry.sha256 != datasets[0].description.tokenizer.sha256:
             raise MegaloopError(
                 f"data {dataset.path} has another tokenizer than {datasets[0].path}; "
