@@ -148,7 +148,7 @@ def _scan(
     held = count = total = 0
     sample: list[tuple[int, str]] = []
     sampled = 0
-    with _progress(console, "reading", documents) as advance:
+    with _Progress(console, "reading", documents) as advance:
         for number, text in documents:
             digest, size = _hash(text), len(text.encode())
             count, total = count + 1, total + size
@@ -264,7 +264,7 @@ def _write_shards(
         for name in ("train", "validation")
     }
     try:
-        with _progress(console, "tokenizing", documents) as advance:
+        with _Progress(console, "tokenizing", documents) as advance:
             for number, text, tokens in encode_documents(iter(documents), model, dtype, workers):
                 writers["validation" if _hash(text) <= held_out else "train"].add(tokens)
                 advance(number)
@@ -318,7 +318,7 @@ def _publish(partial: Path, out: Path, description: Description) -> None:
     partial.rename(out)
 
 
-class _progress:  # noqa: N801  (used as a function)
+class _Progress:
     """A progress bar over the input files by size on a terminal; one plain line per pass elsewhere."""
 
     def __init__(self, console: Console | None, what: str, documents: Inputs):

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def save_checkpoint(
     try:
         _together(directory, lambda: _begin(partial) if rank == 0 else None)
         indices = _together(directory, lambda: _write_rank(partial, pieces, rank))
-        manifest = _together(directory, lambda: _finish(partial, directory, indices, info, tokenizer) if rank == 0 else None)
+        manifest = _together(
+            directory, lambda: _finish(partial, directory, indices, info, tokenizer) if rank == 0 else None
+        )
     except MegaloopError:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -164,9 +167,7 @@ def _write_rank(partial: Path, pieces: Iterable[StatePiece], rank: int) -> _Inde
     return files, tensors
 
 
-def _finish(
-    partial: Path, directory: Path, indices: list[_Index], info: CheckpointInfo, tokenizer: Path | None
-) -> int:
+def _finish(partial: Path, directory: Path, indices: list[_Index], info: CheckpointInfo, tokenizer: Path | None) -> int:
     """Write the manifest and give the checkpoint its name; returns its bytes."""
     files = [entry for entries, _ in indices for entry in entries]
     tensors: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
@@ -234,7 +235,7 @@ def _check_complete(tensors: dict[str, dict[str, TensorEntry]]) -> None:
             total = 0
             for held in ranges.values():
                 held.sort()
-                overlap = any(second[0] < first[1] for first, second in zip(held[:-1], held[1:], strict=True))
+                overlap = any(second[0] < first[1] for first, second in pairwise(held))
                 if overlap:
                     raise RuntimeError(f"two ranks saved the same values of {kind} {name}")
                 total += sum(stop - start for start, stop in held)
