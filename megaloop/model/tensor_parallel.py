@@ -179,11 +179,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel) -> Tensor:
-        logits_NV = logits_NV.float()
-        max_N1 = logits_NV.amax(dim=-1, keepdim=True)
+        max_N1 = logits_NV.amax(dim=-1, keepdim=True).float()
         if tp.group is not None:
             dist.all_reduce(max_N1, op=dist.ReduceOp.MAX, group=tp.group)
-        shifted_NV = logits_NV - max_N1
+        # one new tensor of the logits' size, in which everything else happens in place
+        shifted_NV = logits_NV - max_N1 if logits_NV.dtype == torch.float32 else logits_NV.float().sub_(max_N1)
         local_N1 = (targets_N - tp.rank * logits_NV.shape[-1]).unsqueeze(-1)
         elsewhere_N1 = (local_N1 < 0) | (local_N1 >= logits_NV.shape[-1])
         local_N1 = local_N1.masked_fill(elsewhere_N1, 0)
@@ -193,16 +193,18 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         if tp.group is not None:
             dist.all_reduce(sums_N2, group=tp.group)
         sum_N1, target_N1 = sums_N2.split(1, dim=-1)
-        ctx.save_for_backward(exp_NV.div_(sum_N1), local_N1, elsewhere_N1)
+        ctx.dtype = logits_NV.dtype
+        ctx.save_for_backward(exp_NV, sum_N1.clone(), local_N1, elsewhere_N1)
         return (sum_N1.log() - target_N1).mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        softmax_NV, local_N1, elsewhere_N1 = ctx.saved_tensors
-        scale = grad / softmax_NV.shape[0]
-        grad_NV = softmax_NV * scale
+        exp_NV, sum_N1, local_N1, elsewhere_N1 = ctx.saved_tensors
+        scale = grad / exp_NV.shape[0]
+        # softmax minus one at the target; the exponentials are ours, and of no further use
+        grad_NV = exp_NV.mul_(scale / sum_N1)
         grad_NV.scatter_add_(-1, local_N1, torch.where(elsewhere_N1, 0.0, -scale))
-        return grad_NV, None, None
+        return grad_NV.to(ctx.dtype), None, None
 
 
 def vocab_parallel_cross_entropy(logits_BSV: Tensor, targets_BS: Tensor, tp: TensorParallel) -> Tensor:
@@ -213,8 +215,5 @@ def vocab_parallel_cross_entropy(logits_BSV: Tensor, targets_BS: Tensor, tp: Ten
         targets_BS: token ids over the whole vocabulary.
         tp: the ranks that hold the other parts.
     """
-    logits_NV, targets_N = logits_BSV.flatten(0, 1), targets_BS.flatten()
-    if tp.group is None:
-        return F.cross_entropy(logits_NV.float(), targets_N)
-    loss: Tensor = _VocabParallelCrossEntropy.apply(logits_NV, targets_N, tp)
+    loss: Tensor = _VocabParallelCrossEntropy.apply(logits_BSV.flatten(0, 1), targets_BS.flatten(), tp)
     return loss

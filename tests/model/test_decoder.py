@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
-from megaloop.model import Decoder, initial_values, parameter_specs, vocab_parallel_cross_entropy
+from megaloop.model import Decoder, TensorParallel, initial_values, parameter_specs, vocab_parallel_cross_entropy
 from megaloop.model.decoder import Recompute
 
 VOCAB = 96
@@ -106,4 +106,22 @@ def test_initial_values_are_normal_and_differ_by_name_and_seed() -> None:
 def test_a_looped_layer_has_one_set_of_weights() -> None:
     assert sum(p.numel() for p in _decoder("1-2x3-1").parameters()) == sum(
         p.numel() for p in _decoder("4").parameters()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_and_its_gradient_are_torchs(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 5, VOCAB, generator=torch.Generator().manual_seed(3)).mul(4).to(dtype)
+    targets = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(4))
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    loss = vocab_parallel_cross_entropy(ours, targets, TensorParallel())
+    expected = torch.nn.functional.cross_entropy(theirs.float().flatten(0, 1), targets.flatten())
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert ours.grad.dtype == dtype
+    assert torch.allclose(
+        ours.grad.float(), theirs.grad.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
     )
