@@ -1,0 +1,87 @@
+"""A sentencepiece BPE model as a Hugging Face fast tokenizer that gives the same ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import sentencepiece
+
+from megaloop.errors import MegaloopError
+
+__all__ = ["write_tokenizer"]
+
+_SPACE = "\u2581"
+
+
+def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
+    """Write ``tokenizer.json``, its configuration and a copy of the model into ``out``.
+
+    Text is taken as it is and no special token is added, as in training.
+
+    Raises:
+        MegaloopError: a model that normalises text or is no byte-fallback BPE, which the ids would not survive.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+    pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
+    _check(processor, model)
+    vocabulary = {piece: token for token, piece in enumerate(pieces)}
+    special = [t for t in range(len(pieces)) if processor.is_control(t) or processor.is_unknown(t)]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges(processor, vocabulary, set(special)),
+            unk_token=pieces[processor.unk_id()],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    # known as special, so that decoding can leave them out; written in a text they are text, as in sentencepiece
+    tokenizer.add_special_tokens([AddedToken(pieces[token], special=True, normalized=False) for token in special])
+    tokenizer.encode_special_tokens = True
+    tokenizer.save(str(out / "tokenizer.json"))
+    names = {
+        "unk_token": pieces[processor.unk_id()],
+        **({"bos_token": pieces[processor.bos_id()]} if processor.bos_id() >= 0 else {}),
+        **({"eos_token": pieces[processor.eos_id()]} if processor.eos_id() >= 0 else {}),
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **names,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (out / "special_tokens_map.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
+    (out / "tokenizer.model").write_bytes(model.read_bytes())
+
+
+def _check(processor: sentencepiece.SentencePieceProcessor, path: Path) -> None:
+    probe = "  A\u00c5\ufb01  b "  # a ligature and double spaces: anything that normalises changes them
+    if processor.decode(processor.encode(probe)) != probe or not any(map(processor.is_byte, range(512))):
+        raise MegaloopError(
+            f"tokenizer {path}: it normalises text or has no byte fallback, which cannot be written as a fast tokenizer "
+            "with the same ids; use a tokenizer that 'megaloop prep --vocab-size' trained"
+        )
+
+
+def _merges(
+    processor: sentencepiece.SentencePieceProcessor, vocabulary: dict[str, int], special: set[int]
+) -> list[tuple[str, str]]:
+    """The merges behind the pieces. sentencepiece merges the pair whose product has the best score, first come first."""
+    merges = []
+    for piece, token in vocabulary.items():
+        if token in special or processor.is_byte(token):
+            continue
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
+        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges += [(processor.get_score(token), pair) for pair in known]
+    merges.sort(key=lambda merge: -merge[0])  # stable: equal scores stay together
+    return [pair for _, pair in merges]
