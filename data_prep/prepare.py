@@ -10,10 +10,8 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +33,8 @@ __all__ = ["PrepSummary", "encode_documents", "prepare"]
 
 TOKENIZER = "tokenizer.model"
 _BATCH_BYTES = 1 << 20
-"""Text per task of a worker."""
-_TRAINING_BYTES = 64 << 20
+"""Text per task of a worker, characters."""
+_TRAINING_BYTES = 32 << 20
 """Text at most on which a tokenizer is trained, drawn evenly from all input by document hash."""
 _HASH_RANGE = 1 << 64
 
@@ -85,7 +83,7 @@ def prepare(
         validation_fraction: share of documents held out, chosen by a hash of the document; at least enough for a
             few samples.
         errors: what to do with text that is not UTF-8 or lines that are not JSON: stop, or skip and count.
-        workers: processes; default: one per core.
+        workers: threads; default: one per core.
         overwrite: replace a data set that is already there.
         console: where progress is shown; None: nowhere.
 
@@ -95,9 +93,9 @@ def prepare(
     began = time.perf_counter()
     if (vocab_size is None) == (tokenizer is None):
         raise MegaloopError("give either --vocab-size N to train a tokenizer, or --tokenizer FILE to reuse one")
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
-        raise MegaloopError(f"output {out} is not empty; choose another directory, or pass --overwrite to replace it")
+    out = out.absolute()
     documents = Inputs(find_inputs(inputs), text_field, errors)
+    _check_output(out, overwrite, [*documents.files, *([tokenizer] if tokenizer else [])])
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -130,6 +128,23 @@ def prepare(
         skipped=sum(source.skipped for source in description.sources),
         seconds=time.perf_counter() - began,
     )
+
+
+def _check_output(out: Path, overwrite: bool, needed: list[Path]) -> None:
+    """Refuse to write where anything but a data set is, or where the input lies."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise MegaloopError(f"output {out} is not empty; choose another directory, or pass --overwrite to replace it")
+    if not (out / DATA_JSON).is_file():
+        raise MegaloopError(
+            f"output {out} holds no data set (no {DATA_JSON}), so it is not overwritten; choose another"
+        )
+    for path in needed:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise MegaloopError(
+                f"output {out} holds the input {path}, so it is not overwritten; choose another directory"
+            )
 
 
 # --- first pass ---
@@ -179,8 +194,7 @@ def _install_tokenizer(
     path: Path, vocab_size: int | None, reused: Path | None, sample: list[str], console: Console | None
 ) -> None:
     if reused is not None:
-        Tokenizer.load(reused)
-        shutil.copyfile(reused, path)
+        path.write_bytes(Tokenizer.load(reused).path.read_bytes())
         return
     if console is not None:
         console.print(f"training a tokenizer of {vocab_size} tokens", highlight=False)
@@ -189,27 +203,20 @@ def _install_tokenizer(
 
 # --- second pass ---
 
-_worker: sentencepiece.SentencePieceProcessor | None = None
-
-
-def _start_worker(model: bytes) -> None:
-    global _worker  # one tokenizer per worker process, loaded once
-    _worker = sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-def _encode(texts: list[str], dtype: str) -> list[NDArray[Any]]:
-    assert _worker is not None
-    return [np.array(ids, dtype=dtype) for ids in _worker.encode(texts)]
-
 
 def encode_documents(
     documents: Iterator[tuple[int, str]], model: bytes, dtype: str, workers: int
 ) -> Iterator[tuple[int, str, NDArray[Any]]]:
-    """(file number, text, tokens) in the order of ``documents``, tokenized by ``workers`` processes.
+    """(file number, text, tokens) in the order of ``documents``, tokenized by ``workers`` threads.
 
-    At most a few megabytes of text per worker are in flight, so memory does not grow with the input.
+    sentencepiece encodes outside Python's lock, so threads use all cores, and no text is sent between processes.
+    At most a few megabytes of text per worker are in flight: memory does not grow with the input.
     """
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (model,))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def encode(batch: list[tuple[int, str]]) -> list[NDArray[Any]]:
+        return [np.array(ids, dtype=dtype) for ids in processor.encode([text for _, text in batch])]
+
     waiting: deque[tuple[list[tuple[int, str]], Future[list[NDArray[Any]]]]] = deque()
 
     def finished() -> Iterator[tuple[int, str, NDArray[Any]]]:
@@ -217,17 +224,13 @@ def encode_documents(
         for (number, text), tokens in zip(batch, future.result(), strict=True):
             yield number, text, tokens
 
-    try:
+    with ThreadPoolExecutor(workers) as pool:
         for batch in _batches(documents):
-            waiting.append((batch, pool.submit(_encode, [text for _, text in batch], dtype)))
+            waiting.append((batch, pool.submit(encode, batch)))
             if len(waiting) > 2 * workers:
                 yield from finished()
         while waiting:
             yield from finished()
-    except BrokenProcessPool:
-        raise MegaloopError("a tokenizing process died (out of memory?); use fewer --workers") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
@@ -292,6 +295,7 @@ def _write_shards(
         sequence_length=sequence_length,
         dtype=dtype,
         splits=splits,  # type: ignore[arg-type]
+        indices={name: file_sha256(partial / name / "index.json") for name in splits},
         sources=[
             SourceEntry(path=str(path), bytes=path.stat().st_size, documents=found, skipped=skipped)
             for path, found, skipped in zip(documents.files, documents.documents, documents.skipped, strict=True)
@@ -316,6 +320,9 @@ def _publish(partial: Path, out: Path, description: Description) -> None:
     elif out.exists():
         out.unlink()
     partial.rename(out)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class _Progress:

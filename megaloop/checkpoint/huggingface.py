@@ -41,7 +41,11 @@ _LAYER = {
     "mlp.w_up": "mlp.up_proj",
     "mlp.w_down": "mlp.down_proj",
 }
-_ENDS = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+_ENDS = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -80,7 +84,7 @@ def export_huggingface(checkpoint: Path, out: Path, *, dtype: str | None = None)
     Raises:
         MegaloopError: a damaged checkpoint (the file is named), an output that is not empty, a full disk.
     """
-    with Checkpoint.open(resolve_checkpoint(checkpoint), verify="checksums") as source, _partial(out) as partial:
+    with Checkpoint.open(resolve_checkpoint(checkpoint), verify="checksums") as source, _Partial(out) as partial:
         manifest = source.manifest
         model = ModelConfig.model_validate(manifest.model)
         plan = DepthPlan.from_json(manifest.plan)
@@ -121,7 +125,7 @@ def import_huggingface(source: Path, out: Path) -> ImportSummary:
     settings = _read_settings(source)
     model, plan = _our_config(source, settings)
     specs = parameter_specs(model, plan, model.vocab_size or 0)
-    wanted = {theirs: ours for theirs, ours in _exported_names(plan, model.tied_embeddings)}
+    wanted = dict(_exported_names(plan, model.tied_embeddings))
     pieces: list[StatePiece] = []
     with ExitStack() as stack:
         stored = _open_weights(source, stack)
@@ -215,7 +219,9 @@ def _our_config(source: Path, settings: dict[str, Any]) -> tuple[ModelConfig, De
     expected = {"attention_bias": False, "mlp_bias": False, "rope_scaling": None, "hidden_act": "silu"}
     for key, value in expected.items():
         if settings.get(key, value) != value:
-            raise MegaloopError(f"{source}: {key} {settings[key]!r} in config.json is not supported; expected {value!r}")
+            raise MegaloopError(
+                f"{source}: {key} {settings[key]!r} in config.json is not supported; expected {value!r}"
+            )
     try:
         heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
         if settings.get("head_dim") not in (None, hidden // heads):
@@ -237,7 +243,9 @@ def _our_config(source: Path, settings: dict[str, Any]) -> tuple[ModelConfig, De
     except KeyError as error:
         raise MegaloopError(f"{source}: config.json lacks {error.args[0]!r}") from None
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise MegaloopError(f"{source}: config.json is not that of a Llama decoder ({' '.join(str(error).split())})") from None
+        raise MegaloopError(
+            f"{source}: config.json is not that of a Llama decoder ({' '.join(str(error).split())})"
+        ) from None
     model.check()
     return model, plan
 
@@ -296,7 +304,7 @@ def _write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> tuple
     return len(files), total, count
 
 
-class _partial:  # noqa: N801
+class _Partial:
     """A directory beside ``out`` that becomes it; errors of the disk are the user's, and leave nothing behind."""
 
     def __init__(self, out: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from bisect import bisect_right
@@ -60,7 +61,10 @@ class SourceEntry(_Model):
 
 
 class Description(_Model):
-    """``data.json``: written last; a directory without it is no data set."""
+    """``data.json``: written last; a directory without it is no data set.
+
+    ``indices`` are the SHA-256 of the splits' ``index.json``, which in turn holds the shards' checksums.
+    """
 
     format_version: int
     megaloop: str
@@ -68,6 +72,7 @@ class Description(_Model):
     sequence_length: PositiveInt
     dtype: Literal["uint16", "uint32"]
     splits: dict[Literal["train", "validation"], SplitEntry]
+    indices: dict[Literal["train", "validation"], str]
     sources: list[SourceEntry]
     validation_fraction: float
 
@@ -130,6 +135,9 @@ class DataSet:
             raise MegaloopError(
                 f"data {path}: format version {description.format_version}, expected {FORMAT_VERSION}; prepare it again"
             )
+        for split in ("train", "validation"):
+            if split not in description.splits or split not in description.indices:
+                raise MegaloopError(f"data {path}: {DATA_JSON} lacks the {split} split; prepare it again")
         stored = description.sequence_length
         wanted = sequence_length or stored
         if wanted > stored:
@@ -167,8 +175,8 @@ class Split:
         shard_sizes: samples of each shard.
     """
 
-    def __init__(self, dataset: DataSet, name: str):
-        self._dataset, self._directory = dataset, dataset.path / name
+    def __init__(self, dataset: DataSet, name: Literal["train", "validation"]):
+        self._dataset, self._name, self._directory = dataset, name, dataset.path / name
         self._dtype = np.dtype(dataset.description.dtype).newbyteorder("<")
         entries = self._read_index()
         self._pieces = dataset.pieces
@@ -210,7 +218,10 @@ class Split:
     def _read_index(self) -> list[dict[str, Any]]:
         path = self._directory / "index.json"
         try:
-            shards: list[dict[str, Any]] = json.loads(path.read_bytes())["shards"]
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self._dataset.description.indices[self._name]:
+                raise MegaloopError(f"data {path}: altered (its SHA-256 does not match); prepare the data again")
+            shards: list[dict[str, Any]] = json.loads(content)["shards"]
             for entry in shards:
                 raw = entry["raw_data"]
                 basename, expected = raw["basename"], raw["bytes"]

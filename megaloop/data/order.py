@@ -68,6 +68,8 @@ class SampleOrder:
     def __init__(self, seed: int, shard_sizes: Sequence[Sequence[int]], weights: Sequence[float]):
         self._seed = seed
         self._shards = tuple(tuple(sizes) for sizes in shard_sizes)
+        self._sizes = [sum(sizes) for sizes in self._shards]
+        self._blocks = [max(sizes) * BLOCK_SHARDS for sizes in self._shards]
         left = [sum(weights[i:]) for i in range(len(weights))]
         # share of source i among sources i, i+1, ...; exact from here on
         self._shares = [round(_ONE * weight / rest) for weight, rest in zip(weights, left, strict=True)]
@@ -76,7 +78,7 @@ class SampleOrder:
     def __call__(self, number: int) -> tuple[int, int]:
         """(source, index of the sample in that source) of global sample ``number``."""
         source, turn = self.source(number)
-        size = sum(self._shards[source])
+        size = self._sizes[source]
         return source, self._in_epoch(source, turn // size, turn % size)
 
     def source(self, number: int) -> tuple[int, int]:
@@ -90,9 +92,7 @@ class SampleOrder:
 
     def _in_epoch(self, source: int, epoch: int, position: int) -> int:
         """The sample at ``position`` of an epoch's walk through a source."""
-        sizes = self._shards[source]
-        size = sum(sizes)
-        block = max(sizes) * BLOCK_SHARDS
+        size, block = self._sizes[source], self._blocks[source]
         start = position // block * block
         length = min(block, size - start)
         position = start + permute(position - start, length, _key(self._seed, source, epoch, 1, start // block))
