@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
+from itertools import combinations, pairwise
+from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from megaloop.errors import MegaloopError
 from megaloop.parallel.placement import Box, Piece
 
-__all__ = ["MANIFEST", "FileEntry", "Manifest", "PieceEntry", "TensorEntry", "TokenizerEntry", "read_manifest"]
+__all__ = [
+    "MANIFEST",
+    "FileEntry",
+    "Manifest",
+    "PieceEntry",
+    "TensorEntry",
+    "TokenizerEntry",
+    "encode_manifest",
+    "find_problem",
+    "read_manifest",
+]
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+"""The dtypes that a checkpoint may hold, by torch's name, and their sizes."""
 _LARGEST = 1 << 30
+_NO_CHECKSUM = "0" * 32
 
 
 class _Model(BaseModel):
@@ -23,7 +41,7 @@ class _Model(BaseModel):
 
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
-    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path or "\x00" in path:
+    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path or not path.isprintable():
         raise ValueError(f"{path!r} points outside the checkpoint")
     return path
 
@@ -46,6 +64,8 @@ class PieceEntry(_Model):
     offset: list[NonNegativeInt]
     shape: list[NonNegativeInt]
     flat: tuple[NonNegativeInt, NonNegativeInt] | None = Field(default=None, strict=False)
+
+    _path_inside = field_validator("file")(_inside)
 
     def piece(self, name: str, whole: tuple[int, ...]) -> Piece:
         return Piece(name, whole, Box(tuple(self.offset), tuple(self.shape)), self.flat)
@@ -72,6 +92,7 @@ class Manifest(_Model):
     """Everything but the numbers; see docs/CHECKPOINTS.md."""
 
     format_version: int
+    checksum: str = Field(default=_NO_CHECKSUM, pattern=r"^[0-9a-f]{32}$")
     megaloop: str
     created: str
     step: NonNegativeInt
@@ -89,6 +110,74 @@ class Manifest(_Model):
     files: list[FileEntry]
     tensors: dict[str, dict[str, TensorEntry]]
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        room = {entry.path: entry.bytes for entry in self.files}
+        if len(room) != len(self.files):
+            raise ValueError("a file is listed twice")
+        if self.tokenizer and self.tokenizer.file not in room:
+            raise ValueError(f"{self.tokenizer.file} is not among its files")
+        if problem := find_problem(self.tensors):
+            raise ValueError(problem)
+        for named in self.tensors.values():
+            for name, entry in named.items():
+                for each in entry.pieces:
+                    if each.file not in room:
+                        raise ValueError(f"{each.file} is not among its files")
+                    room[each.file] -= each.piece(name, tuple(entry.shape)).numel * ITEM_BYTES[entry.dtype]
+        for path, left in room.items():
+            if left < 0:
+                raise ValueError(f"{path} is too small for what it should hold")
+        return self
+
+
+def find_problem(tensors: dict[str, dict[str, TensorEntry]]) -> str | None:
+    """What is wrong with the pieces: not every value of every tensor there exactly once; None if all is well."""
+    names: set[str] = set().union(*tensors.values())
+    for kind, named in tensors.items():
+        if missing := sorted(names - set(named)):
+            return f"{kind} of {missing[0]} is missing"
+        for name, entry in named.items():
+            if problem := _tensor_problem(name, entry):
+                return f"{kind} of {name}: {problem}"
+    return None
+
+
+def _tensor_problem(name: str, entry: TensorEntry) -> str | None:
+    if entry.dtype not in ITEM_BYTES:
+        return f"unknown dtype {entry.dtype!r}, expected one of {', '.join(ITEM_BYTES)}"
+    ranges: dict[Box, list[tuple[int, int]]] = defaultdict(list)
+    for each in entry.pieces:
+        box = each.piece(name, tuple(entry.shape)).box
+        if not len(box.offset) == len(box.shape) == len(entry.shape) or any(
+            begin + size > whole for begin, size, whole in zip(box.offset, box.shape, entry.shape, strict=True)
+        ):
+            return f"a piece at {each.offset} of shape {each.shape} does not lie in shape {entry.shape}"
+        held = each.flat or (0, box.numel)
+        if not held[0] < held[1] <= box.numel:
+            return f"a piece of values {held[0]} to {held[1]} does not lie in its box of {box.numel}"
+        ranges[box].append(held)
+    for one, other in combinations(ranges, 2):
+        if one.intersect(other):
+            return f"boxes at {list(one.offset)} and {list(other.offset)} overlap"
+    for each_range in ranges.values():
+        each_range.sort()
+        if any(after[0] < before[1] for before, after in pairwise(each_range)):
+            return "the same values twice"
+    found, expected = sum(stop - start for held in ranges.values() for start, stop in held), prod(entry.shape)
+    return None if found == expected else f"{found} of {expected} values"
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest's file: JSON whose ``checksum`` is that of the text with 32 zeros in its place."""
+    blank = manifest.model_copy(update={"checksum": _NO_CHECKSUM})
+    text = json.dumps(blank.model_dump(mode="json"), indent=1).encode()
+    return text.replace(_NO_CHECKSUM.encode(), xxhash.xxh3_128_hexdigest(text).encode(), 1)
+
+
+class _Version(BaseModel):
+    format_version: int
+
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and validate a checkpoint's manifest.
@@ -98,9 +187,14 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        if path.stat().st_size > _LARGEST:
-            raise MegaloopError(f"checkpoint {directory}: {MANIFEST} is implausibly large; it is no manifest")
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        text = _read_text(directory, path)
+        version = _Version.model_validate_json(text).format_version
+        if version != FORMAT_VERSION:
+            raise MegaloopError(
+                f"checkpoint {directory}: {MANIFEST} is of format version {version}, "
+                f"this megaloop reads {FORMAT_VERSION}; use the megaloop that wrote it"
+            )
+        manifest = Manifest.model_validate_json(text)
     except FileNotFoundError:
         raise MegaloopError(
             f"checkpoint {directory}: no {MANIFEST}; it is no checkpoint, or one whose saving never finished"
@@ -110,10 +204,22 @@ def read_manifest(directory: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "content"
-        raise MegaloopError(f"checkpoint {directory}: {MANIFEST} is damaged ({where}: {first['msg']})") from None
-    if manifest.format_version != FORMAT_VERSION:
+        what = " ".join(f"{where}: {first['msg'].removeprefix('Value error, ')}".split())
+        raise MegaloopError(f"checkpoint {directory}: {MANIFEST} is damaged ({what}); use another checkpoint") from None
+    blank = text.replace(manifest.checksum.encode(), _NO_CHECKSUM.encode(), 1)
+    if (found := xxhash.xxh3_128_hexdigest(blank)) != manifest.checksum:
         raise MegaloopError(
-            f"checkpoint {directory}: format version {manifest.format_version}, this megaloop reads {FORMAT_VERSION}; "
-            "use the megaloop that wrote it"
+            f"checkpoint {directory}: {MANIFEST} is altered: its checksum is {found}, "
+            f"expected {manifest.checksum}; use another checkpoint"
         )
     return manifest
+
+
+def _read_text(directory: Path, path: Path) -> bytes:
+    if not path.exists():
+        raise FileNotFoundError
+    if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
+        raise MegaloopError(f"checkpoint {directory}: {MANIFEST} is no file of the checkpoint; use another checkpoint")
+    if path.stat().st_size > _LARGEST:
+        raise MegaloopError(f"checkpoint {directory}: {MANIFEST} is implausibly large; it is no manifest")
+    return path.read_bytes()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -13,13 +14,14 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaloop.checkpoint.manifest import Manifest, PieceEntry, TensorEntry, read_manifest
+from megaloop.checkpoint.manifest import FileEntry, Manifest, PieceEntry, TensorEntry, read_manifest
 from megaloop.errors import MegaloopError
 from megaloop.parallel.placement import Box, Piece
 
 __all__ = ["Checkpoint", "file_checksum"]
 
 _BLOCK = 8 << 20
+_STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 class Checkpoint:
@@ -48,23 +50,7 @@ class Checkpoint:
         """
         checkpoint = cls(path, read_manifest(path))
         for entry in checkpoint.manifest.files:
-            file = path / entry.path
-            try:
-                if not file.resolve(strict=True).is_relative_to(path.resolve()):
-                    raise MegaloopError(f"checkpoint {path}: {entry.path} points outside the checkpoint")
-                size = file.stat().st_size
-            except FileNotFoundError:
-                raise MegaloopError(f"checkpoint {path}: {entry.path} is missing; use another checkpoint") from None
-            if size != entry.bytes:
-                how = "truncated" if size < entry.bytes else "altered"
-                raise MegaloopError(
-                    f"checkpoint {path}: {entry.path} is {how}: {size} bytes, expected {entry.bytes}; use another checkpoint"
-                )
-            if verify == "checksums" and (found := file_checksum(file)) != entry.checksum:
-                raise MegaloopError(
-                    f"checkpoint {path}: {entry.path} is altered: its checksum is {found}, "
-                    f"expected {entry.checksum}; use another checkpoint"
-                )
+            _check_file(path, entry, verify)
         return checkpoint
 
     @property
@@ -81,23 +67,19 @@ class Checkpoint:
         return tuple(self._entry(kind, name).shape)
 
     def read(self, kind: str, name: str, box: Box | None = None) -> Tensor:
-        """A box of a tensor (the whole by default), in the stored dtype, on the CPU."""
+        """A box of a tensor (the whole by default), in the stored dtype, on the CPU.
+
+        Takes the memory of the box and of one stored piece.
+        """
         entry = self._entry(kind, name)
         whole = tuple(entry.shape)
         box = box or Box.whole(whole)
-        out: Tensor | None = None
-        filled = 0
-        for each in entry.pieces:
-            piece = each.piece(name, whole)
-            common = piece.box.intersect(box)
-            if common is None:
-                continue
-            if out is None:
-                out = torch.empty(box.shape, dtype=_dtype(entry, self.path))
-            filled += self._copy(each, piece, box, common, out)
-        if out is None or filled != box.numel:
+        out = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
+        filled = sum(self._copy(each, entry.dtype, each.piece(name, whole), box, out) for each in entry.pieces)
+        if filled != box.numel:
             raise MegaloopError(
-                f"checkpoint {self.path}: {kind} {name} holds {filled} of {box.numel} values asked for; it is damaged"
+                f"checkpoint {self.path}: {kind} {name} holds {filled} of {box.numel} values asked for "
+                f"(at {box.offset}, of shape {box.shape}); it is damaged"
             )
         return out
 
@@ -105,43 +87,52 @@ class Checkpoint:
         """A piece's values: shaped like its box, or flat; None where the checkpoint holds no such tensor."""
         if piece.name not in self.manifest.tensors.get(kind, {}):
             return None
-        values = self.read(kind, piece.name, piece.box)
-        return values if piece.flat is None else values.reshape(-1)[slice(*piece.flat)]
-
-    def _copy(self, entry: PieceEntry, piece: Piece, box: Box, common: Box, out: Tensor) -> int:
-        """Copy what a stored piece has of ``common`` into ``out`` (which holds ``box``); returns how many values."""
         if piece.flat is None:
-            out[common.within(box)] = self._slice(entry, common.within(piece.box))
-            return common.numel
+            return self.read(kind, piece.name, piece.box)
         start, stop = piece.flat
-        stored = self._slice(entry, (slice(None),))
-        if piece.box == box:
-            out.view(-1)[start:stop] = stored
-            return stop - start
-        # a fragment of another box: mark where its values belong, and take those that lie in the common region
-        values = torch.zeros(piece.box.numel, dtype=stored.dtype)
-        there = torch.zeros(piece.box.numel, dtype=torch.bool)
-        values[start:stop], there[start:stop] = stored, True
-        index = common.within(piece.box)
-        wanted = there.view(piece.box.shape)[index]
-        out[common.within(box)] = torch.where(wanted, values.view(piece.box.shape)[index], out[common.within(box)])
-        return int(wanted.sum())
+        out = torch.empty(stop - start, dtype=getattr(torch, self._entry(kind, piece.name).dtype))
+        for part, at in _rectangles(piece.box, start, stop):
+            out[at - start : at - start + part.numel] = self.read(kind, piece.name, part).view(-1)
+        return out
 
-    def _slice(self, entry: PieceEntry, index: tuple[slice, ...]) -> Tensor:
-        expected = [entry.flat[1] - entry.flat[0]] if entry.flat else list(entry.shape)
+    def _copy(self, entry: PieceEntry, dtype: str, piece: Piece, box: Box, out: Tensor) -> int:
+        """Copy what a stored piece has of ``box`` into ``out``, which holds the box; returns how many values."""
+        if piece.flat is None:
+            if common := piece.box.intersect(box):
+                out[common.within(box)] = self._slice(entry, dtype, common.within(piece.box))
+            return common.numel if common else 0
+        copied = 0
+        for part, at in _rectangles(piece.box, *piece.flat):
+            common = part.intersect(box)
+            if common is None:
+                continue
+            # the rows of the part that are wanted lie one after another in the file
+            rows, *columns = common.within(part) or (slice(0, 1),)
+            row = prod(part.shape[1:])
+            first = at - piece.flat[0] + rows.start * row
+            stored = self._slice(entry, dtype, (slice(first, first + (rows.stop - rows.start) * row),))
+            values = stored.view(rows.stop - rows.start, *part.shape[1:])[(slice(None), *columns)]
+            out[common.within(box)] = values.reshape(common.shape)
+            copied += common.numel
+        return copied
+
+    def _slice(self, entry: PieceEntry, dtype: str, index: tuple[slice, ...]) -> Tensor:
+        shape = [entry.flat[1] - entry.flat[0]] if entry.flat else list(entry.shape)
         try:
             if entry.file not in self._files:
                 self._files[entry.file] = self._stack.enter_context(safe_open(self.path / entry.file, framework="pt"))
             stored = self._files[entry.file].get_slice(entry.key)
-            if list(stored.get_shape()) != expected:
+            found, expected = (stored.get_dtype(), stored.get_shape()), (_STORED_DTYPES[dtype], shape)
+            if found != expected:
                 raise MegaloopError(
-                    f"checkpoint {self.path}: {entry.file} holds {entry.key} as {stored.get_shape()}, "
-                    f"the manifest says {expected}; it is damaged"
+                    f"checkpoint {self.path}: {entry.file} holds {entry.key} as {found[0]} {found[1]}, "
+                    f"the manifest says {expected[0]} {expected[1]}; it is damaged"
                 )
             values: Tensor = stored[index]
             return values
         except (SafetensorError, OSError) as error:
-            raise MegaloopError(f"checkpoint {self.path}: {entry.file} is damaged ({error})") from None
+            what = " ".join(str(error).split())
+            raise MegaloopError(f"checkpoint {self.path}: {entry.file} is damaged ({what})") from None
 
     def _entry(self, kind: str, name: str) -> TensorEntry:
         try:
@@ -163,14 +154,54 @@ class Checkpoint:
         self.close()
 
 
-_DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+def _rectangles(box: Box, start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """A flat range of a box as boxes, each with the position in the outer box at which it begins.
+
+    A range of a matrix is the end of a row, whole rows, and the beginning of a row.
+    """
+    if start >= stop:
+        return
+    if (start, stop) == (0, box.numel):
+        yield box, 0
+        return
+    (origin, *origins), (_, *sizes) = box.offset, box.shape
+    inner = Box(tuple(origins), tuple(sizes))
+    row = inner.numel
+    first, last = start // row, stop // row
+    cut = []  # the rows of which only a part belongs to the range
+    if start % row:
+        cut.append((first, start % row, min(stop - first * row, row)))
+        first += 1
+    if first <= last and stop % row:
+        cut.append((last, 0, stop % row))
+    for index, begin, end in cut:
+        for part, at in _rectangles(inner, begin, end):
+            yield Box((origin + index, *part.offset), (1, *part.shape)), index * row + at
+    if first < last:
+        yield Box((origin + first, *origins), (last - first, *sizes)), first * row
 
 
-def _dtype(entry: TensorEntry, path: Path) -> torch.dtype:
+def _check_file(path: Path, entry: FileEntry, verify: Literal["sizes", "checksums"]) -> None:
+    file = path / entry.path
+    what = f"checkpoint {path}: {entry.path}"
     try:
-        return _DTYPES[entry.dtype]
-    except KeyError:
-        raise MegaloopError(f"checkpoint {path}: unknown dtype {entry.dtype!r}; expected {sorted(_DTYPES)}") from None
+        if not file.resolve(strict=True).is_relative_to(path.resolve()):
+            raise MegaloopError(f"{what} points outside the checkpoint; use another checkpoint")
+        if not file.is_file():
+            raise MegaloopError(f"{what} is no file; use another checkpoint")
+        size = file.stat().st_size
+        if size != entry.bytes:
+            how = "truncated" if size < entry.bytes else "altered"
+            raise MegaloopError(f"{what} is {how}: {size} bytes, expected {entry.bytes}; use another checkpoint")
+        if verify == "checksums" and (found := file_checksum(file)) != entry.checksum:
+            raise MegaloopError(
+                f"{what} is altered: its checksum is {found}, expected {entry.checksum}; use another checkpoint"
+            )
+    except FileNotFoundError:
+        raise MegaloopError(f"{what} is missing; use another checkpoint") from None
+    except (OSError, RuntimeError) as error:  # pathlib reports a circle of links as a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MegaloopError(f"{what} cannot be read ({reason}); use another checkpoint") from None
 
 
 def file_checksum(path: Path) -> str:

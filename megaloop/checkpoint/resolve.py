@@ -11,20 +11,28 @@ from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 
-__all__ = ["check_same_model", "list_checkpoints", "prune", "resolve_checkpoint"]
+__all__ = ["check_same_model", "is_step_name", "list_checkpoints", "prune", "remove_checkpoint", "resolve_checkpoint"]
 
 _NAME = re.compile(r"step-([0-9]+)")
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a run's checkpoint could have this name."""
+    return _NAME.fullmatch(name) is not None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The whole checkpoints (those with a manifest) of ``RUN/checkpoints``, oldest first."""
     if not directory.is_dir():
         return []
-    found = [
-        (int(match[1]), entry)
-        for entry in directory.iterdir()
-        if (match := _NAME.fullmatch(entry.name)) and (entry / MANIFEST).is_file()
-    ]
+    try:
+        found = [
+            (int(match[1]), entry)
+            for entry in directory.iterdir()
+            if (match := _NAME.fullmatch(entry.name)) and (entry / MANIFEST).is_file()
+        ]
+    except OSError as error:
+        raise MegaloopError(f"checkpoints in {directory} cannot be listed: {error.strerror}") from None
     return [entry for _, entry in sorted(found)]
 
 
@@ -48,17 +56,37 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def prune(directory: Path, keep: int) -> list[Path]:
-    """Delete all but the newest ``keep`` checkpoints of ``RUN/checkpoints``; returns what was deleted."""
+    """Delete all but the newest ``keep`` (at least 1) checkpoints of ``RUN/checkpoints``; returns what was deleted.
+
+    Raises:
+        MegaloopError: one cannot be deleted.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, found {keep}")
     gone = list_checkpoints(directory)[:-keep]
     for path in gone:
-        (path / MANIFEST).unlink(missing_ok=True)  # half deleted, it does not exist
-        shutil.rmtree(path)
+        try:
+            remove_checkpoint(path)
+        except OSError as error:
+            raise MegaloopError(f"old checkpoint {path} cannot be deleted: {error.strerror}") from None
     return gone
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Delete a checkpoint, the manifest first: half deleted, it does not exist."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory)
 
 
 def check_same_model(manifest: Manifest, model: ModelConfig, plan: DepthPlan, vocab_size: int) -> None:
     """Raise MegaloopError, with both shapes in one line, unless a checkpoint fits a configuration."""
-    saved = _describe(ModelConfig.model_validate(manifest.model), DepthPlan.from_json(manifest.plan), None)
+    try:
+        saved = _describe(ModelConfig.model_validate(manifest.model), DepthPlan.from_json(manifest.plan), None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise MegaloopError(
+            f"the checkpoint of step {manifest.step} describes its model in a way that this megaloop does not know; "
+            f"use the megaloop that wrote it ({manifest.megaloop})"
+        ) from None
     asked = _describe(model, plan, vocab_size)
     if saved != asked:
         raise MegaloopError(

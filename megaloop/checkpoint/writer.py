@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,11 @@ from megaloop.checkpoint.manifest import (
     PieceEntry,
     TensorEntry,
     TokenizerEntry,
+    encode_manifest,
+    find_problem,
 )
 from megaloop.checkpoint.reader import file_checksum
-from megaloop.checkpoint.resolve import list_checkpoints
+from megaloop.checkpoint.resolve import is_step_name, list_checkpoints, remove_checkpoint
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
@@ -79,7 +79,7 @@ def save_checkpoint(
     Ranks write ``model/rank-N.safetensors`` and ``optim/rank-N.safetensors`` into a hidden directory beside
     the final one. When all have written and synced, rank 0 writes the manifest and renames the directory.
     Interrupted anywhere before that rename, it is as if the save had not begun. A checkpoint that is there
-    already under the same name is replaced.
+    already under the same name is replaced: it is moved to ``.NAME.replaced`` first, and deleted last.
 
     Args:
         directory: the final name, on a file system that all ranks share.
@@ -88,52 +88,73 @@ def save_checkpoint(
 
     Raises:
         MegaloopError: on every rank, if any rank cannot write; nothing is left behind.
+        RuntimeError: on every rank, if one fails otherwise, or if the pieces of all ranks leave a value out
+            or hold it twice.
     """
     began = time.perf_counter()
     rank = dist.get_rank() if dist.is_initialized() else 0
-    partial = directory.with_name(f".{directory.name}.partial")
+    partial = _beside(directory, "partial")
     try:
-        _together(directory, lambda: _begin(partial) if rank == 0 else None)
+        _together(directory, lambda: _begin(directory, partial) if rank == 0 else None)
         indices = _together(directory, lambda: _write_rank(partial, pieces, rank))
         manifest = _together(
             directory, lambda: _finish(partial, directory, indices, info, tokenizer) if rank == 0 else None
         )
-    except MegaloopError:
+    except Exception:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return SaveResult(directory, manifest[0], time.perf_counter() - began)
 
 
-def _together(directory: Path, work: Any) -> list[Any]:
+@dataclass(frozen=True)
+class _Failure:
+    """Why a rank could not do its part; ``expected`` if that is of the user's making, such as a full disk."""
+
+    text: str
+    expected: bool
+
+
+def _together(directory: Path, work: Callable[[], Any]) -> list[Any]:
     """Run ``work`` on every rank; its results by rank, or the same error on all of them."""
-    failure: str | None = None
     result: Any = None
+    cause: Exception | None = None
     try:
         result = work()
     except OSError as error:
-        failure = error.strerror or str(error)
-    except SafetensorError as error:  # the library reports a full disk as its own error
-        failure = str(error)
-    if not dist.is_initialized():
-        outcomes: list[Any] = [(failure, result)]
-    else:
+        result, cause = _Failure(error.strerror or str(error), True), error
+    except (SafetensorError, MegaloopError) as error:  # safetensors reports a full disk as its own error
+        result, cause = _Failure(" ".join(str(error).split()), True), error
+    except Exception as error:  # a mistake of ours: the other ranks wait, and must hear of it
+        result, cause = _Failure(f"{type(error).__name__}: {error}", False), error
+    outcomes: list[Any] = [result]
+    if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (failure, result))
-    for rank, (error_text, _) in enumerate(outcomes):
-        if error_text is not None:
+        dist.all_gather_object(outcomes, result)
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, _Failure) and not outcome.expected:
+            raise RuntimeError(f"checkpoint {directory} not saved: rank {rank}: {outcome.text}") from cause
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, _Failure):
             whole = list_checkpoints(directory.parent)
             last = f"the last whole checkpoint is {whole[-1].name}" if whole else "there is no earlier checkpoint"
             raise MegaloopError(
-                f"checkpoint {directory} not saved: {error_text} (rank {rank}); {last}; "
+                f"checkpoint {directory} not saved: {outcome.text} (rank {rank}); {last}; "
                 "make room or mend the permissions, then go on with --resume"
-            )
-    return [value for _, value in outcomes]
+            ) from cause
+    return outcomes
 
 
-def _begin(partial: Path) -> None:
-    if partial.exists():
-        shutil.rmtree(partial)
+def _begin(directory: Path, partial: Path) -> None:
+    """Make the hidden directory, after clearing what saves that were killed have left."""
+    leftovers = [partial]
+    if is_step_name(directory.name) and directory.parent.is_dir():
+        leftovers = [entry for entry in directory.parent.iterdir() if is_step_name(entry.stem.removeprefix("."))]
+    for entry in leftovers:
+        if entry.suffix == ".replaced" and not entry.with_name(entry.stem[1:]).exists():
+            entry.rename(entry.with_name(entry.stem[1:]))
+        elif entry.suffix in (".partial", ".replaced") and entry.exists():
+            shutil.rmtree(entry)
     for group in ("model", "optim"):
         (partial / group).mkdir(parents=True)
 
@@ -148,6 +169,8 @@ def _write_rank(partial: Path, pieces: Iterable[StatePiece], rank: int) -> _Inde
         piece = each.piece
         group = "model" if each.kind == "model" else "optim"
         key = piece.name if group == "model" else f"{each.kind}/{piece.name}"
+        if key in groups[group]:  # a rank may hold several pieces of a tensor
+            key = f"{key}#{len(groups[group])}"
         groups[group][key] = each.data.detach().to("cpu").contiguous()
         entry = PieceEntry(
             file=f"{group}/rank-{rank:05d}.safetensors",
@@ -175,7 +198,12 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         for kind, name, shape, dtype, piece in described:
             entry = tensors[kind].setdefault(name, TensorEntry(shape=shape, dtype=dtype, pieces=[]))
             entry.pieces.append(piece)
-    _check_complete(tensors)
+            if (entry.shape, entry.dtype) != (shape, dtype):
+                raise RuntimeError(
+                    f"ranks disagree about {kind} of {name}: {entry.shape} {entry.dtype}, {shape} {dtype}"
+                )
+    if problem := find_problem(tensors):
+        raise RuntimeError(f"the ranks' pieces do not make up a checkpoint: {problem}")
     token_entry = None
     if tokenizer is not None:
         copy = partial / TOKENIZER
@@ -201,7 +229,7 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         files=files,
         tensors=dict(tensors),
     )
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1).encode()
+    text = encode_manifest(manifest)
     temporary = partial / f".{MANIFEST}.tmp"
     with temporary.open("wb") as file:
         file.write(text)
@@ -210,11 +238,31 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
     temporary.rename(partial / MANIFEST)
     for folder in (partial / "model", partial / "optim", partial):
         _sync_directory(folder)
-    if directory.exists():
-        remove_checkpoint(directory)
-    partial.rename(directory)
-    _sync_directory(directory.parent)
+    _give_name(partial, directory)
     return sum(entry.bytes for entry in files) + len(text)
+
+
+def _give_name(partial: Path, directory: Path) -> None:
+    """Rename ``partial`` to ``directory``. What had that name keeps existing until the new one has it."""
+    old = _beside(directory, "replaced")
+    if old.exists():
+        shutil.rmtree(old)
+    if directory.exists():
+        directory.rename(old)
+    try:
+        partial.rename(directory)
+    except OSError:
+        if old.exists():
+            old.rename(directory)
+        raise
+    _sync_directory(directory.parent)
+    if old.exists():
+        remove_checkpoint(old)
+
+
+def _beside(directory: Path, suffix: str) -> Path:
+    """A hidden name beside a checkpoint, which nothing takes for one."""
+    return directory.with_name(f".{directory.name}.{suffix}")
 
 
 def _entry(partial: Path, path: Path) -> FileEntry:
@@ -222,31 +270,6 @@ def _entry(partial: Path, path: Path) -> FileEntry:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileEntry(path=path.relative_to(partial).as_posix(), bytes=path.stat().st_size, checksum=file_checksum(path))
-
-
-def _check_complete(tensors: dict[str, dict[str, TensorEntry]]) -> None:
-    """Every value of every tensor is there, and none twice: else the ranks disagree about who saves what."""
-    for kind, named in tensors.items():
-        for name, entry in named.items():
-            ranges: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
-            for each in entry.pieces:
-                piece = each.piece(name, tuple(entry.shape))
-                ranges[piece.box.offset, piece.box.shape].append(piece.flat or (0, piece.box.numel))
-            total = 0
-            for held in ranges.values():
-                held.sort()
-                overlap = any(second[0] < first[1] for first, second in pairwise(held))
-                if overlap:
-                    raise RuntimeError(f"two ranks saved the same values of {kind} {name}")
-                total += sum(stop - start for start, stop in held)
-            if total != torch.Size(entry.shape).numel():
-                raise RuntimeError(f"ranks saved {total} of {torch.Size(entry.shape).numel()} values of {kind} {name}")
-
-
-def remove_checkpoint(directory: Path) -> None:
-    """Delete a checkpoint, the manifest first: half deleted, it does not exist."""
-    (directory / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(directory)
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,0 +1,215 @@
+"""Weights, logits, gradients and token ids survive the way to Hugging Face and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep.tokenizer import train_tokenizer
+from megaloop.checkpoint import Checkpoint, CheckpointInfo, save_checkpoint
+from megaloop.checkpoint.huggingface import export_huggingface, import_huggingface
+from megaloop.config import ModelConfig
+from megaloop.depth import DepthPlan
+from megaloop.errors import MegaloopError
+from megaloop.inference.load import load_decoder
+from megaloop.model import initial_values, parameter_specs, vocab_parallel_cross_entropy
+from megaloop.parallel.placement import Box, Piece, StatePiece
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def theirs(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+    """A random Llama of transformers, and the directory that it was saved to."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=request.param))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # not ones, so that a norm that gets lost shows
+                parameter.normal_(1.0, 0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    return model, tmp_path / "theirs"
+
+
+def _tokens() -> torch.Tensor:
+    return torch.randint(0, 128, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def test_an_imported_llama_gives_its_logits_loss_and_gradients(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+    model, directory = theirs
+    import_huggingface(directory, tmp_path / "ours")
+    ours, _ = load_decoder(tmp_path / "ours")
+    tokens = _tokens()
+    expected = model(tokens, labels=tokens)
+    logits = ours(tokens)
+    assert torch.allclose(logits, expected.logits, atol=1e-4)
+    loss = vocab_parallel_cross_entropy(logits[:, :-1], tokens[:, 1:], ours.tp)
+    assert float(loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=1e-6)
+    loss.backward()
+    expected.loss.backward()
+    pairs = [
+        (ours.embedding.weight, model.model.embed_tokens.weight),
+        (ours.layers["1"].attention.wk.weight, model.model.layers[1].self_attn.k_proj.weight),
+        (ours.layers["0"].attention_norm.weight, model.model.layers[0].input_layernorm.weight),
+        (ours.layers["2"].mlp.w_down.weight, model.model.layers[2].mlp.down_proj.weight),
+        (ours.norm.weight, model.model.norm.weight),
+    ]
+    for mine, other in pairs:
+        assert torch.allclose(mine.grad, other.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_export_gives_back_what_import_read(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, directory = theirs
+    import_huggingface(directory, tmp_path / "ours")
+    export_huggingface(tmp_path / "ours", tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    expected, found = model.state_dict(), back.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert torch.equal(model(_tokens()).logits, back(_tokens()).logits)
+
+
+def test_a_large_model_is_exported_in_several_files(
+    theirs: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, directory = theirs
+    monkeypatch.setattr("megaloop.checkpoint.huggingface.FILE_BYTES", 40_000)
+    import_huggingface(directory, tmp_path / "ours")
+    assert export_huggingface(tmp_path / "ours", tmp_path / "back").files > 2
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert torch.equal(model(_tokens()).logits, back(_tokens()).logits)
+    import_huggingface(tmp_path / "back", tmp_path / "again")
+    assert Checkpoint.open(tmp_path / "again").names("model") == Checkpoint.open(tmp_path / "ours").names("model")
+
+
+def _checkpoint(directory: Path, depth: str, tokenizer: Path | None = None, vocab_size: int = 128) -> Path:
+    """A checkpoint of initial values."""
+    model = ModelConfig(hidden_size=48, num_heads=6, num_kv_heads=2, ffn_size=80, vocab_size=vocab_size)
+    plan = DepthPlan.parse(depth)
+    pieces = []
+    for name, spec in parameter_specs(model, plan, vocab_size).items():
+        piece = Piece(name, spec.shape, Box.whole(spec.shape))
+        values = initial_values(name, spec, 0, piece.box.offset, piece.box.shape)
+        pieces += [StatePiece("model", piece, values.bfloat16()), StatePiece("master", piece, values)]
+    info = CheckpointInfo(
+        step=1, tokens=0, samples=0, flops=0, plan=plan, model=model, seed=0,
+        topology={"pp": 1, "tp": 1, "dp": 1}, precision="bf16", config={},
+    )  # fmt: skip
+    save_checkpoint(directory, pieces, info, tokenizer=tokenizer)
+    return directory
+
+
+def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = _checkpoint(tmp_path / "looped", "1-2x3-1")
+    export_huggingface(checkpoint, tmp_path / "out", dtype="fp32")
+    unrolled = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert unrolled.config.num_hidden_layers == 8
+    ours, _ = load_decoder(checkpoint)
+    assert torch.allclose(ours(_tokens()), unrolled(_tokens()).logits, atol=1e-4)
+
+
+def test_bf16_exports_the_training_copy_and_fp32_the_masters(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path / "step", "1")
+    export_huggingface(checkpoint, tmp_path / "bf16")
+    export_huggingface(checkpoint, tmp_path / "fp32", dtype="fp32")
+    half, full = (load_file(tmp_path / name / "model.safetensors") for name in ("bf16", "fp32"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert half[name].dtype == torch.bfloat16
+    assert full[name].dtype == torch.float32
+    assert torch.equal(full[name].bfloat16(), half[name])
+    assert not torch.equal(full[name], half[name].float())
+
+
+TEXTS = [
+    "In the beginning God created the heaven and the earth.\nAnd the earth was without form, and void.",
+    "  two  spaces   three ", "line\n\nbreaks\r\n\ttabs", "", " ", "caf\u00e9 na\u00efve \u65e5\u672c\u8a9e \u0416 \U0001f600\U0001f468\u200d\U0001f469",
+    "\ufb01 ligature e\u0301 combining \u00a0 nbsp", "<s>markup</s> <unk>", "1234567890 12 3", "supercalifragilistic" * 5, "\x00\x7f",
+]  # fmt: skip
+
+
+def test_the_exported_tokenizer_gives_sentencepieces_ids(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "tokenizer.model"
+    corpus = [
+        f"{text} {word}s the {word}ing of {word}"
+        for text in TEXTS[:1]
+        for word in "create begin earth void form".split()
+    ]
+    model.write_bytes(train_tokenizer(corpus * 20, 330))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    rows = processor.get_piece_size()
+    export_huggingface(_checkpoint(tmp_path / "step", "1", model, rows), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == processor.encode(text), text
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; only llama"),
+        ({"attention_bias": True}, "attention_bias True in config.json is not supported"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"head_dim": 16}, "head_dim 16"),
+        ({"intermediate_size": 96}, r"is \(80, 48\), config.json makes it \(96, 48\)"),
+        ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 2}, "unknown tensor model.layers.2"),
+    ],
+)
+def test_what_the_decoder_lacks_is_refused_by_name(
+    theirs: tuple[Any, Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    config = theirs[1] / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(MegaloopError, match=message):
+        import_huggingface(theirs[1], tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_pickled_weights_are_never_loaded(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+    weights = theirs[1] / "model.safetensors"
+    weights.rename(theirs[1] / "pytorch_model.bin")
+    with pytest.raises(MegaloopError, match="only pickled weights .pytorch_model.bin., which are never loaded"):
+        import_huggingface(theirs[1], tmp_path / "ours")
+
+
+def test_damaged_weights_and_full_outputs_are_named(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+    import_huggingface(theirs[1], tmp_path / "ours")
+    with pytest.raises(MegaloopError, match="already exists"):
+        import_huggingface(theirs[1], tmp_path / "ours")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(MegaloopError, match="is not empty"):
+        export_huggingface(tmp_path / "ours", tmp_path / "full")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+    save_file({"x": torch.zeros(1)}, theirs[1] / "model.safetensors")
+    (theirs[1] / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(MegaloopError, match=r"model.safetensors: damaged"):
+        import_huggingface(theirs[1], tmp_path / "other")
