@@ -295,7 +295,10 @@ def _write_shards(
         sequence_length=sequence_length,
         dtype=dtype,
         splits=splits,  # type: ignore[arg-type]
-        indices={name: file_sha256(partial / name / "index.json") for name in splits},
+        indices={
+            "train": file_sha256(partial / "train" / "index.json"),
+            "validation": file_sha256(partial / "validation" / "index.json"),
+        },
         sources=[
             SourceEntry(path=str(path), bytes=path.stat().st_size, documents=found, skipped=skipped)
             for path, found, skipped in zip(documents.files, documents.documents, documents.skipped, strict=True)

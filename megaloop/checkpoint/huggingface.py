@@ -96,7 +96,7 @@ def export_huggingface(checkpoint: Path, out: Path, *, dtype: str | None = None)
             for theirs, ours in _exported_names(plan, model.tied_embeddings)
         )
         files, size, count = _write_weights(tensors, partial)
-        tokens = {"bos_token_id": None, "eos_token_id": None}
+        tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
         if source.tokenizer is not None:
             write_tokenizer(source.tokenizer, partial, length)
             from megaloop.data.tokenizer import Tokenizer
@@ -295,7 +295,7 @@ def _write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> tuple
     if len(files) == 1:
         (folder / "part-0.safetensors").rename(folder / "model.safetensors")
         return 1, total, count
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files):
         final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / f"part-{number}.safetensors").rename(folder / final)
