@@ -29,7 +29,6 @@ SPLIT_DIMENSION = {"embedding.weight": 0, "layers.0.attention.wq.weight": 0, "la
 
 def tensor(kind: str, name: str, shape: tuple[int, ...], salt: int = 0) -> Tensor:
     """Values that tell where they belong: another number for each place of each tensor."""
-    first = 1000 * (sorted(SHAPES).index(name) + 1) if name in SHAPES else 0
     number = sorted(SHAPES).index(name) if name in SHAPES else 0
     values = torch.arange(prod(shape), dtype=torch.float32).view(shape) + salt
     if kind == "model":

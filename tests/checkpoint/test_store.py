@@ -217,7 +217,7 @@ def test_a_fragment_is_read_without_the_rest_of_the_tensor(tmp_path: Path) -> No
 
 
 class _Allocations(TorchDispatchMode):
-    """The largest tensor that any operation makes."""
+    """The largest tensor that any operation makes; views, as of a mapped file, are no new tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
+        if isinstance(result, torch.Tensor) and not any(each.alias_info for each in function._schema.returns):
             self.largest = max(self.largest, result.nbytes)
         return result
 
