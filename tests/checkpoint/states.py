@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaloop.checkpoint import CheckpointInfo, Manifest, SaveResult, save_checkpoint
+from megaloop.checkpoint import Checkpoint, CheckpointInfo, Manifest, SaveResult, save_checkpoint
 from megaloop.checkpoint.manifest import MANIFEST, encode_manifest
 from megaloop.checkpoint.reader import file_checksum
 from megaloop.config import ModelConfig
@@ -97,3 +97,11 @@ def reseal(checkpoint: Path, manifest: Manifest | None = None) -> None:
         if (path := checkpoint / entry.path)
     ]
     (checkpoint / MANIFEST).write_bytes(encode_manifest(manifest.model_copy(update={"files": files})))
+
+
+def read_all(path: Path, verify: Any = "checksums") -> None:
+    """Open a checkpoint and read every tensor."""
+    with Checkpoint.open(path, verify) as opened:
+        for kind, named in opened.manifest.tensors.items():
+            for name in named:
+                opened.read(kind, name)

@@ -307,3 +307,17 @@ def test_a_checkpoint_of_another_shape(tmp_path: Path) -> None:
             check_same_model(checkpoint.manifest, model.model_copy(update={"ffn_size": 32}), DepthPlan.plain(2), 24)
     assert "it holds depth 1, ffn_size 16; the configuration asks for depth 2, ffn_size 32" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_documentation_reads_a_checkpoint(tmp_path: Path, ranks_4: RankPool) -> None:
+    (path, _), *_ = ranks_4.run(_save_as_rank, tmp_path, 2, 2)
+    text = (Path(__file__).parents[2] / "docs" / "CHECKPOINTS.md").read_text()
+    snippet = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def read" in block)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    for kind in KINDS:
+        for name, shape in SHAPES.items():
+            assert torch.equal(names["read"](path, kind, name), tensor(kind, name, shape))
+    listed = set(re.findall(r"^\| `(\w+)` \|", text.split("## manifest.json")[1].split("### Pieces")[0], re.MULTILINE))
+    with Checkpoint.open(path) as checkpoint:
+        assert listed == set(type(checkpoint.manifest).model_fields)
