@@ -1,0 +1,197 @@
+"""Shards, loader and tokenizer: the same global batches on any number of replicas, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megaloop.config import DataConfig, SourceConfig
+from megaloop.data import BatchLoader, DataSet, MicroBatch, Tokenizer, open_sources, validation_batches
+from megaloop.errors import MegaloopError
+from tests.data.corpus import documents
+
+
+def _read(
+    path: Path, batches: int, *, dp_rank: int = 0, dp_size: int = 1, start: int = 0, prefetch: int = 2, length: int = 64
+) -> list[MicroBatch]:
+    sources = open_sources(DataConfig(sources=(SourceConfig(path=path),), sequence_length=length))
+    options = {"global_batch": 8, "micro_batch": 2, "dp_rank": dp_rank, "dp_size": dp_size}
+    with BatchLoader(sources.datasets, sources.order(0), start_sample=start, prefetch=prefetch, **options) as loader:
+        return [next(loader) for _ in range(batches)]
+
+
+def _ids(batches: list[MicroBatch]) -> list[int]:
+    return [number for batch in batches for number in batch.sample_ids]
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+def test_replicas_together_read_the_global_batch(corpus: Path, dp: int) -> None:
+    alone = _read(corpus, 3 * 4)
+    ranks = [_read(corpus, 3 * 4 // dp, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    per_step = 4 // dp
+    together = [batch for step in range(3) for rank in ranks for batch in rank[step * per_step : (step + 1) * per_step]]
+    assert _ids(together) == _ids(alone) == list(range(24))
+    assert all(a.inputs.equal(b.inputs) and a.targets.equal(b.targets) for a, b in zip(together, alone, strict=True))
+
+
+def test_reading_on_from_a_step_gives_what_reading_through_gives(corpus: Path) -> None:
+    through, later = _read(corpus, 12), _read(corpus, 4, start=16, prefetch=0)
+    assert _ids(later) == _ids(through[8:])
+    assert all(a.inputs.equal(b.inputs) for a, b in zip(later, through[8:], strict=True))
+
+
+def test_every_token_is_predicted_exactly_once_in_an_epoch(corpus: Path) -> None:
+    """The packed samples, laid end to end, are the documents' tokens, each followed by end-of-text."""
+    dataset = DataSet.open(corpus)
+    tokenizer = Tokenizer.load(dataset.tokenizer)
+    split = dataset.split("train")
+    samples = [split.sample(i) for i in range(len(split))]
+    assert all(a.tokens[-1] == b.tokens[0] for a, b in pairwise(samples))
+    stream = [int(samples[0].tokens[0]), *(int(t) for sample in samples for t in sample.tokens[1:])]
+    texts, rest = [], stream
+    while tokenizer.eos_id in rest:
+        end = rest.index(tokenizer.eos_id)
+        texts.append(tokenizer.decode(rest[:end]))
+        rest = rest[end + 1 :]
+    remaining = iter(documents())
+    assert all(text in remaining for text in texts)  # each is a document, in the input's order, the held out left out
+    counts = dataset.description.splits["train"]
+    assert counts.documents - len(texts) <= 64  # less than a sample is cut off at the end
+    assert counts.tokens - len(stream) < 64
+    starts = [64 * number + int(start) for number, sample in enumerate(samples) for start in sample.starts]
+    assert starts[0] == 0
+    assert all(stream[start - 1] == tokenizer.eos_id for start in starts[1:])
+    assert len(starts) == sum(token == tokenizer.eos_id for token in stream[:-1]) + 1
+    assert sum(sample.bytes for sample in samples) <= dataset.description.splits["train"].bytes
+
+
+def test_documents_number_the_tokens_of_a_sample(corpus: Path) -> None:
+    eos = DataSet.open(corpus).description.tokenizer.eos_id
+    for batch in _read(corpus, 6):
+        ends = (batch.inputs == eos).int().cumsum(1)
+        assert batch.documents[:, 1:].equal(ends[:, :-1].int())
+        assert batch.documents[:, 0].eq(0).all()
+        assert batch.targets[:, :-1].equal(batch.inputs[:, 1:])
+
+
+def test_shorter_samples_are_pieces_of_the_stored_ones(corpus: Path) -> None:
+    whole, pieces = DataSet.open(corpus).split("train"), DataSet.open(corpus, 16).split("train")
+    assert len(pieces) == 4 * len(whole)
+    for index in range(len(whole)):
+        parts = [pieces.sample(4 * index + i) for i in range(4)]
+        sample = whole.sample(index)
+        assert [int(t) for part in parts for t in part.tokens[:-1]] == sample.tokens[:-1].tolist()
+        assert [16 * i + int(s) for i, part in enumerate(parts) for s in part.starts] == sample.starts.tolist()
+        assert sum(part.bytes for part in parts) == sample.bytes
+
+
+def test_validation_is_sliced_like_training(corpus: Path) -> None:
+    datasets = [DataSet.open(corpus)]
+    alone = validation_batches(datasets, samples=12, micro_batch=2)
+    ranks = [validation_batches(datasets, samples=12, micro_batch=2, dp_rank=rank, dp_size=2) for rank in range(2)]
+    assert sorted(_ids(ranks[0] + ranks[1])) == sorted(_ids(alone)) == list(range(12))
+    with pytest.raises(MegaloopError, match="fewer than one micro-batch on each rank"):
+        validation_batches(datasets, samples=3, micro_batch=2, dp_size=2)
+
+
+def test_a_closed_loader_leaves_no_thread(corpus: Path) -> None:
+    _read(corpus, 1, prefetch=4)
+    assert not [thread for thread in threading.enumerate() if thread.name == "megaloop-data"]
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_damage_found_in_the_background_reaches_the_reader(corpus: Path, tmp_path: Path, prefetch: int) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    for shard in (copy / "train").glob("*.mds"):
+        data = bytearray(shard.read_bytes())
+        data[-5] ^= 1
+        shard.write_bytes(data)
+    with pytest.raises(MegaloopError, match=r"shard\.\d+\.mds: shard was altered"):
+        _read(copy, 1, prefetch=prefetch)
+
+
+def _first_shard(path: Path) -> Path:
+    return sorted((path / "train").glob("*.mds"))[0]
+
+
+def test_missing_and_truncated_shards_are_named(corpus: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    shard = _first_shard(copy)
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(MegaloopError, match=rf"{shard.name}: shard has \d+ bytes, expected"):
+        DataSet.open(copy).split("train")
+    shard.unlink()
+    with pytest.raises(MegaloopError, match=f"{shard.name}: shard is missing"):
+        DataSet.open(copy).split("train")
+
+
+@pytest.mark.parametrize("victim", ["train/index.json", "validation/index.json"])
+def test_an_altered_index_is_named(corpus: Path, tmp_path: Path, victim: str) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    index = json.loads((copy / victim).read_text())
+    index["shards"][0]["column_encodings"] = ["pkl", "pkl", "pkl"]
+    (copy / victim).write_text(json.dumps(index))
+    with pytest.raises(MegaloopError, match=f"{victim}: altered"):
+        DataSet.open(copy).verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "no data.json there"),
+        ("{", "data.json is damaged"),
+        ({"format_version": 2}, "format version 2, expected 1"),
+        ({"surprise": 1}, "data.json is damaged .surprise"),
+        ({"splits": {}}, "lacks the train split"),
+    ],
+)
+def test_a_bad_description_is_one_clear_error(
+    corpus: Path, tmp_path: Path, change: dict[str, object] | str | None, message: str
+) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    path = copy / "data.json"
+    if change is None:
+        path.unlink()
+    elif isinstance(change, str):
+        path.write_text(change)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(MegaloopError, match=message):
+        DataSet.open(copy)
+
+
+def test_a_sequence_the_shards_cannot_give_is_refused(corpus: Path) -> None:
+    with pytest.raises(MegaloopError, match="sequence_length 128 is longer than the 64 tokens"):
+        DataSet.open(corpus, 128)
+    with pytest.raises(MegaloopError, match="sequence_length 48 does not divide the 64 tokens"):
+        DataSet.open(corpus, 48)
+
+
+def test_sources_must_share_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    both = DataConfig(sources=(SourceConfig(path=corpus), SourceConfig(path=copy, weight=3)), sequence_length=64)
+    assert len(open_sources(both).datasets) == 2
+    (copy / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(MegaloopError, match=r"tokenizer.model was altered"):
+        open_sources(both)
+
+
+@given(text=st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\u2581")))
+def test_the_tokenizer_loses_nothing(text: str) -> None:
+    tokenizer = _TOKENIZER[0]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+_TOKENIZER: list[Tokenizer] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tokenizer(corpus: Path) -> None:
+    _TOKENIZER.append(Tokenizer.load(corpus / "tokenizer.model"))

@@ -1,0 +1,260 @@
+"""Prep reads every kind of input, gives the same data whatever the workers, and leaves nothing half-done."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data_prep.demo import demo_text
+from data_prep.prepare import PrepSummary, prepare
+from megaloop.data import DataSet, Tokenizer
+from megaloop.errors import MegaloopError
+from tests.data.corpus import documents
+
+TEXTS = documents(120)
+
+
+def _jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def _prepare(inputs: list[Path], out: Path, **options: object) -> PrepSummary:
+    defaults: dict[str, object] = {"sequence_length": 32, "validation_fraction": 0.05}
+    if "tokenizer" not in options:
+        defaults["vocab_size"] = 360
+    return prepare(inputs, out, **(defaults | options))  # type: ignore[arg-type]
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", TEXTS)
+
+
+@pytest.fixture(scope="module")
+def prepared(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "shards"
+    _prepare([text], out, workers=1)
+    return out
+
+
+def test_workers_change_nothing(text: Path, prepared: Path, tmp_path: Path) -> None:
+    _prepare([text], tmp_path / "shards", workers=3)
+    assert _digest(tmp_path / "shards") == _digest(prepared)
+
+
+def _shards(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in _digest(folder).items() if name != "data.json"}
+
+
+def test_every_kind_of_input_gives_the_same_shards(prepared: Path, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    kinds = {name: tmp_path / name for name in ("jsonl", "gz", "zst", "parquet", "txt")}
+    for folder in kinds.values():
+        folder.mkdir()
+    (kinds["jsonl"] / "a.jsonl").write_bytes(lines)
+    (kinds["gz"] / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    packer = zstandard.ZstdCompressor()
+    (kinds["zst"] / "a.jsonl.zst").write_bytes(packer.compress(lines[:5000]) + packer.compress(lines[5000:]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), kinds["parquet"] / "a.parquet")
+    for number, each in enumerate(TEXTS):
+        (kinds["txt"] / f"{number:04}.txt").write_text(each)
+    for name, folder in kinds.items():
+        _prepare([folder], tmp_path / f"{name}-out", tokenizer=prepared / "tokenizer.model")
+        assert _shards(tmp_path / f"{name}-out") == _shards(prepared), name
+
+
+def test_counts_are_true(prepared: Path) -> None:
+    dataset = DataSet.open(prepared)
+    tokenizer = Tokenizer.load(dataset.tokenizer)
+    splits = dataset.description.splits
+    assert sum(split.documents for split in splits.values()) == len(TEXTS)
+    assert sum(split.bytes for split in splits.values()) == sum(len(text.encode()) for text in TEXTS)
+    assert sum(split.tokens for split in splits.values()) == sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
+    for name, split in splits.items():
+        assert split.samples == len(dataset.split(name)) == (split.tokens - 1) // 32
+
+
+def test_the_held_out_split_is_chosen_by_document_not_by_place(text: Path, prepared: Path, tmp_path: Path) -> None:
+    backwards = _jsonl(tmp_path / "backwards.jsonl", TEXTS[::-1])
+    _prepare([backwards], tmp_path / "shards", tokenizer=prepared / "tokenizer.model")
+    counts = [DataSet.open(path).description.splits["validation"] for path in (prepared, tmp_path / "shards")]
+    assert counts[0] == counts[1]
+    assert counts[0].samples > 0
+
+
+def test_even_a_tiny_fraction_holds_out_something(text: Path, tmp_path: Path) -> None:
+    summary = _prepare([text], tmp_path / "shards", validation_fraction=0.0)
+    assert summary.validation_samples >= 1
+    assert summary.train_samples > 4 * summary.validation_samples
+
+
+def test_large_text_files_become_documents_at_blank_lines(prepared: Path, tmp_path: Path) -> None:
+    paragraph = "In the beginning was the word. " * 40 + "\n\n"
+    (tmp_path / "large.txt").write_text(paragraph * 4000)
+    summary = _prepare([tmp_path / "large.txt"], tmp_path / "shards", tokenizer=prepared / "tokenizer.model")
+    assert summary.documents == pytest.approx(len(paragraph) * 4000 / 2**20, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nnot \xff fine\n", r"a.txt, line 2: byte 0xff is not UTF-8"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', r"a.jsonl, line 2: byte 0xff is not UTF-8"),
+        ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', r"a.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'{"body": "fine"}\n', r"a.jsonl, line 1: no text in field 'text'"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl, line 1: half a surrogate pair"),
+        ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz: damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 9)[:-9], r"a.jsonl.gz: damaged gzip"),
+        ("a.jsonl.zst", b"no zstd", r"a.jsonl.zst: damaged zstd"),
+        ("a.parquet", b"no parquet", r"a.parquet: damaged, or no parquet file"),
+        ("a.txt", b"", r"a.txt: empty; give files with text"),
+        ("a.txt", b" \n \n", r"no text in it"),
+        ("a.csv", b"text\n", r"a.csv: unknown kind of file; expected one of .txt, .jsonl"),
+    ],
+)
+def test_input_that_cannot_be_read_is_one_clear_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MegaloopError, match=message):
+        _prepare([tmp_path / name], tmp_path / "shards")
+    assert os.listdir(tmp_path) == [name]  # nothing was left behind
+
+
+def test_a_missing_input_and_an_empty_directory_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MegaloopError, match=r"nowhere: no such file or directory"):
+        _prepare([tmp_path / "nowhere"], tmp_path / "shards")
+    with pytest.raises(MegaloopError, match=r"the directory holds no .txt, .jsonl"):
+        _prepare([tmp_path], tmp_path / "shards")
+
+
+def test_what_is_no_text_is_skipped_and_counted_on_request(tmp_path: Path) -> None:
+    good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}\n' + good + b"oops\n")
+    (tmp_path / "b.txt").write_bytes(b"fine \xe9\nbut this is read")
+    summary = _prepare([tmp_path], tmp_path / "shards", errors="skip")
+    assert summary.skipped == 3
+    sources = DataSet.open(tmp_path / "shards").description.sources
+    assert [(Path(each.path).name, each.documents, each.skipped) for each in sources] == [
+        ("a.jsonl", len(TEXTS), 2),
+        ("b.txt", 1, 1),
+    ]
+
+
+def test_a_vocabulary_that_the_text_cannot_support_names_one_that_works(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        MegaloopError, match=r"--vocab-size 5000 is larger than the text supports; use \d+ or less"
+    ) as large:
+        _prepare([text], tmp_path / "shards", vocab_size=5000)
+    largest = int(str(large.value).split("use ")[1].split(" ")[0])
+    assert _prepare([text], tmp_path / "shards", vocab_size=largest).vocab_size == largest
+    with pytest.raises(MegaloopError, match=r"--vocab-size 100 is smaller than the text's characters need"):
+        _prepare([text], tmp_path / "more", vocab_size=100)
+
+
+def test_too_little_text_says_what_is_missing(tmp_path: Path, prepared: Path) -> None:
+    few = _jsonl(tmp_path / "few.jsonl", TEXTS[:2])
+    with pytest.raises(MegaloopError, match=r"too little text: the .* split has"):
+        _prepare([few], tmp_path / "shards", tokenizer=prepared / "tokenizer.model", sequence_length=512)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_nothing_but_a_data_set_is_overwritten(text: Path, prepared: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    shutil.copy(text, mine / "text.jsonl")
+    before = _digest(mine)
+    for overwrite in (False, True):
+        with pytest.raises(MegaloopError, match=r"is not empty|holds no data set"):
+            _prepare([mine], mine, overwrite=overwrite)
+    assert _digest(mine) == before
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    shutil.copy(text, copy / "text.jsonl")
+    with pytest.raises(MegaloopError, match=r"holds the input .*text.jsonl, so it is not overwritten"):
+        _prepare([copy / "text.jsonl"], copy, overwrite=True)
+    (copy / "text.jsonl").unlink()
+    _prepare([text], copy, overwrite=True, sequence_length=16)
+    assert DataSet.open(copy).sequence_length == 16
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(MegaloopError, match="not a sentencepiece model"):
+        _prepare([text], tmp_path / "shards", tokenizer=text)
+
+
+def test_a_full_disk_leaves_nothing_behind(text: Path, prepared: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("a small file system can't be mounted here (not root)")
+    try:
+        with pytest.raises(MegaloopError, match="No space left on device"):
+            _prepare([text], small / "shards", tokenizer=prepared / "tokenizer.model")
+        assert os.listdir(small) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import data_prep.pack
+from data_prep.prepare import prepare
+calls, limit, write = 0, int(sys.argv[1]), data_prep.pack.SplitWriter.add
+def add(self, tokens):
+    global calls
+    calls += 1
+    if calls == limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, tokens)
+data_prep.pack.SplitWriter.add = add
+prepare([Path(sys.argv[2])], Path(sys.argv[3]), tokenizer=Path(sys.argv[4]), sequence_length=32)
+"""
+
+
+def test_a_killed_prep_is_not_taken_for_a_data_set(text: Path, prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    command = [sys.executable, "-c", _KILLED, "100", str(text), str(out), str(prepared / "tokenizer.model")]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    for folder in (out, *tmp_path.iterdir()):
+        with pytest.raises(MegaloopError, match=r"no data.json there"):
+            DataSet.open(folder)
+    _prepare([text], out, tokenizer=prepared / "tokenizer.model")
+    assert DataSet.open(out).split("train")
+
+
+_MEMORY = """
+import sys
+from pathlib import Path
+from data_prep.prepare import prepare
+prepare([Path(sys.argv[1])] * int(sys.argv[2]), Path(sys.argv[3]), tokenizer=Path(sys.argv[4]), workers=2)
+print(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmHWM"].split()[0])
+"""
+
+
+def test_memory_stays_flat_as_the_input_grows(prepared: Path, tmp_path: Path) -> None:
+    demo_text(tmp_path / "kjv.jsonl")
+    peaks = []
+    for times in (4, 12):  # 16 and 50 MB of text
+        arguments = [tmp_path / "kjv.jsonl", times, tmp_path / f"out-{times}", prepared / "tokenizer.model"]
+        run = subprocess.run(
+            [sys.executable, "-c", _MEMORY, *map(str, arguments)], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(run.stdout))
+    assert peaks[1] < 1.1 * peaks[0], peaks
