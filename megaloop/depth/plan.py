@@ -173,9 +173,7 @@ def _text(order: tuple[int, ...]) -> str:
     if times > 1 and layers == tuple(range(len(layers))):
         return f"{before}-{block}x{times}-{len(order) - before - block * times}"
     groups = [(order[:before], 1), (order[before : before + block], times), (order[before + block * times :], 1)]
-    return "".join(
-        f"({','.join(map(str, ids))})" + (f"x{count}" if count > 1 else "") for ids, count in groups if ids
-    )
+    return "".join(f"({','.join(map(str, ids))})" + (f"x{count}" if count > 1 else "") for ids, count in groups if ids)
 
 
 def _find_loop(order: tuple[int, ...]) -> tuple[int, int, int]:

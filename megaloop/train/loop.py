@@ -46,6 +46,7 @@ def run(config: Config, *, resume: bool = False) -> None:
     Raises:
         MegaloopError: the same on every rank.
     """
+    joined_before = dist.is_initialized()
     world_size = join_ranks()
     try:
         with all_ranks_agree():
@@ -60,7 +61,8 @@ def run(config: Config, *, resume: bool = False) -> None:
                 _train(config, engine, sources, start.position, reporter)
                 engine.close()
     finally:
-        dist.destroy_process_group()
+        if not joined_before:  # whoever made the process group ends it
+            dist.destroy_process_group()
 
 
 def _train(config: Config, engine: TrainingEngine, sources: Sources, at: Position, reporter: RunReporter) -> None:

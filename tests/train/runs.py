@@ -1,0 +1,70 @@
+"""Real runs of the training loop, small, on real ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import megaloop.train.loop as loop
+from megaloop.config import Config
+from megaloop.data import BatchLoader, MicroBatch
+
+__all__ = ["configuration", "metrics", "train"]
+
+
+def configuration(
+    data: Path, directory: Path, layout: tuple[int, int, int] = (1, 1, 1), **changes: Any
+) -> dict[str, Any]:
+    """A tiny run on pp x tp x dp ranks; ``section__key=value`` changes a field."""
+    pp, tp, dp = layout
+    values: dict[str, Any] = {
+        "run_dir": str(directory),
+        "depth": "3",
+        "model": {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 64},
+        "data": {"sources": [{"path": str(data)}], "sequence_length": 32},
+        "parallel": {"pp": pp, "tp": tp, "dp": dp},
+        "train": {"steps": 20, "global_batch": 4, "micro_batch": 1, "precision": "fp32"},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"warmup_steps": 4},
+        "validation": {"every": 10, "samples": 4},
+        "checkpoint": {"every": 10, "keep": 5},
+        "logging": {"tensorboard": False, "every": 100},
+    }
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            values[section][field] = value
+        else:
+            values[section] = value
+    return values
+
+
+class _Recording(BatchLoader):
+    """A loader that remembers which samples the run took (not those that it only read ahead)."""
+
+    taken: list[int]
+
+    def __next__(self) -> MicroBatch:
+        batch = super().__next__()
+        _TAKEN.extend(batch.sample_ids)
+        return batch
+
+
+_TAKEN: list[int] = []
+
+
+def train(values: dict[str, Any], resume: bool = False) -> list[int]:
+    """Run on this rank; returns the global sample numbers that it trained on."""
+    _TAKEN.clear()
+    loop.BatchLoader = _Recording  # type: ignore[misc]
+    try:
+        loop.run(Config.model_validate(values), resume=resume)
+    finally:
+        loop.BatchLoader = BatchLoader  # type: ignore[misc]
+    return list(_TAKEN)
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The records of a run."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,178 @@
+"""A run that was stopped and resumed is the run that was not, on the same topology and on others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed import RankPool
+from tests.train.runs import configuration, metrics, train
+
+Layout = tuple[int, int, int]
+
+
+def _pool(request: pytest.FixtureRequest, layout: Layout) -> RankPool:
+    pool: RankPool = request.getfixturevalue(f"ranks_{layout[0] * layout[1] * layout[2]}")
+    return pool
+
+
+def _losses(directory: Path) -> list[float]:
+    records = metrics(directory)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1)), "each step exactly once"
+    return [record["loss"] for record in records]
+
+
+def _validation(directory: Path) -> list[float]:
+    return [record["val_loss"] for record in metrics(directory) if record["val_loss"] is not None]
+
+
+def _stop_at_10(directory: Path, copy: Path) -> None:
+    """What a run leaves that was killed after its checkpoint of step 10, while it went on."""
+    shutil.copytree(directory, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-00000020")
+
+
+@pytest.fixture(scope="module")
+def straight(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """20 steps in one go, made once per layout."""
+    made: dict[tuple[Layout, str], Path] = {}
+
+    def make(layout: Layout, precision: str = "fp32") -> Path:
+        if (layout, precision) not in made:
+            directory = tmp_path_factory.mktemp("straight") / "run"
+            _pool(request, layout).run(train, configuration(corpus, directory, layout, train__precision=precision))
+            made[layout, precision] = directory
+        return made[layout, precision]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [((1, 1, 1), "fp32"), ((2, 1, 1), "fp32"), ((1, 2, 1), "fp32"), ((1, 1, 2), "fp32"), ((2, 1, 1), "bf16"), ((1, 1, 2), "bf16")],
+    ids=str,
+)  # fmt: skip
+def test_resuming_on_the_same_topology_is_bit_identical(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path: Path, straight: Any, layout: Layout, precision: str
+) -> None:
+    _stop_at_10(straight(layout, precision), tmp_path / "run")
+    _pool(request, layout).run(train, configuration(corpus, tmp_path / "run", layout, train__precision=precision), True)
+    assert _losses(tmp_path / "run") == _losses(straight(layout, precision))
+    assert _validation(tmp_path / "run") == _validation(straight(layout, precision))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sequence_parallel"),
+    [
+        ((2, 1, 1), (1, 2, 1), False),
+        ((1, 2, 2), (1, 1, 1), False),
+        ((1, 1, 2), (2, 1, 1), False),
+        ((2, 1, 2), (1, 2, 2), True),
+        ((1, 1, 1), (2, 2, 1), False),
+    ],
+    ids=str,
+)
+def test_resuming_on_another_topology_follows_the_same_curve(
+    request: pytest.FixtureRequest,
+    corpus: Path,
+    tmp_path: Path,
+    straight: Any,
+    first: Layout,
+    second: Layout,
+    sequence_parallel: bool,
+) -> None:
+    _stop_at_10(straight(first), tmp_path / "run")
+    values = configuration(corpus, tmp_path / "run", second)
+    values["parallel"]["sequence_parallel"] = sequence_parallel
+    _pool(request, second).run(train, values, True)
+    limit = 2e-5 if first[1] == second[1] else 1e-4
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(straight(first)), rel=limit)
+
+
+def test_no_sample_is_repeated_or_skipped(ranks_1: RankPool, ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
+    alone = configuration(corpus, tmp_path / "run", (1, 1, 1), train__steps=10)
+    replicas = configuration(corpus, tmp_path / "run", (1, 1, 2), train__steps=20)
+    first = ranks_1.run(train, alone)
+    second = ranks_2.run(train, replicas, True)
+    assert first[0] == list(range(40))
+    assert sorted(second[0] + second[1]) == list(range(40, 80))
+
+
+def _start(values: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "megaloop", "train", str(path), *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def _wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.02)
+
+
+def _steps(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Real processes, SIGKILL beyond the checkpoint, --resume: the same bits, each step once."""
+    changes = {"train__global_batch": 32, "train__steps": 20}
+    values = configuration(corpus, tmp_path / "killed", (2, 1, 1), **changes)
+    process = _start(values, tmp_path)
+    try:
+        _wait_for(lambda: _steps(tmp_path / "killed") >= 12, process)
+    finally:
+        process.send_signal(signal.SIGKILL)  # its ranks die with it
+        process.wait()
+    assert 12 <= _steps(tmp_path / "killed") < 20
+    resumed = _start(values, tmp_path, "--resume")
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, output.decode()
+    ranks_2.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 1), **changes))
+    assert _losses(tmp_path / "killed") == _losses(tmp_path / "straight")
+    kinds = [json.loads(line)["event"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
+    assert kinds == ["start", "save", "resume", "start", "save", "stop"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
+    values = configuration(corpus, tmp_path / "run", train__steps=6, checkpoint__every=0)
+    ranks_1.run(train, values)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = _losses(tmp_path / "run")
+    ranks_1.run(train, values, True)
+    assert _losses(tmp_path / "run") == before
+
+
+def test_old_checkpoints_make_room_for_new_ones(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
+    values = configuration(corpus, tmp_path / "run", train__steps=6, checkpoint__every=2, checkpoint__keep=2)
+    ranks_1.run(train, values)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000004", "step-00000006"]
+
+
+def test_a_new_run_starts_from_anothers_weights(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
+    ranks_1.run(train, configuration(corpus, tmp_path / "first", train__steps=10))
+    ranks_1.run(train, configuration(corpus, tmp_path / "second", train__steps=2, init=str(tmp_path / "first")))
+    assert _losses(tmp_path / "second")[0] < _losses(tmp_path / "first")[0] - 0.1
+
+
+def test_the_replica_check_passes_while_it_trains(ranks_4: RankPool, corpus: Path, tmp_path: Path) -> None:
+    values = configuration(corpus, tmp_path / "run", (2, 2, 1), train__steps=4, train__check_replicas=2)
+    ranks_4.run(train, values)
+    assert len(_losses(tmp_path / "run")) == 4
