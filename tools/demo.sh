@@ -23,6 +23,7 @@ run megaloop prep demo-data/kjv.jsonl --out demo-data/shards --vocab-size 4096 -
 run megaloop train configs/demo.yaml
 run megaloop train configs/demo.yaml --resume parallel.pp=1 parallel.dp=2 train.steps=160
 run megaloop export runs/demo --out demo-export
+run megaloop generate runs/demo --prompt "$PROMPT" --max-tokens 48 --temperature 0.7 --top-p 0.9
 run megaloop generate runs/demo --prompt "$PROMPT" --max-tokens 32 --greedy
 
 bold '# the same through transformers'

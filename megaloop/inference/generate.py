@@ -70,7 +70,7 @@ def generate_text(
     produced: list[int] = []
     shown = tokenizer.decode(ids)
     stopped: Literal["end", "length"] = "length"
-    for token in generate_tokens(model, ids, max_tokens, temperature, top_k, top_p, generator):
+    for token in generate_tokens(model, ids, max_tokens, temperature, top_k, top_p, generator, tokenizer.vocab_size):
         produced.append(token)
         if token == tokenizer.eos_id:
             stopped = "end"
@@ -94,12 +94,17 @@ def generate_tokens(
     top_k: int,
     top_p: float,
     generator: torch.Generator,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Token ids after ``prompt``, one by one; each new token costs one pass over itself alone."""
+    """Token ids after ``prompt``, one by one; each new token costs one pass over itself alone.
+
+    Args:
+        vocab_size: the tokenizer's tokens; rows of the embedding beyond them are padding and are never chosen.
+    """
     caches = model.new_caches(1, len(prompt) + max_tokens)
     tokens_BS = torch.tensor([prompt], device=model.device)
     for _ in range(max_tokens):
-        logits_V = model(tokens_BS, caches=caches)[0, -1].float()
+        logits_V = model(tokens_BS, caches=caches)[0, -1, :vocab_size].float()
         token = _choose(logits_V, temperature, top_k, top_p, generator)
         yield token
         tokens_BS = torch.tensor([[token]], device=model.device)

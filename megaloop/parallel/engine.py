@@ -53,6 +53,8 @@ def join_ranks() -> int:
     """
     # DeepSpeed sends activations by broadcast between two ranks, on purpose outside autograd
     warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
+    # and calls collectives by names that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     with _quietly():
         import deepspeed
 

@@ -63,15 +63,18 @@ def test_an_imported_llama_gives_its_logits_loss_and_gradients(theirs: tuple[Any
     assert float(loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=1e-6)
     loss.backward()
     expected.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     pairs = [
-        (ours.embedding.weight, model.model.embed_tokens.weight),
-        (ours.layers["1"].attention.wk.weight, model.model.layers[1].self_attn.k_proj.weight),
-        (ours.layers["0"].attention_norm.weight, model.model.layers[0].input_layernorm.weight),
-        (ours.layers["2"].mlp.w_down.weight, model.model.layers[2].mlp.down_proj.weight),
-        (ours.norm.weight, model.model.norm.weight),
+        ("embedding.weight", model.model.embed_tokens.weight),
+        ("layers.1.attention.wk.weight", model.model.layers[1].self_attn.k_proj.weight),
+        ("layers.0.attention_norm.weight", model.model.layers[0].input_layernorm.weight),
+        ("layers.2.mlp.w_down.weight", model.model.layers[2].mlp.down_proj.weight),
+        ("norm.weight", model.model.norm.weight),
     ]
-    for mine, other in pairs:
-        assert torch.allclose(mine.grad, other.grad, atol=1e-6, rtol=1e-4)
+    for name, other in pairs:
+        mine = gradients[name]
+        assert mine is not None
+        assert torch.allclose(mine, other.grad, atol=1e-6, rtol=1e-4), name
 
 
 def test_export_gives_back_what_import_read(theirs: tuple[Any, Path], tmp_path: Path) -> None:

@@ -43,8 +43,6 @@ def configuration(
 class _Recording(BatchLoader):
     """A loader that remembers which samples the run took (not those that it only read ahead)."""
 
-    taken: list[int]
-
     def __next__(self) -> MicroBatch:
         batch = super().__next__()
         _TAKEN.extend(batch.sample_ids)
@@ -57,11 +55,11 @@ _TAKEN: list[int] = []
 def train(values: dict[str, Any], resume: bool = False) -> list[int]:
     """Run on this rank; returns the global sample numbers that it trained on."""
     _TAKEN.clear()
-    loop.BatchLoader = _Recording  # type: ignore[misc]
+    loop.BatchLoader = _Recording  # type: ignore[attr-defined]
     try:
         loop.run(Config.model_validate(values), resume=resume)
     finally:
-        loop.BatchLoader = BatchLoader  # type: ignore[misc]
+        loop.BatchLoader = BatchLoader  # type: ignore[attr-defined]
     return list(_TAKEN)
 
 

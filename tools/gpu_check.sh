@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# One round on a machine with a GPU: the GPU tests, then the step benchmarks of SmolLM-360M and -1.7B, as text and as JSON in $OUT.
+# Where DeepSpeed and the rest are not installed there, put their wheels into .whl/: they are installed beside, not over, what is there.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT="${OUT:-gpu-check}"
+mkdir -p "$OUT"
+if compgen -G '.whl/*.whl' >/dev/null; then
+  python3 -m pip install --quiet --no-index --no-deps --no-compile --target /tmp/megaloop-site .whl/*.whl || exit 1
+  export PYTHONPATH="/tmp/megaloop-site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+else
+  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+fi
+nvidia-smi --query-gpu=name,memory.total --format=csv,noheader | tee "$OUT/machine.txt"
+status=0
+python3 -m pytest -q -m gpu tests/gpu 2>&1 | tee "$OUT/tests.txt" || status=1
+for shape in 360m 1.7b; do
+  batch=$([ "$shape" = 360m ] && echo 16 || echo 8)
+  echo "== bench step $shape"
+  python3 -m megaloop bench step --shape "$shape" --precision bf16 --sequence-length 2048 --batch "$batch" \
+    --steps 5 --rounds 4 --compile --json | tee "$OUT/step-$shape.json" || status=1
+done
+exit $status
