@@ -12,7 +12,7 @@ from tests.parallel.layouts import configuration, drifting_replica, train_layout
 
 ALONE = [(1, 1, 1)]
 PAIRS = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
-FOURS = [(2, 2, 1), (2, 1, 2), (1, 2, 2)]
+FOURS = [(2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1)]
 SEQUENCE_PARALLEL = [(1, 2, 1), (2, 2, 1), (1, 2, 2)]
 
 

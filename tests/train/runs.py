@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 import megaloop.train.loop as loop
 from megaloop.config import Config
 from megaloop.data import BatchLoader, MicroBatch
+from megaloop.parallel.engine import StepResult, TrainingEngine
 
-__all__ = ["configuration", "metrics", "train"]
+__all__ = ["configuration", "metrics", "train", "train_with_a_drifting_replica"]
 
 
 def configuration(
@@ -61,6 +64,27 @@ def train(values: dict[str, Any], resume: bool = False) -> list[int]:
     finally:
         loop.BatchLoader = BatchLoader  # type: ignore[attr-defined]
     return list(_TAKEN)
+
+
+def train_with_a_drifting_replica(values: dict[str, Any], name: str, step: int) -> list[int]:
+    """Run on this rank; on rank 1, one weight changes by itself after ``step``."""
+    taken = TrainingEngine.train_step
+    count = 0
+
+    def drifting(engine: TrainingEngine, *arguments: Any) -> StepResult:
+        nonlocal count
+        result = taken(engine, *arguments)
+        count += 1
+        if count == step and dist.get_rank() == 1:
+            local = next(each for each in engine.parameters if each.name == name)
+            local.parameter.data.view(-1)[0] += 1e-4
+        return result
+
+    TrainingEngine.train_step = drifting  # type: ignore[method-assign]
+    try:
+        return train(values)
+    finally:
+        TrainingEngine.train_step = taken  # type: ignore[method-assign]
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed import RankPool
-from tests.train.runs import configuration, metrics, train
+from tests.distributed import RankError, RankPool
+from tests.train.runs import configuration, metrics, train, train_with_a_drifting_replica
 
 Layout = tuple[int, int, int]
 
@@ -175,4 +175,12 @@ def test_a_new_run_starts_from_anothers_weights(ranks_1: RankPool, corpus: Path,
 def test_the_replica_check_passes_while_it_trains(ranks_4: RankPool, corpus: Path, tmp_path: Path) -> None:
     values = configuration(corpus, tmp_path / "run", (2, 2, 1), train__steps=4, train__check_replicas=2)
     ranks_4.run(train, values)
+    assert len(_losses(tmp_path / "run")) == 4
+
+
+def test_a_drifting_replica_stops_the_run_with_its_name(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
+    values = configuration(corpus, tmp_path / "run", (1, 1, 2), train__steps=8, train__check_replicas=2)
+    name = "layers.1.mlp.w_up.weight"
+    with pytest.raises(RankError, match=rf"step 4: ranks that should hold the same bits differ in model {name}"):
+        ranks_2.run(train_with_a_drifting_replica, values, name, 4)
     assert len(_losses(tmp_path / "run")) == 4
