@@ -119,5 +119,5 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
             masters[name].grad = gradient.float()
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), options.clip or float("inf"))))
         adam.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return {"losses": losses, "norms": norms}

@@ -80,7 +80,7 @@ def train_with_a_drifting_replica(values: dict[str, Any], name: str, step: int) 
             local.parameter.data.view(-1)[0] += 1e-4
         return result
 
-    TrainingEngine.train_step = drifting  # type: ignore[method-assign]
+    TrainingEngine.train_step = drifting  # type: ignore[method-assign, assignment]
     try:
         return train(values)
     finally:
