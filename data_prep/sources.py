@@ -5,19 +5,25 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from megaloop.errors import MegaloopError
 
 __all__ = ["Inputs", "find_inputs"]
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-DOCUMENT_BYTES = 1 << 20
-"""A text file larger than this is cut at blank lines into documents of about this size."""
+DOCUMENT_BYTES = 1 << 16
+"""A text file larger than this is cut at blank lines into documents of about this size.
+
+Small enough that part of a single file of a megabyte can be held out, longer than most training samples.
+"""
+_LONGEST_DOCUMENT = 4 * DOCUMENT_BYTES
+"""Where a text file has no blank line for this long, it is cut at a line's end or else at a space."""
 _LONGEST_LINE = 1 << 28
 
 
@@ -75,7 +81,7 @@ class Inputs:
         whole = path.stat().st_size <= DOCUMENT_BYTES
         parts: list[str] = []
         size = 0
-        for line, raw in enumerate(_lines(path), start=1):
+        for line, raw in _parts_of_lines(path):
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
@@ -87,7 +93,7 @@ class Inputs:
                 continue
             parts.append(text)
             size += len(raw)
-            if size >= 4 * DOCUMENT_BYTES:  # no blank line in sight: memory stays bounded
+            if size >= _LONGEST_DOCUMENT:  # no blank line in sight: memory stays bounded
                 yield "".join(parts)
                 parts, size = [], 0
         yield "".join(parts)
@@ -178,28 +184,81 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
+def _parts_of_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, line) of a text file; a line of excessive length comes in parts, cut between characters."""
+    line, rest = 1, b""
+    with _opened(path) as file:
+        while raw := file.readline(DOCUMENT_BYTES - len(rest)):
+            raw = rest + raw
+            ended = raw.endswith(b"\n")
+            cut = len(raw) if ended or len(raw) < DOCUMENT_BYTES else _boundary(raw)
+            yield line, raw[:cut]
+            rest = raw[cut:]
+            line += ended
+    if rest:
+        yield line, rest
+
+
+def _boundary(raw: bytes) -> int:
+    """Where to cut: before the last space, or else before the last character."""
+    space = raw.rfind(b" ", len(raw) - 4096)
+    if space > 0:
+        return space
+    cut = len(raw) - 1
+    while cut > len(raw) - 4 and raw[cut] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+        cut -= 1
+    return cut
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     if path.name.endswith(".gz"):
         try:
             with gzip.open(path) as packed:
                 yield packed  # type: ignore[misc]
-        except (EOFError, gzip.BadGzipFile, ValueError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise MegaloopError(f"input {path}: damaged gzip ({_first_line(error)})") from None
     elif path.name.endswith(".zst"):
         import zstandard
 
         try:
-            with (
-                path.open("rb") as raw,
-                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream,
-            ):
-                yield io.BufferedReader(stream)
+            with path.open("rb") as packed:
+                yield io.BufferedReader(_Zstd(packed))
         except zstandard.ZstdError as error:
             raise MegaloopError(f"input {path}: damaged zstd ({_first_line(error)})") from None
     else:
         with path.open("rb") as plain:
             yield plain
+
+
+class _Zstd(io.RawIOBase):
+    """Decompresses a stream of zstd frames. zstandard's own reader takes a stream cut short for its end."""
+
+    def __init__(self, packed: IO[bytes]):
+        self._packed = packed
+        self._frame: Any = None
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import zstandard
+
+        while not self._plain:
+            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = data or self._packed.read(1 << 14)
+            if not data:
+                if self._frame is not None and not self._frame.eof:
+                    raise zstandard.ZstdError("the file ends in the middle of a frame")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._plain = memoryview(self._frame.decompress(data))
+        size = min(len(buffer), len(self._plain))
+        buffer[:size] = self._plain[:size]
+        self._plain = self._plain[size:]
+        return size
 
 
 def _first_line(error: Exception) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import zstandard
 
 from data_prep.demo import demo_text
 from data_prep.prepare import PrepSummary, prepare
+from data_prep.sources import Inputs
 from megaloop.data import DataSet, Tokenizer
 from megaloop.errors import MegaloopError
 from tests.data.corpus import documents
@@ -107,10 +110,51 @@ def test_even_a_tiny_fraction_holds_out_something(text: Path, tmp_path: Path) ->
 
 
 def test_large_text_files_become_documents_at_blank_lines(prepared: Path, tmp_path: Path) -> None:
-    paragraph = "In the beginning was the word. " * 40 + "\n\n"
-    (tmp_path / "large.txt").write_text(paragraph * 4000)
+    text = "".join("In the beginning was the word. " * 40 + f"{number}\n\n" for number in range(1000))
+    (tmp_path / "large.txt").write_text(text)
     summary = _prepare([tmp_path / "large.txt"], tmp_path / "shards", tokenizer=prepared / "tokenizer.model")
-    assert summary.documents == pytest.approx(len(paragraph) * 4000 / 2**20, abs=2)
+    assert summary.documents == pytest.approx(len(text) / 2**16, abs=2)
+    assert summary.train_samples > 5 * summary.validation_samples > 0
+
+
+@pytest.mark.parametrize("word", ["word ", "漢字\U0001f600"])
+def test_a_text_file_of_a_single_line_is_cut_between_characters(tmp_path: Path, word: str) -> None:
+    text = word * (2_000_000 // len(word.encode()))
+    (tmp_path / "line.txt").write_text(text)
+    documents = [document for _, document in Inputs([tmp_path / "line.txt"])]
+    assert "".join(documents) == text
+    assert len(documents) > 5
+
+
+def test_a_bad_byte_in_a_long_line_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "line.txt").write_bytes(b"first\n" + b"x" * 1_000_000 + b"\xff" + b"x" * 100_000 + b"\nthird\xff\n")
+    with pytest.raises(MegaloopError, match=r"line.txt, line 2: byte 0xff is not UTF-8"):
+        list(Inputs([tmp_path / "line.txt"]))
+    inputs = Inputs([tmp_path / "line.txt"], errors="skip")
+    assert sum(map(len, (text for _, text in inputs))) > 700_000
+    assert inputs.skipped == [2]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_damage_of_any_byte_is_one_clear_error_or_harmless(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)
+    else:
+        packed = gzip.compress(lines) if kind.endswith("gz") else zstandard.ZstdCompressor().compress(lines)
+        path.write_bytes(packed)
+    whole, chance = path.read_bytes(), random.Random(0)
+    for _ in range(100):
+        data = bytearray(whole)
+        data[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+        path.write_bytes(data)
+        with contextlib.suppress(MegaloopError):  # any other error fails
+            list(Inputs([path]))
+    for cut in (3, 100, len(whole) // 2, len(whole) - 2):  # a download that broke off
+        path.write_bytes(whole[:cut])
+        with pytest.raises(MegaloopError, match=r"damaged|cannot be read"):
+            list(Inputs([path], errors="skip"))
 
 
 @pytest.mark.parametrize(
