@@ -7,11 +7,13 @@ from collections import defaultdict
 from itertools import combinations, pairwise
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
+from megaloop.config import ModelConfig
+from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 from megaloop.parallel.placement import Box, Piece
 
@@ -102,7 +104,7 @@ class Manifest(_Model):
     plan: dict[str, Any]
     growth: None
     model: dict[str, Any]
-    precision: str
+    precision: Literal["fp32", "bf16"]
     rng: dict[str, int]
     topology: dict[str, int]
     tokenizer: TokenizerEntry | None
@@ -183,7 +185,7 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and validate a checkpoint's manifest.
 
     Raises:
-        MegaloopError: it is missing, not JSON, of another version, or does not describe a checkpoint.
+        MegaloopError: it is missing, not JSON, of another version, or does not describe a checkpoint of a decoder.
     """
     path = directory / MANIFEST
     try:
@@ -212,7 +214,26 @@ def read_manifest(directory: Path) -> Manifest:
             f"checkpoint {directory}: {MANIFEST} is altered: its checksum is {found}, "
             f"expected {manifest.checksum}; use another checkpoint"
         )
+    _check_decoder(directory, manifest)
     return manifest
+
+
+def _check_decoder(directory: Path, manifest: Manifest) -> None:
+    """Refuse a model or plan that cannot be built: whoever opens a checkpoint may rely on both."""
+    try:
+        model = ModelConfig.model_validate(manifest.model)
+        model.check()
+        if model.vocab_size is None:
+            raise ValueError("model.vocab_size is empty")
+        if not all(type(layer_id) is int for layer_id in manifest.plan["order"]):
+            raise ValueError("plan.order holds something else than layer ids")
+        DepthPlan.from_json(manifest.plan)
+    except (MegaloopError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise MegaloopError(
+            f"checkpoint {directory}: {MANIFEST} describes a decoder that this megaloop does not know ({what}); "
+            f"use the megaloop that wrote it ({manifest.megaloop})"
+        ) from None
 
 
 def _read_text(directory: Path, path: Path) -> bytes:

@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaloop.checkpoint.manifest import FileEntry, Manifest, PieceEntry, TensorEntry, read_manifest
+from megaloop.checkpoint.tensor_file import DTYPE_CODES
 from megaloop.errors import MegaloopError
 from megaloop.parallel.placement import Box, Piece
 
 __all__ = ["Checkpoint", "file_checksum"]
 
 _BLOCK = 8 << 20
-_STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 class Checkpoint:
@@ -122,7 +122,7 @@ class Checkpoint:
             if entry.file not in self._files:
                 self._files[entry.file] = self._stack.enter_context(safe_open(self.path / entry.file, framework="pt"))
             stored = self._files[entry.file].get_slice(entry.key)
-            found, expected = (stored.get_dtype(), stored.get_shape()), (_STORED_DTYPES[dtype], shape)
+            found, expected = (stored.get_dtype(), stored.get_shape()), (DTYPE_CODES[dtype], shape)
             if found != expected:
                 raise MegaloopError(
                     f"checkpoint {self.path}: {entry.file} holds {entry.key} as {found[0]} {found[1]}, "

@@ -23,9 +23,9 @@ def is_step_name(name: str) -> bool:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The whole checkpoints (those with a manifest) of ``RUN/checkpoints``, oldest first."""
-    if not directory.is_dir():
-        return []
     try:
+        if not directory.is_dir():
+            return []
         found = [
             (int(match[1]), entry)
             for entry in directory.iterdir()
@@ -42,10 +42,13 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises:
         MegaloopError: there is none.
     """
-    if (path / MANIFEST).is_file():
-        return path
-    if not path.exists():
-        raise MegaloopError(f"checkpoint {path}: no such directory")
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+        if not path.exists():
+            raise MegaloopError(f"checkpoint {path}: no such directory")
+    except OSError as error:
+        raise MegaloopError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
     for directory in (path / "checkpoints", path):
         whole = list_checkpoints(directory)
         if whole:
@@ -80,13 +83,7 @@ def remove_checkpoint(directory: Path) -> None:
 
 def check_same_model(manifest: Manifest, model: ModelConfig, plan: DepthPlan, vocab_size: int) -> None:
     """Raise MegaloopError, with both shapes in one line, unless a checkpoint fits a configuration."""
-    try:
-        saved = _describe(ModelConfig.model_validate(manifest.model), DepthPlan.from_json(manifest.plan), None)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise MegaloopError(
-            f"the checkpoint of step {manifest.step} describes its model in a way that this megaloop does not know; "
-            f"use the megaloop that wrote it ({manifest.megaloop})"
-        ) from None
+    saved = _describe(ModelConfig.model_validate(manifest.model), DepthPlan.from_json(manifest.plan), None)
     asked = _describe(model, plan, vocab_size)
     if saved != asked:
         raise MegaloopError(

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megaloop import __version__
 from megaloop.checkpoint.manifest import (
@@ -32,6 +29,7 @@ from megaloop.checkpoint.manifest import (
 )
 from megaloop.checkpoint.reader import file_checksum
 from megaloop.checkpoint.resolve import is_step_name, list_checkpoints, remove_checkpoint
+from megaloop.checkpoint.tensor_file import LazyTensor, write_tensors
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
@@ -54,7 +52,7 @@ class CheckpointInfo:
     model: ModelConfig
     seed: int
     topology: dict[str, int]
-    precision: str
+    precision: Literal["fp32", "bf16"]
     config: dict[str, Any]
 
 
@@ -123,7 +121,7 @@ def _together(directory: Path, work: Callable[[], Any]) -> list[Any]:
         result = work()
     except OSError as error:
         result, cause = _Failure(error.strerror or str(error), True), error
-    except (SafetensorError, MegaloopError) as error:  # safetensors reports a full disk as its own error
+    except MegaloopError as error:
         result, cause = _Failure(" ".join(str(error).split()), True), error
     except Exception as error:  # a mistake of ours: the other ranks wait, and must hear of it
         result, cause = _Failure(f"{type(error).__name__}: {error}", False), error
@@ -134,15 +132,21 @@ def _together(directory: Path, work: Callable[[], Any]) -> list[Any]:
     for rank, outcome in enumerate(outcomes):
         if isinstance(outcome, _Failure) and not outcome.expected:
             raise RuntimeError(f"checkpoint {directory} not saved: rank {rank}: {outcome.text}") from cause
-    for rank, outcome in enumerate(outcomes):
-        if isinstance(outcome, _Failure):
-            whole = list_checkpoints(directory.parent)
-            last = f"the last whole checkpoint is {whole[-1].name}" if whole else "there is no earlier checkpoint"
-            raise MegaloopError(
-                f"checkpoint {directory} not saved: {outcome.text} (rank {rank}); {last}; "
-                "make room or mend the permissions, then go on with --resume"
-            ) from cause
+    failed = {rank: outcome.text for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)}
+    if failed:
+        whole = list_checkpoints(directory.parent)
+        last = f"the last whole checkpoint is {whole[-1].name}" if whole else "there is no earlier checkpoint"
+        raise MegaloopError(
+            f"checkpoint {directory} not saved: {next(iter(failed.values()))} ({_ranks(list(failed))}); {last}; "
+            "make room or mend the permissions, then go on with --resume"
+        ) from cause
     return outcomes
+
+
+def _ranks(ranks: list[int]) -> str:
+    """``rank 3``, or ``ranks 3, 4, 5 and 9 more``: a full disk often stops several."""
+    more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:3]))}{more}"
 
 
 def _begin(directory: Path, partial: Path) -> None:
@@ -161,7 +165,7 @@ def _begin(directory: Path, partial: Path) -> None:
 
 def _write_rank(partial: Path, pieces: Iterable[StatePiece], rank: int) -> _Index:
     """Write this rank's two files and describe them."""
-    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optim": {}}
+    groups: dict[str, dict[str, LazyTensor]] = {"model": {}, "optim": {}}
     tensors = []
     for each in pieces:
         if not each.writes or each.data.numel() == 0:
@@ -171,7 +175,7 @@ def _write_rank(partial: Path, pieces: Iterable[StatePiece], rank: int) -> _Inde
         key = piece.name if group == "model" else f"{each.kind}/{piece.name}"
         if key in groups[group]:  # a rank may hold several pieces of a tensor
             key = f"{key}#{len(groups[group])}"
-        groups[group][key] = each.data.detach().to("cpu").contiguous()
+        groups[group][key] = LazyTensor.of(key, each.data)
         entry = PieceEntry(
             file=f"{group}/rank-{rank:05d}.safetensors",
             key=key,
@@ -185,8 +189,8 @@ def _write_rank(partial: Path, pieces: Iterable[StatePiece], rank: int) -> _Inde
     for group, values in groups.items():
         if values:
             path = partial / group / f"rank-{rank:05d}.safetensors"
-            save_file(values, path, metadata={"format": "pt", "megaloop": f"{group} state of rank {rank}"})
-            files.append(_entry(partial, path))
+            size, checksum = write_tensors(path, values.values(), f"{group} state of rank {rank}")
+            files.append(FileEntry(path=path.relative_to(partial).as_posix(), bytes=size, checksum=checksum))
     return files, tensors
 
 
