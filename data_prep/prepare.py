@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import json
 import os
+import secrets
 import shutil
 import time
 from collections import deque
@@ -29,9 +31,11 @@ from megaloop.data.dataset import DATA_JSON, FORMAT_VERSION, Description, Source
 from megaloop.data.tokenizer import Tokenizer, file_sha256
 from megaloop.errors import MegaloopError
 
-__all__ = ["PrepSummary", "encode_documents", "prepare"]
+__all__ = ["PrepSummary", "available_cores", "encode_documents", "prepare"]
 
 TOKENIZER = "tokenizer.model"
+_PARTIAL = ".partial-"
+"""How the directory of a prep under way begins. One that was killed leaves it; it is no data set and can be deleted."""
 _BATCH_BYTES = 1 << 20
 """Text per task of a worker, characters."""
 _TRAINING_BYTES = 32 << 20
@@ -73,7 +77,8 @@ def prepare(
     """Tokenize ``inputs`` into shards in ``out``. The result does not depend on the number of workers.
 
     Reads the input twice: once to choose what is held out (and what the tokenizer is trained on), once to
-    tokenize. Everything is written beside ``out`` and gets its name at the end: a directory of that name is whole.
+    tokenize. Everything is written to a directory within ``out`` (which may be a mount point or a link), and
+    moved to its place at the end, data.json last: a directory with a data.json is whole.
 
     Args:
         inputs: files or directories.
@@ -96,18 +101,22 @@ def prepare(
     out = out.absolute()
     documents = Inputs(find_inputs(inputs), text_field, errors)
     _check_output(out, overwrite, [*documents.files, *([tokenizer] if tokenizer else [])])
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    existed = out.is_dir()
+    partial = out / f"{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
         held_out, sample = _scan(documents, validation_fraction, sequence_length, vocab_size is not None, console)
         _install_tokenizer(partial / TOKENIZER, vocab_size, tokenizer, sample, console)
         description = _write_shards(
-            documents, partial, held_out, sequence_length, validation_fraction, workers or os.cpu_count() or 1, console
+            documents, partial, held_out, sequence_length, validation_fraction, workers or available_cores(), console
         )
+        _check_output(out, overwrite, [])  # nobody else was faster
         _publish(partial, out, description)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):  # not there, or in use by somebody else
+                out.rmdir()
         if isinstance(error, OSError):
             raise MegaloopError(
                 f"output {out}: cannot be written ({error.strerror or error}); make room or mend the permissions, "
@@ -130,10 +139,20 @@ def prepare(
     )
 
 
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def _check_output(out: Path, overwrite: bool, needed: list[Path]) -> None:
     """Refuse to write where anything but a data set is, or where the input lies."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    try:
+        if not out.exists() or all(path.name.startswith(_PARTIAL) for path in out.iterdir()):
+            return
+    except NotADirectoryError:
+        raise MegaloopError(f"output {out} is a file; choose a directory") from None
+    except OSError as error:
+        raise MegaloopError(f"output {out}: cannot be read ({error.strerror}); choose another directory") from None
     if not overwrite:
         raise MegaloopError(f"output {out} is not empty; choose another directory, or pass --overwrite to replace it")
     if not (out / DATA_JSON).is_file():
@@ -215,7 +234,8 @@ def encode_documents(
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def encode(batch: list[tuple[int, str]]) -> list[NDArray[Any]]:
-        return [np.array(ids, dtype=dtype) for ids in processor.encode([text for _, text in batch])]
+        # by itself a call would start a thread for every core of the machine
+        return [np.array(ids, dtype=dtype) for ids in processor.encode([text for _, text in batch], num_threads=1)]
 
     waiting: deque[tuple[list[tuple[int, str]], Future[list[NDArray[Any]]]]] = deque()
 
@@ -308,24 +328,29 @@ def _write_shards(
 
 
 def _publish(partial: Path, out: Path, description: Description) -> None:
-    """Write data.json last, sync, and give the directory its name."""
-    for file in sorted(partial.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+    """Move what was written to its place, data.json last, with everything on disk before that."""
     with (partial / DATA_JSON).open("w", encoding="utf-8") as target:
         json.dump(description.model_dump(mode="json"), target, indent=1)
-        target.flush()
-        os.fsync(target.fileno())
-    if out.is_dir():
-        (out / DATA_JSON).unlink(missing_ok=True)  # half deleted, the old one does not exist
-        shutil.rmtree(out)
-    elif out.exists():
-        out.unlink()
-    partial.rename(out)
-    descriptor = os.open(out.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    (out / DATA_JSON).unlink(missing_ok=True)  # half replaced, the old data set does not exist
+    for name in ("train", "validation", TOKENIZER, DATA_JSON):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        if name == DATA_JSON:
+            _sync(out)
+        (partial / name).replace(out / name)
+    _sync(out)
+    partial.rmdir()
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a directory's entries, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class _Progress:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -237,22 +238,98 @@ def test_nothing_but_a_data_set_is_overwritten(text: Path, prepared: Path, tmp_p
     assert DataSet.open(copy).sequence_length == 16
 
 
+def test_an_output_that_is_a_link_keeps_being_one(text: Path, prepared: Path, tmp_path: Path) -> None:
+    real = shutil.copytree(prepared, tmp_path / "real")
+    (real / "NOTES").write_text("mine")
+    (tmp_path / "link").symlink_to(real)
+    _prepare([text], tmp_path / "link", overwrite=True, sequence_length=16)
+    assert (tmp_path / "link").is_symlink()
+    assert DataSet.open(real).sequence_length == 16
+    DataSet.open(real).verify()
+    assert sorted(os.listdir(real)) == ["NOTES", "data.json", "tokenizer.model", "train", "validation"]
+
+
+def test_an_output_may_be_a_mount_point_and_may_fill_up(text: Path, prepared: Path, tmp_path: Path) -> None:
+    tokenizer = prepared / "tokenizer.model"
+    with _mounted(tmp_path / "volume", "4m") as volume:
+        _prepare([text], volume, tokenizer=tokenizer)
+        assert _shards(volume) == _shards(prepared)
+    with _mounted(tmp_path / "volume", "16k") as volume:
+        with pytest.raises(MegaloopError, match="No space left on device"):
+            _prepare([text], volume, tokenizer=tokenizer)
+        assert os.listdir(volume) == []
+
+
+def test_an_output_that_is_a_file_is_refused(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(MegaloopError, match=r"is a file; choose a directory|Not a directory"):
+            _prepare([text], out, overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_of_two_preps_into_one_directory_the_later_is_refused(text: Path, prepared: Path, tmp_path: Path) -> None:
+    """The second finishes while the first still reads its input, here a pipe's worth of it."""
+    out, tokenizer = tmp_path / "shards", prepared / "tokenizer.model"
+    first = subprocess.Popen(
+        [sys.executable, "-c", _PAUSED, str(text), str(out), str(tokenizer)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "writing\n"
+    _prepare([text], out, tokenizer=tokenizer)
+    before = _digest(out)
+    output, _ = first.communicate("go on\n")
+    assert f"output {out} is not empty" in output
+    assert {name: digest for name, digest in _digest(out).items() if not name.startswith(".")} == {
+        name: digest for name, digest in before.items() if not name.startswith(".")
+    }
+
+
+_PAUSED = """
+import sys
+from pathlib import Path
+import data_prep.pack
+from data_prep.prepare import prepare
+from megaloop.errors import MegaloopError
+finish = data_prep.pack.SplitWriter.finish
+def pausing(self):
+    if "train" in str(self._writer.local):
+        print("writing", flush=True)
+        sys.stdin.readline()
+    return finish(self)
+data_prep.pack.SplitWriter.finish = pausing
+try:
+    prepare([Path(sys.argv[1])], Path(sys.argv[2]), tokenizer=Path(sys.argv[3]), sequence_length=32)
+except MegaloopError as error:
+    print(error)
+"""
+
+
 def test_a_file_that_is_no_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(MegaloopError, match="not a sentencepiece model"):
         _prepare([text], tmp_path / "shards", tokenizer=text)
 
 
-def test_a_full_disk_leaves_nothing_behind(text: Path, prepared: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True).returncode:
+@contextlib.contextmanager
+def _mounted(at: Path, size: str) -> Iterator[Path]:
+    """A file system of its own."""
+    at.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(at)], capture_output=True).returncode:
         pytest.skip("a small file system can't be mounted here (not root)")
     try:
+        yield at
+    finally:
+        subprocess.run(["umount", str(at)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_behind(text: Path, prepared: Path, tmp_path: Path) -> None:
+    with _mounted(tmp_path / "small", "16k") as small:
         with pytest.raises(MegaloopError, match="No space left on device"):
             _prepare([text], small / "shards", tokenizer=prepared / "tokenizer.model")
         assert os.listdir(small) == []
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 _KILLED = """
@@ -276,7 +353,7 @@ def test_a_killed_prep_is_not_taken_for_a_data_set(text: Path, prepared: Path, t
     out = tmp_path / "shards"
     command = [sys.executable, "-c", _KILLED, "100", str(text), str(out), str(prepared / "tokenizer.model")]
     assert subprocess.run(command).returncode == -signal.SIGKILL
-    for folder in (out, *tmp_path.iterdir()):
+    for folder in (out, *out.iterdir()):
         with pytest.raises(MegaloopError, match=r"no data.json there"):
             DataSet.open(folder)
     _prepare([text], out, tokenizer=prepared / "tokenizer.model")
