@@ -48,13 +48,15 @@ class RankPool:
     """Ranks that stay alive and run many functions in turn.
 
     Started by the first call. A call that leaves a rank dead or stuck ends all of them; the next call starts
-    new ones. Where every rank has reported (all returned, or all raised) they go on being used.
+    new ones, and so it does where the function destroyed the process group: a second one in the same processes
+    does not always get on with what DeepSpeed and gloo remember of the first. Otherwise they go on being used.
     """
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
         self._store: Any = None
+        self._left_group = False
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout: float = 180.0, init: bool = True, **kwargs: Any
@@ -116,6 +118,7 @@ class RankPool:
 
     def _collect(self, name: str, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
+        self._left_group = False
         failure: RankError | None = None
         waiting = {connection: rank for rank, (_, connection) in enumerate(self._ranks)}
         deadline = time.monotonic() + timeout
@@ -131,15 +134,16 @@ class RankPool:
                 if error is not None and failure is None:
                     failure = error
                     deadline = min(deadline, time.monotonic() + _GRACE)
+        if self._left_group or not all(process.is_alive() for process, _ in self._ranks):
+            self.close()
         if failure is not None:
-            if not all(process.is_alive() for process, _ in self._ranks):
-                self.close()
             raise failure
         return [results[rank] for rank in range(self.world_size)]
 
     def _read(self, rank: int, connection: Connection, name: str, results: dict[int, Any]) -> RankError | None:
         try:
-            succeeded, value = pickle.loads(connection.recv_bytes())
+            succeeded, value, left_group = pickle.loads(connection.recv_bytes())
+            self._left_group = self._left_group or left_group
         except (EOFError, OSError):
             process = self._ranks[rank][0]
             process.join(_GRACE)
@@ -195,6 +199,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
 
 def _answer(task: bytes) -> bytes:
     """Run a task; the pickled (succeeded, result or (traceback, exception))."""
+    init = False
     try:
         module, qualname, args, kwargs, init = pickle.loads(task)
         function: Any = importlib.import_module(module)
@@ -202,13 +207,19 @@ def _answer(task: bytes) -> bytes:
             function = getattr(function, part)
         if init:
             _join()
-        return pickle.dumps((True, function(*args, **kwargs)))
+        return pickle.dumps((True, function(*args, **kwargs), _left_group(init)))
     except BaseException as error:  # whatever it is, the test wants to see it
         text = traceback.format_exc()
         try:
-            return _loadable((False, (text, error)))
+            return _loadable((False, (text, error), _left_group(init)))
         except Exception:
-            return pickle.dumps((False, (text, None)))
+            return pickle.dumps((False, (text, None), _left_group(init)))
+
+
+def _left_group(joined: bool) -> bool:
+    import torch.distributed as dist
+
+    return joined and not dist.is_initialized()
 
 
 def _loadable(value: Any) -> bytes:

@@ -51,9 +51,16 @@ def test_results_come_back_in_rank_order() -> None:
 
 def test_a_pool_keeps_its_processes(ranks_2: RankPool) -> None:
     first = ranks_2.run(_process_id)
-    ranks_2.run(_leave_the_group)
     assert ranks_2.run(_sum_of_ranks, 0)[0].item() == 1.0
     assert ranks_2.run(_process_id) == first
+
+
+def test_a_pool_starts_anew_when_its_ranks_have_left_the_group() -> None:
+    with RankPool(2) as pool:
+        first = pool.run(_process_id)
+        pool.run(_leave_the_group)
+        assert pool.run(_sum_of_ranks, 0)[0].item() == 1.0
+        assert pool.run(_process_id) != first
 
 
 def test_an_error_on_every_rank_leaves_the_pool_in_use(ranks_2: RankPool) -> None:
