@@ -96,7 +96,7 @@ def test_a_large_model_is_exported_in_several_files(
     from transformers import AutoModelForCausalLM
 
     model, directory = theirs
-    monkeypatch.setattr("megaloop.checkpoint.huggingface.FILE_BYTES", 40_000)
+    monkeypatch.setattr("megaloop.checkpoint.huggingface_files.FILE_BYTES", 40_000)
     import_huggingface(directory, tmp_path / "ours")
     assert export_huggingface(tmp_path / "ours", tmp_path / "back").files > 2
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
