@@ -77,6 +77,12 @@ class Description(_Model):
     validation_fraction: float
 
 
+class _Version(BaseModel):
+    """The one key that every version of ``data.json`` has."""
+
+    format_version: int
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sample.
@@ -118,7 +124,13 @@ class DataSet:
             MegaloopError: no data set, a damaged one, or shards too short for ``sequence_length``.
         """
         try:
-            description = Description.model_validate_json((path / DATA_JSON).read_bytes())
+            content = (path / DATA_JSON).read_bytes()
+            version = _Version.model_validate_json(content).format_version
+            if version != FORMAT_VERSION:
+                raise MegaloopError(
+                    f"data {path}: format version {version}, expected {FORMAT_VERSION}; prepare it again"
+                )
+            description = Description.model_validate_json(content)
         except (FileNotFoundError, NotADirectoryError):
             raise MegaloopError(
                 f"data {path}: no {DATA_JSON} there; make a data set with 'megaloop prep INPUT --out {path}'"
@@ -131,10 +143,8 @@ class DataSet:
             raise MegaloopError(
                 f"data {path}: {DATA_JSON} is damaged ({where}: {first['msg']}); prepare it again"
             ) from None
-        if description.format_version != FORMAT_VERSION:
-            raise MegaloopError(
-                f"data {path}: format version {description.format_version}, expected {FORMAT_VERSION}; prepare it again"
-            )
+        if Path(description.tokenizer.file).name != description.tokenizer.file:
+            raise MegaloopError(f"data {path}: {DATA_JSON} names a tokenizer outside the data set; prepare it again")
         for split in ("train", "validation"):
             if split not in description.splits or split not in description.indices:
                 raise MegaloopError(f"data {path}: {DATA_JSON} lacks the {split} split; prepare it again")
@@ -178,9 +188,9 @@ class Split:
     def __init__(self, dataset: DataSet, name: Literal["train", "validation"]):
         self._dataset, self._name, self._directory = dataset, name, dataset.path / name
         self._dtype = np.dtype(dataset.description.dtype).newbyteorder("<")
-        entries = self._read_index()
         self._pieces = dataset.pieces
-        self._readers = [self._reader(entry) for entry in entries]
+        self._readers: list[Any] = []
+        entries = self._read_index()
         self._entries = [entry["raw_data"] for entry in entries]
         self._verified = [False] * len(entries)
         self._lock = threading.Lock()
@@ -225,8 +235,12 @@ class Split:
             for entry in shards:
                 raw = entry["raw_data"]
                 basename, expected = raw["basename"], raw["bytes"]
+                if not (isinstance(entry["samples"], int) and isinstance(raw["hashes"], dict)):
+                    raise TypeError
                 if Path(basename).name != basename:
-                    raise MegaloopError(f"data {path}: shard {basename!r} points outside the data set")
+                    raise MegaloopError(
+                        f"data {path}: shard {basename!r} points outside the data set; prepare it again"
+                    )
                 try:
                     size = (self._directory / basename).stat().st_size
                 except FileNotFoundError:
@@ -237,15 +251,19 @@ class Split:
                     raise MegaloopError(
                         f"data {self._directory / basename}: shard has {size} bytes, expected {expected}; prepare the data again"
                     )
+                self._readers.append(self._reader(entry))
             return shards
         except FileNotFoundError:
             raise MegaloopError(f"data {path}: missing; prepare the data again") from None
-        except (ValueError, KeyError, TypeError):
+        except OSError as error:
+            raise MegaloopError(f"data {path}: cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise MegaloopError(f"data {path}: damaged; prepare the data again") from None
 
     def _reader(self, entry: dict[str, Any]) -> Any:
-        # only these encodings: MDS also knows one that unpickles
-        if dict(zip(entry["column_names"], entry["column_encodings"], strict=True)) != COLUMNS or entry["compression"]:
+        # only these encodings, each column once: MDS also knows one that unpickles
+        columns = list(zip(entry["column_names"], entry["column_encodings"], strict=True))
+        if sorted(columns) != sorted(COLUMNS.items()) or entry["compression"] or entry["format"] != "mds":
             raise MegaloopError(
                 f"data {self._directory}: shards of another layout than megaloop's; prepare the data again"
             )
@@ -259,9 +277,12 @@ class Split:
             raw = self._entries[shard]
             path = self._directory / raw["basename"]
             digest = xxhash.xxh3_128()
-            with path.open("rb") as file:
-                while block := file.read(8 << 20):
-                    digest.update(block)
+            try:
+                with path.open("rb") as file:
+                    while block := file.read(8 << 20):
+                        digest.update(block)
+            except OSError as error:
+                raise MegaloopError(f"data {path}: shard cannot be read ({error.strerror})") from None
             if digest.hexdigest() != raw["hashes"].get(HASH):
                 raise MegaloopError(
                     f"data {path}: shard was altered (its {HASH} does not match); prepare the data again"

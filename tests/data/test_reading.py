@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from megaloop.config import DataConfig, SourceConfig
 from megaloop.data import BatchLoader, DataSet, MicroBatch, Tokenizer, open_sources, validation_batches
+from megaloop.data.streaming_base import mds_writer
 from megaloop.errors import MegaloopError
 from tests.data.corpus import documents
 
@@ -33,7 +37,7 @@ def _ids(batches: list[MicroBatch]) -> list[int]:
 
 @pytest.mark.parametrize("dp", [2, 4])
 def test_replicas_together_read_the_global_batch(corpus: Path, dp: int) -> None:
-    alone = _read(corpus, 3 * 4)
+    alone = _read(corpus, 3 * 4, prefetch=0)
     ranks = [_read(corpus, 3 * 4 // dp, dp_rank=rank, dp_size=dp) for rank in range(dp)]
     per_step = 4 // dp
     together = [batch for step in range(3) for rank in ranks for batch in rank[step * per_step : (step + 1) * per_step]]
@@ -59,6 +63,7 @@ def test_every_token_is_predicted_exactly_once_in_an_epoch(corpus: Path) -> None
     while tokenizer.eos_id in rest:
         end = rest.index(tokenizer.eos_id)
         texts.append(tokenizer.decode(rest[:end]))
+        assert rest[:end] == tokenizer.encode(texts[-1])
         rest = rest[end + 1 :]
     remaining = iter(documents())
     assert all(text in remaining for text in texts)  # each is a document, in the input's order, the held out left out
@@ -69,7 +74,8 @@ def test_every_token_is_predicted_exactly_once_in_an_epoch(corpus: Path) -> None
     assert starts[0] == 0
     assert all(stream[start - 1] == tokenizer.eos_id for start in starts[1:])
     assert len(starts) == sum(token == tokenizer.eos_id for token in stream[:-1]) + 1
-    assert sum(sample.bytes for sample in samples) <= dataset.description.splits["train"].bytes
+    predicted = tokenizer.decode([token for token in stream[1:] if token != tokenizer.eos_id])
+    assert sum(sample.bytes for sample in samples) == len(predicted.encode())
 
 
 def test_documents_number_the_tokens_of_a_sample(corpus: Path) -> None:
@@ -106,6 +112,33 @@ def test_a_closed_loader_leaves_no_thread(corpus: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "megaloop-data"]
 
 
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (3.0, 1.0)])
+def test_a_mixture_reads_its_sources_in_their_shares(corpus: Path, tmp_path: Path, shares: tuple[float, float]) -> None:
+    """Micro-batch by micro-batch what the order says, from more than one source and over more than one epoch."""
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    configured = tuple(
+        SourceConfig(path=path, weight=share) for path, share in zip((corpus, copy), shares, strict=True)
+    )
+    sources = open_sources(DataConfig(sources=configured, sequence_length=64))
+    order = sources.order(7)
+    steps = 3 * len(sources.datasets[0].split("train")) // 8
+    with BatchLoader(sources.datasets, order, global_batch=8, micro_batch=8) as loader:
+        batches = [next(loader) for _ in range(steps)]
+    places = [order(number) for number in _ids(batches)]
+    rows = [row for batch in batches for row in batch.inputs]
+    for (source, index), row in zip(places, rows, strict=True):
+        assert row.tolist() == sources.datasets[source].split("train").sample(index).tokens[:-1].tolist()
+    taken = sum(source == 0 for source, _ in places)
+    assert taken == pytest.approx(len(places) * shares[0] / sum(shares), abs=1)
+
+
+def test_special_tokens_written_out_in_a_text_are_text(corpus: Path) -> None:
+    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    text = "the </s> of <s> and <unk> <0x41>"
+    assert tokenizer.eos_id not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_damage_found_in_the_background_reaches_the_reader(corpus: Path, tmp_path: Path, prefetch: int) -> None:
     copy = shutil.copytree(corpus, tmp_path / "copy")
@@ -115,6 +148,84 @@ def test_damage_found_in_the_background_reaches_the_reader(corpus: Path, tmp_pat
         shard.write_bytes(data)
     with pytest.raises(MegaloopError, match=r"shard\.\d+\.mds: shard was altered"):
         _read(copy, 1, prefetch=prefetch)
+
+
+class _Unpickled:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, witness: Path):
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.witness,)
+
+
+def _sign(dataset: Path, index: dict[str, Any]) -> None:
+    """Write a crafted index of the training split with checksums to match."""
+    (dataset / "train/index.json").write_text(json.dumps(index))
+    description = json.loads((dataset / "data.json").read_text())
+    description["indices"]["train"] = hashlib.sha256((dataset / "train/index.json").read_bytes()).hexdigest()
+    (dataset / "data.json").write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_nothing_is_ever_unpickled(corpus: Path, tmp_path: Path, hidden: bool) -> None:
+    """A crafted data set, its checksums in order, whose tokens are pickled; hidden behind a column of the same name."""
+    copy, witness = shutil.copytree(corpus, tmp_path / "copy"), tmp_path / "witness"
+    shutil.rmtree(copy / "train")
+    columns = {"tokens": "pkl", "starts": "bytes", "text_bytes": "int"}
+    with mds_writer()(out=str(copy / "train"), columns=columns, hashes=["xxh3_128"]) as writer:
+        writer.write({"tokens": _Unpickled(witness), "starts": b"", "text_bytes": 1})
+    index = json.loads((copy / "train/index.json").read_text())
+    if hidden:
+        for key, value in {"column_names": "tokens", "column_encodings": "bytes", "column_sizes": None}.items():
+            index["shards"][0][key].append(value)
+    _sign(copy, index)
+    with pytest.raises(MegaloopError, match="shards of another layout than megaloop's"):
+        DataSet.open(copy).split("train").sample(0)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"raw_data": {"basename": "../../text.jsonl", "bytes": 1, "hashes": {}}}, "points outside the data set"),
+        ({"raw_data": {"basename": "/etc/passwd", "bytes": 1, "hashes": {}}}, "points outside the data set"),
+        ({"raw_data": {"basename": "..", "bytes": 1, "hashes": {}}}, "shard has|damaged"),
+        ({"raw_data": 3}, "damaged"),
+        ({"column_names": None}, "damaged"),
+        ({"column_encodings": ["bytes"]}, "damaged"),
+        ({"samples": "many"}, "damaged"),
+        ({"version": 3}, "damaged"),
+        ({"format": "json"}, "of another layout"),
+        ({"compression": "zstd"}, "of another layout"),
+    ],
+)
+def test_a_crafted_index_is_refused(corpus: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    index = json.loads((copy / "train/index.json").read_text())
+    index["shards"][0] |= change
+    _sign(copy, index)
+    with pytest.raises(MegaloopError, match=message):
+        DataSet.open(copy).split("train").sample(0)
+
+
+def test_a_shard_that_goes_missing_while_a_run_reads_is_named(corpus: Path, tmp_path: Path) -> None:
+    split = DataSet.open(shutil.copytree(corpus, tmp_path / "copy")).split("train")
+    _first_shard(tmp_path / "copy").unlink()
+    with pytest.raises(MegaloopError, match=r"shard\.00000\.mds: shard cannot be read"):
+        split.sample(0)
+
+
+def test_verify_names_the_one_altered_shard(corpus: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    DataSet.open(copy).verify()
+    shard = sorted((copy / "train").glob("*.mds"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(MegaloopError, match=f"{shard.name}: shard was altered"):
+        DataSet.open(copy).verify()
 
 
 def _first_shard(path: Path) -> Path:
@@ -147,9 +258,13 @@ def test_an_altered_index_is_named(corpus: Path, tmp_path: Path, victim: str) ->
     [
         (None, "no data.json there"),
         ("{", "data.json is damaged"),
-        ({"format_version": 2}, "format version 2, expected 1"),
+        ({"format_version": 2, "news": 1}, "format version 2, expected 1"),
         ({"surprise": 1}, "data.json is damaged .surprise"),
         ({"splits": {}}, "lacks the train split"),
+        (
+            {"tokenizer": {"file": "../t", "sha256": "", "vocab_size": 9, "bos_id": 1, "eos_id": 2}},
+            "names a tokenizer outside the data set",
+        ),
     ],
 )
 def test_a_bad_description_is_one_clear_error(
