@@ -95,6 +95,9 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x_BNSH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor, direction: int) -> Tensor:
     first, second = x_BNSH.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # the compiler fuses this, and does not take writes into halves
+        turned = second * cos_Sh + first * sin_Sh * direction
+        return torch.cat([first * cos_Sh - second * sin_Sh * direction, turned], dim=-1)
     out = torch.empty_like(x_BNSH)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos_Sh, out=out_first).addcmul_(second, sin_Sh, value=-direction)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
@@ -125,3 +127,21 @@ def test_the_loss_and_its_gradient_are_torchs(dtype: torch.dtype) -> None:
     assert torch.allclose(
         ours.grad.float(), theirs.grad.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
     )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
+def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
+    results = []
+    for compiled in (False, True):
+        model = _decoder("1")
+        if compiled:
+            model.compile_layers()
+        loss = vocab_parallel_cross_entropy(model(_tokens()), _tokens(), model.tp)
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters()]))
+    (plain, expected), (fused, found) = results
+    assert torch.allclose(plain, fused, rtol=1e-5)
+    for a, b in zip(expected, found, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
