@@ -294,3 +294,24 @@ def test_a_planted_pickle_never_runs(checkpoint: Path, tmp_path: Path, name: str
     assert not ran.exists()
     pickle.loads(pickle.dumps(_Touch(ran)).ljust(size, b"\0"))
     assert ran.exists()  # it would have told
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda value: value["model"].update(hidden_size="wide"), "hidden_size"),
+        (lambda value: value["model"].update(num_heads=3), "is not divisible by model.num_heads 3"),
+        (lambda value: value["model"].update(vocab_size=None), "model.vocab_size is empty"),
+        (lambda value: value["model"].update(experts=8), "experts"),
+        (lambda value: value["plan"].update(order="x"), "plan.order holds something else than layer ids"),
+        (lambda value: value["plan"].update(order=[0.5]), "plan.order holds something else than layer ids"),
+        (lambda value: value["plan"].update(order=[]), "a plan needs at least one layer"),
+        (lambda value: value["plan"].update(lineage=[3]), "list"),
+        (lambda value: value["plan"].pop("order"), "order"),
+    ],
+)
+def test_a_decoder_that_cannot_be_built(checkpoint: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
+    edit_manifest(checkpoint, edit)
+    line = refused(checkpoint, "sizes")
+    assert line.startswith(f"{MANIFEST} describes a decoder that this megaloop does not know (")
+    assert message in line

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data_prep.tokenizer import train_tokenizer
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, save_checkpoint
 from megaloop.checkpoint.huggingface import export_huggingface, import_huggingface
+from megaloop.checkpoint.huggingface_tokenizer import write_tokenizer
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
@@ -172,6 +176,28 @@ def test_the_exported_tokenizer_gives_sentencepieces_ids(tmp_path: Path) -> None
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A tokenizer with many pieces that can be made in several ways: of sentencepiece, and exported."""
+    from transformers import AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    corpus = ["a" * n + " " * m + "ab" * n + " the ease of these" for n in range(20) for m in range(9)]
+    (directory / "source.model").write_bytes(train_tokenizer(corpus, 320))
+    write_tokenizer(directory / "source.model", directory, 10_000)
+    ours = sentencepiece.SentencePieceProcessor(model_file=str(directory / "source.model"))
+    return ours, AutoTokenizer.from_pretrained(directory)
+
+
+@given(
+    st.one_of(st.text(), st.text(alphabet="ab "), st.lists(st.sampled_from(["the", "e", "ea", " ", "▁"])).map("".join))
+)
+@settings(max_examples=300, deadline=None)
+def test_any_text_has_sentencepieces_ids(tokenizers: tuple[Any, Any], text: str) -> None:
+    ours, theirs = tokenizers
+    assert theirs(text)["input_ids"] == ours.encode(text)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -184,6 +210,12 @@ def test_the_exported_tokenizer_gives_sentencepieces_ids(tmp_path: Path) -> None
         ({"intermediate_size": 96}, r"is \(80, 48\), config.json makes it \(96, 48\)"),
         ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 2}, "unknown tensor model.layers.2"),
+        ({"num_hidden_layers": 10**9}, "depth: cannot read"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers and max_position_embeddings are whole numbers"),
+        ({"max_position_embeddings": None}, "whole numbers"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters .*llama3.* is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
 def test_what_the_decoder_lacks_is_refused_by_name(
@@ -194,6 +226,100 @@ def test_what_the_decoder_lacks_is_refused_by_name(
     with pytest.raises(MegaloopError, match=message):
         import_huggingface(theirs[1], tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 50_000.0, "rope_scaling": None},
+        {"rope_theta": 50_000.0, "rope_scaling": {"rope_type": "default"}},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 50_000.0, "rope_type": "default"}},
+    ],
+    ids=["theta", "default scaling", "as transformers 5 writes it"],
+)
+def test_the_rotary_base_is_found_where_each_transformers_keeps_it(
+    theirs: tuple[Any, Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    config = theirs[1] / "config.json"
+    kept = {key: value for key, value in json.loads(config.read_text()).items() if not key.startswith("rope")}
+    config.write_text(json.dumps(kept | {key: value for key, value in change.items() if value is not None}))
+    import_huggingface(theirs[1], tmp_path / "ours")
+    with Checkpoint.open(tmp_path / "ours") as checkpoint:
+        assert checkpoint.manifest.model["rope_theta"] == 50_000.0
+
+
+def test_quantized_weights_are_refused(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+    weights = theirs[1] / "model.safetensors"
+    save_file({name: (values * 100).to(torch.int8) for name, values in load_file(weights).items()}, weights)
+    with pytest.raises(MegaloopError, match=r"embed_tokens.weight is of dtype I8; expected F32, BF16 or F16"):
+        import_huggingface(theirs[1], tmp_path / "ours")
+
+
+def test_weights_lying_about_are_not_taken_for_the_models(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+    model, directory = theirs
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: torch.zeros_like(values) for name, values in tensors.items()}, directory / "old.safetensors")
+    save_file({"tok_embeddings.weight": torch.zeros(1)}, directory / "consolidated.00.safetensors")
+    import_huggingface(directory, tmp_path / "ours")
+    with Checkpoint.open(tmp_path / "ours") as checkpoint:
+        assert torch.equal(checkpoint.read("model", "embedding.weight"), model.model.embed_tokens.weight)
+    (directory / "consolidated.00.safetensors").unlink()
+    weights.rename(directory / "new.safetensors")
+    with pytest.raises(MegaloopError, match=r"tensor .* is in several files; remove those that do not belong"):
+        import_huggingface(directory, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"model.norm.weight": "model-00002-of-00002.safetensors"}, "model-00002-of-00002.safetensors is missing"),
+        ({"model.norm.weight": "../secret.safetensors"}, "does not map tensors to files of the directory"),
+        ({"model.norm.weight": 3}, "does not map tensors to files of the directory"),
+        ({}, "does not map tensors"),
+    ],
+)
+def test_an_index_that_names_no_files_of_the_directory(
+    theirs: tuple[Any, Path], tmp_path: Path, weight_map: dict[str, Any], message: str
+) -> None:
+    (theirs[1] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(MegaloopError, match=message):
+        import_huggingface(theirs[1], tmp_path / "ours")
+
+
+def test_places_that_cannot_be_written(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+    import_huggingface(theirs[1], tmp_path / "ours")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(MegaloopError, match=r"not saved: .*\(rank 0\)"):
+        import_huggingface(theirs[1], tmp_path / "file" / "out")
+    with pytest.raises(MegaloopError, match=r"file/out cannot be written \(Not a directory\)"):
+        export_huggingface(tmp_path / "ours", tmp_path / "file" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours", "theirs"]
+
+
+def test_a_disk_that_is_full_gets_no_half_an_export(theirs: tuple[Any, Path], tmp_path: Path, small_disk: Path) -> None:
+    import_huggingface(theirs[1], tmp_path / "ours")
+    with pytest.raises(MegaloopError, match=r"cannot be written \(No space left on device\)"):
+        export_huggingface(tmp_path / "ours", small_disk / "out")
+    with pytest.raises(MegaloopError, match="No space left on device"):
+        import_huggingface(theirs[1], small_disk / "ours")
+    assert list(small_disk.iterdir()) == []
+
+
+def test_an_export_holds_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    read = Checkpoint.read
+
+    def watched(self: Checkpoint, kind: str, name: str, box: Box | None = None) -> torch.Tensor:
+        assert sum(each() is not None for each in alive) <= 1
+        values = read(self, kind, name, box)
+        alive.append(weakref.ref(values))
+        return values
+
+    checkpoint = _checkpoint(tmp_path / "step", "4")
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    export_huggingface(checkpoint, tmp_path / "out")
+    assert len(alive) == 2 + 4 * 9
 
 
 def test_pickled_weights_are_never_loaded(theirs: tuple[Any, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -172,6 +173,47 @@ def test_any_cut_is_read_in_any_other(tmp_path_factory: pytest.TempPathFactory, 
             assert torch.equal(found, each.data)
 
 
+class _OneAtATime(TorchDispatchMode):
+    """Counts how many copies of tensors are alive at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[weakref.ref[torch.Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.clone.default:
+            self.copies.append(weakref.ref(result))
+            self.most = max(self.most, sum(each() is not None for each in self.copies))
+        return result
+
+
+def test_pieces_are_copied_one_by_one_and_may_share_memory(tmp_path: Path) -> None:
+    whole = torch.arange(64.0).view(8, 8)
+    transposed = whole.t()  # as what is elsewhere, it has to be copied before its bytes can be written
+    kinds = {"model": transposed, "master": whole, "exp_avg": transposed, "exp_avg_sq": transposed}
+    pieces = [
+        StatePiece(kind, Piece(name, (8, 8), Box.whole((8, 8))), values)
+        for kind, values in kinds.items()
+        for name in ("x", "y")
+    ]
+    with _OneAtATime() as counted:
+        path = save_checkpoint(tmp_path / "step-1", pieces, info()).path
+    assert len(counted.copies) == 6
+    assert counted.most == 1
+    with Checkpoint.open(path, verify="checksums") as checkpoint:
+        for kind, values in kinds.items():
+            assert torch.equal(checkpoint.read(kind, "y"), values)
+
+
+def test_a_dtype_that_has_no_place_is_refused(tmp_path: Path) -> None:
+    piece = Piece("x", (4,), Box.whole((4,)))
+    with pytest.raises(RuntimeError, match="x is float64; only float32 and bfloat16 can be written"):
+        save_checkpoint(tmp_path / "step-1", [StatePiece("model", piece, torch.ones(4).double())], info())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_range_is_empty(tmp_path: Path) -> None:
     save(tmp_path, 1)
     piece = Piece("norm.weight", (8,), Box((0,), (8,)), (3, 3))
@@ -251,6 +293,8 @@ def test_where_no_checkpoint_is(tmp_path: Path) -> None:
     with pytest.raises(MegaloopError, match=re.escape(f"checkpoint {tmp_path / 'absent'}: no such directory")):
         resolve_checkpoint(tmp_path / "absent")
     (tmp_path / "file").touch()
+    with pytest.raises(MegaloopError, match=r"cannot be read .File name too long"):
+        resolve_checkpoint(tmp_path / ("x" * 300))
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(MegaloopError, match=f"no whole checkpoint in {re.escape(str(path))}: expected"):
             resolve_checkpoint(path)
