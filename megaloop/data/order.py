@@ -3,8 +3,8 @@
 Two questions, both answered in constant time without replaying what came before: which source does global
 sample n come from, and which of its samples is the j-th that the run takes from a source?
 
-* Sources are interleaved by weight, as evenly as integers allow: among the first n samples, source 0 has
-  floor(n a) for its share a, and the rest is split among the others in the same way.
+* Sources are interleaved by weight, in a pattern that repeats: among the first n samples, a source of share a has
+  less than one sample more or fewer than n a, for every n and however many sources there are.
 * A source is walked epoch by epoch. An epoch is a permutation: shards in shuffled order, one after another,
   and samples shuffled within blocks of a few shards' length, so that a reader streams through few shards at
   a time. Every sample occurs exactly once per epoch.
@@ -17,15 +17,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
+from math import lcm
 
 __all__ = ["SampleOrder", "permute"]
 
-_ONE = 1 << 48
 _MASK = (1 << 64) - 1
 BLOCK_SHARDS = 4
 """Samples are shuffled within blocks as long as this many shards."""
+_LONGEST_PATTERN = 1 << 16
+"""Shares that need a longer pattern than this many samples are rounded to multiples of one in so many."""
 
 
 def _mix(value: int) -> int:
@@ -56,6 +59,37 @@ def permute(index: int, size: int, key: int) -> int:
             return index
 
 
+def _whole_shares(weights: Sequence[float]) -> list[int]:
+    """Samples of each source in one pattern: as the weights say exactly, where a pattern need not be too long."""
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    length = lcm(*(share.denominator for share in shares))
+    if length <= _LONGEST_PATTERN:
+        return [int(share * length) for share in shares]
+    counts = [max(int(share * _LONGEST_PATTERN), 1) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * _LONGEST_PATTERN)
+    for i in by_remainder[: max(_LONGEST_PATTERN - sum(counts), 0)]:  # none where tiny shares were raised to one
+        counts[i] += 1
+    return counts
+
+
+def _interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(source, how many of that source came before) for each place of a pattern with ``counts`` of each source.
+
+    Just-in-time sequencing (Steiner and Yeomans, Management Science 39, 1993): the j-th sample of a source may stand
+    only where the source is then neither a whole sample ahead of its share nor behind it. Taking the one whose last
+    chance comes first always succeeds.
+    """
+    length, placed = sum(counts), [0] * len(counts)
+    pattern = []
+    for place in range(length):
+        allowed = [i for i, count in enumerate(counts) if placed[i] * length < (place + 1) * count]
+        source = min(allowed, key=lambda i: -(-(placed[i] + 1) * length // counts[i]))
+        pattern.append((source, placed[source]))
+        placed[source] += 1
+    return pattern
+
+
 class SampleOrder:
     """Which sample of which source is global sample n.
 
@@ -70,9 +104,8 @@ class SampleOrder:
         self._shards = tuple(tuple(sizes) for sizes in shard_sizes)
         self._sizes = [sum(sizes) for sizes in self._shards]
         self._blocks = [max(sizes) * BLOCK_SHARDS for sizes in self._shards]
-        left = [sum(weights[i:]) for i in range(len(weights))]
-        # share of source i among sources i, i+1, ...; exact from here on
-        self._shares = [round(_ONE * weight / rest) for weight, rest in zip(weights, left, strict=True)]
+        self._counts = _whole_shares(weights)
+        self._pattern = _interleave(self._counts)
         self._epoch = lru_cache(maxsize=16)(self._shuffled_shards)
 
     def __call__(self, number: int) -> tuple[int, int]:
@@ -83,12 +116,9 @@ class SampleOrder:
 
     def source(self, number: int) -> tuple[int, int]:
         """(source, how many samples of that source came before) of global sample ``number``."""
-        for source, share in enumerate(self._shares[:-1]):
-            before = number * share // _ONE
-            if (number + 1) * share // _ONE > before:
-                return source, before
-            number -= before
-        return len(self._shares) - 1, number
+        period, place = divmod(number, len(self._pattern))
+        source, before = self._pattern[place]
+        return source, period * self._counts[source] + before
 
     def _in_epoch(self, source: int, epoch: int, position: int) -> int:
         """The sample at ``position`` of an epoch's walk through a source."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaloop.config import DataConfig, SourceConfig
@@ -298,6 +298,7 @@ def test_sources_must_share_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
         open_sources(both)
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
 def test_the_tokenizer_loses_nothing(text: str) -> None:
     tokenizer = _TOKENIZER[0]
