@@ -233,9 +233,13 @@ def encode_documents(
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
+    # from 0.2.3 on sentencepiece hands out buffers: no Python list of integers is built under the lock
+    buffers: dict[str, Any] = {"return_type": "numpy"} if hasattr(processor, "EncodeAsNumpy") else {}
+
     def encode(batch: list[tuple[int, str]]) -> list[NDArray[Any]]:
         # by itself a call would start a thread for every core of the machine
-        return [np.array(ids, dtype=dtype) for ids in processor.encode([text for _, text in batch], num_threads=1)]
+        encoded = processor.encode([text for _, text in batch], num_threads=1, **buffers)
+        return [np.asarray(ids).astype(dtype) for ids in encoded]
 
     waiting: deque[tuple[list[tuple[int, str]], Future[list[NDArray[Any]]]]] = deque()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from data_prep.prepare import encode_documents
+from data_prep.prepare import available_cores, encode_documents
 from data_prep.sources import Inputs, find_inputs
+from data_prep.tokenizer import train_tokenizer
 from megaloop.data.tokenizer import Tokenizer
 from megaloop.train.hardware import describe_machine
 
@@ -24,7 +24,8 @@ _CHILD = """
 import sys
 from pathlib import Path
 from data_prep.prepare import prepare
-prepare([Path(p) for p in sys.argv[3:]], Path(sys.argv[1]), tokenizer=Path(sys.argv[2]), sequence_length=512)
+inputs = [Path(p) for p in sys.argv[4:]]
+prepare(inputs, Path(sys.argv[1]), tokenizer=Path(sys.argv[2]), workers=int(sys.argv[3]), sequence_length=512)
 # not ru_maxrss: Linux carries that over from the parent's memory
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) * 1024)
@@ -54,19 +55,39 @@ class PrepBenchmark:
 
 
 def bench_prep(
-    inputs: list[Path], *, tokenizer: Path, workers: int | None = None, rounds: int = 5, text_field: str = "text"
+    inputs: list[Path],
+    *,
+    tokenizer: Path | None = None,
+    vocab_size: int = 8192,
+    workers: int | None = None,
+    rounds: int = 5,
 ) -> PrepBenchmark:
-    """Encode the inputs ``rounds`` times with ours and theirs in turn, then prepare 1x and 4x of them for the memory."""
-    workers = workers or os.cpu_count() or 1
+    """Encode the inputs ``rounds`` times with ours and theirs in turn, then prepare 1x and 4x of them for the memory.
+
+    Args:
+        inputs: as ``prepare`` takes them; read into memory for sentencepiece.
+        tokenizer: sentencepiece model to encode with; None: one of ``vocab_size`` is trained on the inputs first.
+        workers: threads of both; default: one per core.
+
+    Raises:
+        MegaloopError: bad input, or too little of it for the vocabulary.
+    """
+    if tokenizer is None:
+        with tempfile.TemporaryDirectory() as folder:
+            trained = Path(folder) / "tokenizer.model"
+            trained.write_bytes(train_tokenizer((text for _, text in Inputs(find_inputs(inputs))), vocab_size))
+            return bench_prep(inputs, tokenizer=trained, workers=workers, rounds=rounds)
+    workers = workers or available_cores()
     model = Tokenizer.load(tokenizer).path.read_bytes()
     files = find_inputs(inputs)
-    texts = [text for _, text in Inputs(files, text_field)]
+    texts = [text for _, text in Inputs(files)]
     size = sum(len(text.encode()) for text in texts) / 1e6
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    dtype = "uint16" if processor.get_piece_size() <= 1 << 16 else "uint32"
     rates: list[tuple[float, float]] = []
     for _ in range(rounds):
         began = time.perf_counter()
-        for _ in encode_documents(iter(Inputs(files, text_field)), model, "uint16", workers):
+        for _ in encode_documents(iter(Inputs(files)), model, dtype, workers):
             pass
         middle = time.perf_counter()
         processor.encode(texts, num_threads=workers)
@@ -81,14 +102,14 @@ def bench_prep(
         theirs=theirs,
         ratio=statistics.median(ratios),
         spread=(min(ratios), max(ratios)),
-        peak_bytes=_peak(files, tokenizer),
-        peak_bytes_4x=_peak(files * 4, tokenizer),
+        peak_bytes=_peak(files, tokenizer, workers),
+        peak_bytes_4x=_peak(files * 4, tokenizer, workers),
     )
 
 
-def _peak(files: list[Path], tokenizer: Path) -> int:
+def _peak(files: list[Path], tokenizer: Path, workers: int) -> int:
     """Peak memory of a process that prepares ``files``."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", _CHILD, f"{folder}/out", str(tokenizer), *map(str, files)]
+        command = [sys.executable, "-c", _CHILD, f"{folder}/out", str(tokenizer), str(workers), *map(str, files)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(output)
