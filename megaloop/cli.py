@@ -6,6 +6,7 @@ exit codes: :func:`main`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from enum import StrEnum
@@ -62,19 +63,27 @@ def main() -> None:
         os.environ[_DEBUG] = "1"
     try:
         app(arguments, prog_name="megaloop")
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else 0)
     except MegaloopError as error:
         if os.environ.get(_DEBUG):
             raise
-        if report_error(str(error)):
-            _leave(2)
-        _print_error(str(error))
-        sys.exit(2)
+        if not report_error(str(error)):
+            _print_error(str(error))
+        _leave(2)
 
 
 def _leave(code: int) -> NoReturn:
-    """End a rank at once: the connections to ranks that are gone already would complain while Python shuts down."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process; at once where torch is in it.
+
+    While Python shuts down, connections to ranks that are gone already would complain, and a thread of torch's that
+    is still at work now and then makes the process abort (exit code 134, after everything had been done).
+    """
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    with contextlib.suppress(BrokenPipeError):  # whoever read the output has seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -112,7 +121,7 @@ def prep(
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 2048,
     validation_fraction: Annotated[float, typer.Option(min=0, max=0.5, help="Share of documents held out.")] = 0.01,
     errors: Annotated[OnError, typer.Option(help="What to do with bytes that are not UTF-8.")] = OnError.stop,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of jsonl and parquet that holds the text.")] = "text",
     overwrite: Annotated[bool, typer.Option(help="Replace a data set that is already there.")] = False,
     json: Json = False,
@@ -309,8 +318,10 @@ def bench_layers_command(
 @bench.command("prep")
 def bench_prep_command(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Text, as megaloop prep takes it.")],
-    tokenizer: Annotated[Path, typer.Option(help="The sentencepiece model to encode with.")],
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The sentencepiece model to encode with; default: train one on the text.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
     json: Json = False,
 ) -> None:
     """Time tokenization against sentencepiece's own multi-threaded batch encoding."""

@@ -260,6 +260,7 @@ def _save(config: Config, engine: TrainingEngine, sources: Sources, at: Position
     )
     checkpoints = config.directory / "checkpoints"
     result = save_checkpoint(checkpoints / f"step-{at.step:08d}", engine.pieces(), info, tokenizer=sources.tokenizer)
-    if dist.get_rank() == 0:
-        prune(checkpoints, config.checkpoint.keep)
+    with all_ranks_agree():
+        if dist.get_rank() == 0:
+            prune(checkpoints, config.checkpoint.keep)
     reporter.saved(at.step, result.path, result.bytes, result.seconds)
