@@ -59,9 +59,9 @@ def local_ranks(config: Config, requested: int | None = None) -> int:
         MegaloopError: the number does not fit the topology, or there are fewer GPUs.
     """
     gpus = gpu_count()
-    parallel = config.parallel
-    needed = parallel.pp * parallel.tp * (parallel.dp or 1)
-    ranks = requested or (max(gpus, needed) if parallel.dp is None else needed)
+    needed = config.smallest_world
+    ranks = requested or (max(gpus, needed) if config.parallel.dp is None else needed)
+    config.check_world(ranks)
     pp, tp, dp = config.topology(ranks)
     if gpus and ranks > gpus:
         raise MegaloopError(

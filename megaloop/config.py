@@ -7,26 +7,33 @@ An unknown key is an error that names the nearest known one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, growth_stages
+from megaloop.depth.schedule import explicit_steps, proportional_steps
 from megaloop.errors import MegaloopError
 
 __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "GrowthConfig",
+    "GrowthTopologyConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "StageConfig",
     "TrainConfig",
     "ValidationConfig",
     "load_config",
@@ -105,6 +112,80 @@ class DataConfig(_Section):
     """Micro-batches read ahead in the background."""
 
 
+class StageConfig(_Section):
+    """One stage of an explicit growth schedule."""
+
+    steps: PositiveInt
+    """Optimizer steps of the stage."""
+    layers: PositiveInt
+    """Layers during the stage."""
+
+
+class GrowthTopologyConfig(_Section):
+    """The topology from a number of layers on; the world size and the global batch stay."""
+
+    layers: PositiveInt
+    """The topology holds from this many layers on, until the next entry's."""
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    tp: PositiveInt | None = None
+    """Tensor-parallel ranks per stage; empty: parallel.tp."""
+    dp: PositiveInt | None = None
+    """Data-parallel replicas; empty: what is left of the world size."""
+
+
+class GrowthConfig(_Section):
+    """How the model deepens during the run; ``depth`` is the depth that it ends with."""
+
+    operator: Operator = "lidas"
+    """Which layers are copied, and to where: lidas, midas, stack, last or random."""
+    block: PositiveInt = 4
+    """Layers per copied block (stack copies all layers)."""
+    start: PositiveInt = 4
+    """Layers of the first stage."""
+    schedule: str | tuple[StageConfig, ...] = "prop-1"
+    """prop-A (stage i lasts in proportion to i^A), or a list of stages: [{steps: 1000, layers: 4}, ...]."""
+    end: float | None = Field(default=None, gt=0, le=1)
+    """Under prop-A: the stages share this fraction of the steps, the rest is full depth; empty: 0.85."""
+    moments: Literal["copy", "zero"] = "copy"
+    """Adam's moments of a copied layer: those of its parent, or zeros."""
+    insert_at: InsertAt = "after"
+    """Where lidas and random put the new block: right after the middle range, or at the middle itself."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up of the learning rate after each growth."""
+    save_before: bool = False
+    """Write a checkpoint right before each growth."""
+    topology: tuple[GrowthTopologyConfig, ...] = ()
+    """The topology by depth: [{layers: 4, pp: 1}, {layers: 12, pp: 2}]; empty: parallel, throughout."""
+
+    def stages(self, layers: int, total_steps: int) -> tuple[GrowthStage, ...]:
+        """The stages of a run of ``total_steps`` that ends with ``layers`` layers.
+
+        Raises:
+            MegaloopError: the target cannot be reached, or the schedule does not fit the steps.
+        """
+        if isinstance(self.schedule, str):
+            if self.start >= layers:
+                raise MegaloopError(
+                    f"growth.start {self.start} is not below depth {layers}: growth only deepens; "
+                    "choose a smaller start, or leave growth out"
+                )
+            step = layers - self.start if self.operator == "stack" else self.block
+            counts = [*range(self.start, layers, step), layers]
+            steps = proportional_steps(self.schedule, len(counts), total_steps, 0.85 if self.end is None else self.end)
+        else:
+            if self.end is not None:
+                raise MegaloopError("growth.end belongs to prop schedules; the list of stages says when growth is over")
+            counts = [stage.layers for stage in self.schedule]
+            if not counts or counts[0] != self.start or counts[-1] != layers:
+                raise MegaloopError(
+                    f"growth.schedule: the stages go through {', '.join(map(str, counts)) or 'no'} layers; the first must "
+                    f"have growth.start {self.start}, and the last depth {layers}"
+                )
+            steps = explicit_steps([stage.steps for stage in self.schedule], total_steps)
+        return growth_stages(counts, steps, self.operator, self.block, insert_at=self.insert_at)
+
+
 class ParallelConfig(_Section):
     """How the model lies on ranks: pp x tp x dp."""
 
@@ -175,6 +256,12 @@ class ScheduleConfig(_Section):
     final: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, as a fraction of the peak."""
 
+    def cooldown_start(self, total_steps: int) -> int:
+        """The step, counted from 0, with which the learning rate begins to fall (``total_steps``: it never does)."""
+        if self.kind == "cosine":
+            return min(self.warmup_steps, total_steps)
+        return total_steps - round(total_steps * self.cooldown)
+
 
 class ValidationConfig(_Section):
     """Held-out loss during the run."""
@@ -215,7 +302,7 @@ class Config(_Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights and of the sample order."""
     depth: str = "32"
-    """Layers: 24, or a loop such as 4-4x4-4."""
+    """Layers: 24, or a loop such as 4-4x4-4. Of a run that grows: the layers it ends with."""
     model: ModelConfig = ModelConfig()
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -225,16 +312,30 @@ class Config(_Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    growth: GrowthConfig | None = None
+    """Growth during the run; empty: the depth stays as it is."""
 
     @field_validator("depth", mode="before")
     @classmethod
     def _depth_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    @cached_property
+    def stages(self) -> tuple[GrowthStage, ...]:
+        """The stages of the run, each with its plan; a run that does not grow has one."""
+        plan = DepthPlan.parse(self.depth)
+        if self.growth is None:
+            return (GrowthStage(0, self.train.steps, plan, Growth.none(plan)),)
+        return self.growth.stages(plan.layers, self.train.steps)
+
+    def stage_at(self, step: int) -> GrowthStage:
+        """The stage to which optimizer step ``step``, counted from 0, belongs (past the end: the last)."""
+        return next((stage for stage in self.stages if step < stage.stop), self.stages[-1])
+
     @property
     def plan(self) -> DepthPlan:
-        """The depth plan that ``depth`` spells."""
-        return DepthPlan.parse(self.depth)
+        """The plan of the last stage: what ``depth`` spells; the ids of a grown one tell its history."""
+        return self.stages[-1].plan
 
     @property
     def directory(self) -> Path:
@@ -244,66 +345,116 @@ class Config(_Section):
     def check(self) -> None:
         """Raise MegaloopError where single values are fine but do not fit together (no files are read)."""
         self.model.check()
-        plan = self.plan
+        plan = DepthPlan.parse(self.depth)
         if plan.is_looped:
             raise MegaloopError(
                 f"depth: {self.depth} runs layers several times; training loops needs pipeline rounds, which are not "
                 f"there yet: use a plain number of layers, for example {plan.depth}"
             )
-        parallel, model, train = self.parallel, self.model, self.train
+        for stage in self.stages:
+            self._check_parallel(stage.plan.layers)
+        if self.model.vocab_size is not None:
+            self.check_vocab(self.model.vocab_size)
+        if self.parallel.dp is not None and self.train.global_batch % (self.train.micro_batch * self.parallel.dp):
+            raise _batch_error(self.train, self.parallel.dp)
+        if self.schedule.warmup_steps > self.train.steps:
+            raise MegaloopError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {self.train.steps}"
+            )
+        if self.growth is not None:
+            self._check_growth(self.growth)
+
+    def _check_parallel(self, layers: int) -> None:
+        """Refuse a topology that does not fit the model at this many layers."""
+        pp, tp, _, where = self._parallel_at(layers)
+        model = self.model
         for what, value in (
             ("num_heads", model.num_heads),
             ("num_kv_heads", model.num_kv_heads),
             ("ffn_size", model.ffn_size),
         ):
-            if value % parallel.tp:
+            if value % tp:
                 raise MegaloopError(
-                    f"parallel.tp {parallel.tp} does not divide model.{what} {value}; choose a tp that divides it"
+                    f"{where}.tp {tp} does not divide model.{what} {value}; choose a tp that divides it"
                 )
-        if model.vocab_size is not None:
-            self.check_vocab(model.vocab_size)
-        if parallel.sequence_parallel and self.data.sequence_length % parallel.tp:
+        if self.parallel.sequence_parallel and self.data.sequence_length % tp:
             raise MegaloopError(
-                f"parallel.sequence_parallel: tp {parallel.tp} does not divide "
-                f"data.sequence_length {self.data.sequence_length}"
+                f"parallel.sequence_parallel: tp {tp} does not divide data.sequence_length {self.data.sequence_length}"
             )
-        if parallel.pp > plan.depth:
+        if pp > layers:
             raise MegaloopError(
-                f"parallel.pp {parallel.pp} is more pipeline ranks than the {plan.depth} layers of depth {self.depth}; "
-                f"use pp <= {plan.depth} or a deeper model"
+                f"{where}.pp {pp} is more pipeline ranks than the {layers} layers of "
+                f"{f'depth {self.depth}' if self.growth is None else 'that growth stage'}; "
+                f"use pp <= {layers} or a deeper model"
             )
-        if parallel.dp is not None and train.global_batch % (train.micro_batch * parallel.dp):
-            raise _batch_error(train, parallel.dp)
-        if self.schedule.warmup_steps > train.steps:
+
+    def _check_growth(self, growth: GrowthConfig) -> None:
+        """Refuse a growth during the cooldown, and topologies out of order or never reached."""
+        begin = self.schedule.cooldown_start(self.train.steps)
+        late = [stage for stage in self.stages[1:] if stage.first_step > begin]
+        if self.schedule.kind == "trapezoid" and late:
             raise MegaloopError(
-                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {train.steps}"
+                f"growth: to {late[0].plan.layers} layers at step {late[0].first_step}, but the cooldown begins at step "
+                f"{begin} (schedule.cooldown {self.schedule.cooldown:g}); end the growth earlier (growth.end, or the list of stages)"
             )
+        counts = [each.layers for each in growth.topology]
+        if counts != sorted(set(counts)):
+            raise MegaloopError(
+                f"growth.topology: layers {', '.join(map(str, counts))}; each must be more than the one before"
+            )
+        if counts and counts[-1] > self.plan.layers:
+            raise MegaloopError(
+                f"growth.topology: an entry for {counts[-1]} layers, but depth is {self.plan.layers}; it is never reached"
+            )
+
+    def _parallel_at(self, layers: int) -> tuple[int, int, int | None, str]:
+        """(pp, tp, dp or None, the section that says so) at a number of layers."""
+        reached = [each for each in (self.growth.topology if self.growth else ()) if each.layers <= layers]
+        if not reached:
+            return self.parallel.pp, self.parallel.tp, self.parallel.dp, "parallel"
+        index, entry = len(reached) - 1, reached[-1]
+        return entry.pp, entry.tp or self.parallel.tp, entry.dp, f"growth.topology.{index}"
 
     def check_vocab(self, rows: int) -> None:
         """Raise MegaloopError where the embedding's rows do not divide over the tensor-parallel ranks."""
-        tp = self.parallel.tp
-        if rows % tp:
-            raise MegaloopError(
-                f"parallel.tp {tp} does not divide the vocabulary of {rows} rows; "
-                f"set model.vocab_size to a multiple, for example {-(-rows // tp) * tp}"
-            )
+        for stage in self.stages:
+            _, tp, _, where = self._parallel_at(stage.plan.layers)
+            if rows % tp:
+                raise MegaloopError(
+                    f"{where}.tp {tp} does not divide the vocabulary of {rows} rows; "
+                    f"set model.vocab_size to a multiple, for example {-(-rows // tp) * tp}"
+                )
 
-    def topology(self, world_size: int) -> tuple[int, int, int]:
+    @property
+    def smallest_world(self) -> int:
+        """The fewest ranks on which every stage's topology fits as far as it is spelled out."""
+        needed = [self._parallel_at(stage.plan.layers) for stage in self.stages]
+        return max(pp * tp * (dp or 1) for pp, tp, dp, _ in needed)
+
+    def topology(self, world_size: int, layers: int | None = None) -> tuple[int, int, int]:
         """(pp, tp, dp) on ``world_size`` ranks.
+
+        Args:
+            layers: during the growth stage of this many layers; default: the last.
 
         Raises:
             MegaloopError: the world size does not factor, or the global batch does not divide over dp.
         """
-        pp, tp = self.parallel.pp, self.parallel.tp
-        dp = self.parallel.dp or max(world_size // (pp * tp), 1)
+        pp, tp, spelled, where = self._parallel_at(self.plan.layers if layers is None else layers)
+        dp = spelled or max(world_size // (pp * tp), 1)
         if pp * tp * dp != world_size:
             raise MegaloopError(
-                f"parallel: pp {pp} x tp {tp} x dp {dp} makes {pp * tp * dp} ranks, but {world_size} were started; "
+                f"{where}: pp {pp} x tp {tp} x dp {dp} makes {pp * tp * dp} ranks, but {world_size} were started; "
                 "start that many, or change the topology"
             )
         if self.train.global_batch % (self.train.micro_batch * dp):
             raise _batch_error(self.train, dp)
         return pp, tp, dp
+
+    def check_world(self, world_size: int) -> None:
+        """Raise MegaloopError unless every growth stage has a topology on ``world_size`` ranks."""
+        for stage in self.stages:
+            self.topology(world_size, stage.plan.layers)
 
     def to_yaml(self) -> str:
         """The configuration as YAML that :func:`load_config` reads back."""
@@ -378,17 +529,28 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
         raise MegaloopError(f"override {override!r}: {keys[-1]!r} lies under a value that is no section")
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, None]:
-    """Dotted names of all fields, parents first."""
-    names: dict[str, None] = {}
-    for name, info in model.model_fields.items():
-        names[prefix + name] = None
-        annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            names.update(_known_keys(annotation, f"{prefix}{name}."))
-        elif annotation == tuple[SourceConfig, ...]:
-            names.update(_known_keys(SourceConfig, f"{prefix}{name}."))
-    return names
+def fields(model: type[BaseModel] | None = None, prefix: str = "", item: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted name, pydantic's field) of every value and section of a configuration, parents first.
+
+    Args:
+        item: what stands for an element of a list in the names: ``"0."``, or nothing.
+    """
+    for name, field in (model or Config).model_fields.items():
+        yield prefix + name, field
+        section, listed = _section_of(field.annotation)
+        if section is not None:
+            yield from fields(section, f"{prefix}{name}.{item if listed else ''}", item)
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, if it does, and whether as a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for inner in typing.get_args(annotation):
+        section, listed = _section_of(inner)
+        if section is not None:
+            return section, listed or typing.get_origin(annotation) is tuple
+    return None, False
 
 
 def _explain(error: ValidationError) -> str:
@@ -400,7 +562,7 @@ def _explain(error: ValidationError) -> str:
             f"{where}: {first['msg']} (found {first['input']!r})" if first["type"] != "missing" else f"{where}: missing"
         )
     plain = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-    known = list(_known_keys(Config))
+    known = [name for name, _ in fields(Config)]
     near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
     parent, _, leaf = plain.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]

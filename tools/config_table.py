@@ -7,40 +7,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from megaloop.config import Config, SourceConfig
+from megaloop.config import fields
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- configuration table: tools/config_table.py writes it -->\n"
 END = "<!-- end -->"
 
 
-def rows(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
+def rows() -> list[tuple[str, str, str]]:
     """(key, default, sentence) of every value, sections expanded."""
-    found: list[tuple[str, str, str]] = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found += rows(kind, f"{prefix}{name}.")
-        elif kind == tuple[SourceConfig, ...]:
-            found += rows(SourceConfig, f"{prefix}{name}.0.")
-        else:
-            found.append((prefix + name, _default(field.default), field.description or ""))
-    return found
+    return [
+        (name, _default(field.default), field.description or "")
+        for name, field in fields(item="0.")
+        if field.description  # sections that are always there have none
+    ]
 
 
 def _default(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
-    return "" if value is None else f"`{value if isinstance(value, str) else json.dumps(value)}`"
+    return "" if value is None or value == () else f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
 def table() -> str:
     """The table in Markdown."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    lines += [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in rows(Config)]
+    lines += [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in rows()]
     return "\n".join(lines) + "\n"
 
 

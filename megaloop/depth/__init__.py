@@ -1,5 +1,17 @@
-"""The algebra of depth: which layers run, in which order. Pure Python, no torch."""
+"""The algebra of depth: which layers run, in which order, and how that order grows. Pure Python, no torch."""
 
+from megaloop.depth.growth import Growth, InsertAt, Operator, grow
 from megaloop.depth.plan import DepthPlan
+from megaloop.depth.schedule import GrowthStage, RunFlops, growth_stages, run_flops
 
-__all__ = ["DepthPlan"]
+__all__ = [
+    "DepthPlan",
+    "Growth",
+    "GrowthStage",
+    "InsertAt",
+    "Operator",
+    "RunFlops",
+    "grow",
+    "growth_stages",
+    "run_flops",
+]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaloop.config import ScheduleConfig
-from megaloop.train.schedule import cooldown_start, learning_rate
+from megaloop.train.schedule import learning_rate
 
 
 @st.composite
@@ -56,7 +56,7 @@ def test_a_trapezoid_of_twenty_steps() -> None:
 
 def test_the_cooldown_covers_its_fraction_and_heads_for_the_final_rate() -> None:
     schedule = ScheduleConfig(cooldown=0.15, final=0.1)
-    assert cooldown_start(1000, schedule) == 850
+    assert schedule.cooldown_start(1000) == 850
     assert learning_rate(849, 1000, 1.0, schedule) == learning_rate(850, 1000, 1.0, schedule) == 1.0
     assert learning_rate(851, 1000, 1.0, schedule) < 1.0
     assert learning_rate(925, 1000, 1.0, schedule) == pytest.approx(0.55)
@@ -66,7 +66,7 @@ def test_the_cooldown_covers_its_fraction_and_heads_for_the_final_rate() -> None
 
 def test_the_cosine_is_half_way_down_in_the_middle() -> None:
     schedule = ScheduleConfig(kind="cosine", warmup_steps=100, final=0.2)
-    assert cooldown_start(1100, schedule) == 100
+    assert schedule.cooldown_start(1100) == 100
     assert learning_rate(99, 1100, 1.0, schedule) == learning_rate(100, 1100, 1.0, schedule) == 1.0
     assert learning_rate(600, 1100, 1.0, schedule) == pytest.approx(0.6)
     assert learning_rate(1100, 1100, 1.0, schedule) == pytest.approx(0.2)
@@ -74,4 +74,4 @@ def test_the_cosine_is_half_way_down_in_the_middle() -> None:
 
 def test_without_a_cooldown_the_rate_stays_at_its_peak() -> None:
     assert rates(50, ScheduleConfig(cooldown=0)) == [1.0] * 50
-    assert cooldown_start(50, ScheduleConfig(cooldown=0)) == 50
+    assert ScheduleConfig(cooldown=0).cooldown_start(50) == 50

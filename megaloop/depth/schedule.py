@@ -1,0 +1,153 @@
+"""When a run grows: the stages of a run, each with its plan and its steps, and what the whole saves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from megaloop.depth.flops import DecoderShape, flops_per_token
+from megaloop.depth.growth import Growth, InsertAt, Operator, grow
+from megaloop.depth.plan import DepthPlan
+from megaloop.errors import MegaloopError
+
+__all__ = ["GrowthStage", "RunFlops", "explicit_steps", "growth_stages", "proportional_steps", "run_flops"]
+
+_PROPORTIONAL = re.compile(r"prop-([0-9]{1,3}(?:\.[0-9]{1,6})?)")
+
+
+@dataclass(frozen=True)
+class GrowthStage:
+    """A part of a run during which the plan stays the same.
+
+    Attributes:
+        first_step: the first optimizer step, counted from 0; the growth into this stage happens before it.
+        steps: how many.
+        plan: the layers.
+        growth: how the plan came from that of the stage before (none in the first).
+    """
+
+    first_step: int
+    steps: int
+    plan: DepthPlan
+    growth: Growth
+
+    @property
+    def stop(self) -> int:
+        """The first step after the stage."""
+        return self.first_step + self.steps
+
+
+def growth_stages(
+    layers: Sequence[int],
+    steps: Sequence[int],
+    operator: Operator,
+    block: int = 4,
+    *,
+    insert_at: InsertAt = "after",
+) -> tuple[GrowthStage, ...]:
+    """The stages of a run that begins with ``layers[0]`` fresh layers.
+
+    Args:
+        layers: number of layers of each stage, rising.
+        steps: optimizer steps of each stage, at least 1.
+
+    Raises:
+        MegaloopError: as :func:`megaloop.depth.grow`; or a stage that does not deepen the one before.
+    """
+    plan = DepthPlan.plain(layers[0])
+    stages = [GrowthStage(0, steps[0], plan, Growth.none(plan))]
+    for count, length in zip(layers[1:], steps[1:], strict=True):
+        before = stages[-1]
+        if count == before.plan.layers:
+            raise MegaloopError(f"growth: two stages of {count} layers follow each other; make them one")
+        growth = grow(before.plan, operator, count, block, insert_at=insert_at)
+        stages.append(GrowthStage(before.stop, length, growth.plan, growth))
+    return tuple(stages)
+
+
+def proportional_steps(schedule: str, stages: int, total_steps: int, end: float) -> list[int]:
+    """Steps of each stage under PROP-a (arXiv 2409.19044): stage i of k lasts in proportion to i^a.
+
+    The stages share the first ``end`` of the run; what remains (the cooldown) is added to the last.
+
+    Args:
+        schedule: ``prop-1``, ``prop-2``, ``prop-0.5``; ``prop-0`` makes all equal.
+
+    Raises:
+        MegaloopError: another word, or too few steps for so many stages.
+    """
+    match = _PROPORTIONAL.fullmatch(schedule)
+    if match is None:
+        raise MegaloopError(
+            f"growth.schedule: cannot read {schedule!r}; expected prop-1, prop-2 and so on, "
+            "or a list such as [{steps: 1000, layers: 4}, {steps: 3000, layers: 8}]"
+        )
+    weights = [float(index) ** float(match[1]) for index in range(1, stages + 1)]
+    share = total_steps * end / sum(weights)
+    stops = [round(share * weight) for weight in accumulate(weights)]
+    stops[-1] = total_steps
+    steps = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+    if min(steps) < 1:
+        raise MegaloopError(
+            f"growth.schedule: {total_steps} steps are too few for {stages} stages under {schedule}: "
+            f"they would last {', '.join(map(str, steps))}; raise train.steps, growth.start or growth.block"
+        )
+    return steps
+
+
+def explicit_steps(steps: Sequence[int], total_steps: int) -> list[int]:
+    """The steps of an explicit schedule, which must add up to those of the run.
+
+    Raises:
+        MegaloopError: they do not.
+    """
+    if sum(steps) != total_steps:
+        raise MegaloopError(
+            f"growth.schedule: the stages' steps add up to {sum(steps)}, but train.steps is {total_steps}; "
+            "make them equal"
+        )
+    return list(steps)
+
+
+@dataclass(frozen=True)
+class RunFlops:
+    """What a run costs: model FLOPs, forward and backward.
+
+    Attributes:
+        stages: of each stage.
+        full_depth: of as many steps at the last stage's depth.
+        matched_steps: steps at the last stage's depth that cost as much as this run: the baseline of equal FLOPs.
+    """
+
+    stages: tuple[int, ...]
+    full_depth: int
+    matched_steps: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.stages)
+
+    @property
+    def fraction(self) -> float:
+        """The run's FLOPs as a fraction of the full-depth run's."""
+        return self.total / self.full_depth
+
+
+def run_flops(
+    stages: Sequence[GrowthStage],
+    shape: DecoderShape,
+    sequence_length: int,
+    tokens_per_step: int,
+    *,
+    vocab_size: int | None = None,
+) -> RunFlops:
+    """FLOPs of a run, by stage and against full depth; the convention is that of :mod:`megaloop.depth.flops`."""
+    per_step = [
+        flops_per_token(stage.plan, shape, sequence_length, vocab_size=vocab_size).total * tokens_per_step
+        for stage in stages
+    ]
+    costs = tuple(cost * stage.steps for cost, stage in zip(per_step, stages, strict=True))
+    full = per_step[-1] * sum(stage.steps for stage in stages)
+    return RunFlops(costs, full, round(sum(costs) / per_step[-1]))
