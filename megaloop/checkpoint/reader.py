@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -91,7 +90,7 @@ class Checkpoint:
             return self.read(kind, piece.name, piece.box)
         start, stop = piece.flat
         out = torch.empty(stop - start, dtype=getattr(torch, self._entry(kind, piece.name).dtype))
-        for part, at in _rectangles(piece.box, start, stop):
+        for part, at in piece.rectangles():
             out[at - start : at - start + part.numel] = self.read(kind, piece.name, part).view(-1)
         return out
 
@@ -102,7 +101,7 @@ class Checkpoint:
                 out[common.within(box)] = self._slice(entry, dtype, common.within(piece.box))
             return common.numel if common else 0
         copied = 0
-        for part, at in _rectangles(piece.box, *piece.flat):
+        for part, at in piece.rectangles():
             common = part.intersect(box)
             if common is None:
                 continue
@@ -152,33 +151,6 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _rectangles(box: Box, start: int, stop: int) -> Iterator[tuple[Box, int]]:
-    """A flat range of a box as boxes, each with the position in the outer box at which it begins.
-
-    A range of a matrix is the end of a row, whole rows, and the beginning of a row.
-    """
-    if start >= stop:
-        return
-    if (start, stop) == (0, box.numel):
-        yield box, 0
-        return
-    (origin, *origins), (_, *sizes) = box.offset, box.shape
-    inner = Box(tuple(origins), tuple(sizes))
-    row = inner.numel
-    first, last = start // row, stop // row
-    cut = []  # the rows of which only a part belongs to the range
-    if start % row:
-        cut.append((first, start % row, min(stop - first * row, row)))
-        first += 1
-    if first <= last and stop % row:
-        cut.append((last, 0, stop % row))
-    for index, begin, end in cut:
-        for part, at in _rectangles(inner, begin, end):
-            yield Box((origin + index, *part.offset), (1, *part.shape)), index * row + at
-    if first < last:
-        yield Box((origin + first, *origins), (last - first, *sizes)), first * row
 
 
 def _check_file(path: Path, entry: FileEntry, verify: Literal["sizes", "checksums"]) -> None:

@@ -2,7 +2,7 @@
 
 from megaloop.model.decoder import Decoder, DecoderStage
 from megaloop.model.kernels import Kernels, build_adamw, choose_kernels
-from megaloop.model.parameters import ParameterSpec, initial_values, parameter_specs
+from megaloop.model.parameters import ParameterSpec, grown_from, initial_values, parameter_specs
 from megaloop.model.tensor_parallel import TensorParallel, vocab_parallel_cross_entropy
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "TensorParallel",
     "build_adamw",
     "choose_kernels",
+    "grown_from",
     "initial_values",
     "parameter_specs",
     "vocab_parallel_cross_entropy",

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, Growth
 
-__all__ = ["ParameterSpec", "initial_values", "parameter_specs"]
+__all__ = ["ParameterSpec", "grown_from", "initial_values", "parameter_specs"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,16 @@ def parameter_specs(config: ModelConfig, plan: DepthPlan, vocab_size: int) -> di
     if not config.tied_embeddings:
         specs["head.weight"] = matrix(vocab_size, hidden, 0)
     return specs
+
+
+def grown_from(name: str, growth: Growth) -> str | None:
+    """The parameter of the plan before whose state a parameter takes in a growth; None: fresh values."""
+    section, _, rest = name.partition(".")
+    if section != "layers":
+        return name
+    layer_id, _, rest = rest.partition(".")
+    source = growth.source(int(layer_id))
+    return None if source is None else f"layers.{source}.{rest}"
 
 
 def initial_values(

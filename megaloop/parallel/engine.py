@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -22,6 +23,7 @@ from megaloop.model import Kernels, build_adamw, choose_kernels, initial_values,
 from megaloop.parallel.partition import LayerCosts, estimated_costs, partition
 from megaloop.parallel.placement import Piece, StatePiece
 from megaloop.parallel.replicas import differing_replicas
+from megaloop.parallel.reshard import Placement
 from megaloop.parallel.state import (
     LocalParameter,
     StateSource,
@@ -32,7 +34,7 @@ from megaloop.parallel.state import (
 )
 from megaloop.parallel.topology import Coordinate, Topology
 
-__all__ = ["InitialValues", "StepResult", "TrainingEngine", "join_ranks", "local_device"]
+__all__ = ["InitialValues", "StepResult", "TrainingEngine", "join_ranks", "local_device", "split_stages"]
 
 Batch = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
 """(tokens [b, S], or (tokens, document indices)) and targets [b, S]."""
@@ -107,11 +109,12 @@ class TrainingEngine:
         plan: the layers to build.
         topology: as many ranks as torch.distributed has.
         vocab_size: rows of the embedding.
-        source: where weights, masters and moments come from.
-        step: optimizer steps that ``source`` has behind it.
+        source: where weights, masters and moments come from; None: whoever builds the engine fills them in.
+        step: optimizer steps that the state has behind it.
 
     Attributes:
         stages: [start, stop) positions of the plan per pipeline stage.
+        placement: which rank holds what.
         kernels: the kernels in use.
         coordinate: this rank's place.
     """
@@ -122,7 +125,7 @@ class TrainingEngine:
         plan: DepthPlan,
         topology: Topology,
         vocab_size: int,
-        source: StateSource,
+        source: StateSource | None,
         step: int = 0,
     ):
         self.config, self.plan, self.topology, self.vocab_size = config, plan, topology, vocab_size
@@ -131,18 +134,26 @@ class TrainingEngine:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.kernels: Kernels = choose_kernels(self.device, dtype)
         self.specs = parameter_specs(config.model, plan, vocab_size)
-        costs = (
-            LayerCosts(*config.parallel.layer_costs)
-            if config.parallel.layer_costs
-            else estimated_costs(config.model, vocab_size, config.data.sequence_length)
-        )
-        self.stages = partition(plan, topology.pp, costs)
+        self.stages = split_stages(config, plan, topology, vocab_size)
+        self.placement = Placement.of(self.specs, plan, topology, self.stages)
+        groups_before = set(_process_groups())
         self._engine = self._build()
+        self._groups = [group for group in _process_groups() if group not in groups_before]
         prime_moments(self._engine.optimizer, step)
         self.parameters: list[LocalParameter] = list(
             local_parameters(self._engine.module.stage, self.specs, topology, self.coordinate)
         )
-        write_state(self.parameters, source, self._engine.grid.get_data_parallel_group())
+        self._check_placement()
+        if source is not None:
+            write_state(self.parameters, source, self._engine.grid.get_data_parallel_group())
+
+    def _check_placement(self) -> None:
+        """What the engine holds is what the planner thinks: otherwise resharding would mix up values."""
+        found = {(each.kind, each.piece) for each in self.pieces()}
+        planned = set(self.placement.held_by(dist.get_rank()))
+        if found != planned:
+            differing = sorted({f"{kind} of {piece.name}" for kind, piece in found ^ planned})
+            raise RuntimeError(f"DeepSpeed holds {differing[0]} and {len(differing) - 1} more otherwise than planned")
 
     def _build(self) -> Any:
         with _quietly():
@@ -225,9 +236,34 @@ class TrainingEngine:
         return differing_replicas(self.pieces())
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks on the parameters."""
+        """Release DeepSpeed's hooks and buffers, and destroy the process groups of this topology.
+
+        What :meth:`pieces` gave before stays valid for as long as it is held.
+        """
+        from deepspeed import comm
+
         with _quietly():
             self._engine.destroy()
+            for group in self._groups:
+                comm.destroy_process_group(group)
+        del self._engine
+        self._groups, self.parameters = [], []
+        gc.collect()  # DeepSpeed's engine and its optimizer refer to each other
+
+
+def split_stages(config: Config, plan: DepthPlan, topology: Topology, vocab_size: int) -> tuple[tuple[int, int], ...]:
+    """[start, stop) positions of the plan per pipeline stage, by measured or estimated costs."""
+    costs = (
+        LayerCosts(*config.parallel.layer_costs)
+        if config.parallel.layer_costs
+        else estimated_costs(config.model, vocab_size, config.data.sequence_length)
+    )
+    return partition(plan, topology.pp, costs)
+
+
+def _process_groups() -> list[Any]:
+    """All process groups of torch.distributed, in the order in which they were made."""
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 @contextlib.contextmanager

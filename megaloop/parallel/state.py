@@ -8,18 +8,20 @@ flat buffer per parameter group; ``_hp_mapping`` on a parameter says which.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaloop.model import ParameterSpec
-from megaloop.parallel.placement import Box, Piece, StatePiece
+from megaloop.depth import Growth
+from megaloop.model import ParameterSpec, grown_from
+from megaloop.parallel.placement import Piece, StatePiece
+from megaloop.parallel.reshard import Moments, local_box, takes_zeros
 from megaloop.parallel.topology import Coordinate, Topology
 
-__all__ = ["LocalParameter", "StateSource", "local_box", "prime_moments", "state_pieces", "write_state"]
+__all__ = ["GrownState", "LocalParameter", "StateSource", "prime_moments", "state_pieces", "write_state"]
 
 
 class StateSource(Protocol):
@@ -28,6 +30,31 @@ class StateSource(Protocol):
     def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
         """Values of a piece (fp32 or the stored dtype; shaped like the box, or flat), or None: there are none."""
         ...
+
+
+@dataclass(frozen=True)
+class GrownState:
+    """The state of a grown plan, read from that of the plan before.
+
+    Attributes:
+        source: the state before.
+        growth: how the plan grew.
+        fresh: where layers that are no copies get their values from.
+        moments: copied layers take their parent's moments, or zeros.
+    """
+
+    source: StateSource
+    growth: Growth
+    fresh: StateSource
+    moments: Moments = "copy"
+
+    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
+        name = grown_from(piece.name, self.growth)
+        if name is None:
+            return self.fresh.read_piece(kind, piece)
+        if takes_zeros(kind, piece.name, name, self.moments):
+            return None
+        return self.source.read_piece(kind, replace(piece, name=name))
 
 
 @dataclass(frozen=True)
@@ -62,16 +89,6 @@ class LocalParameter:
         if kind == "model":
             return self.parameter.data
         return self.master if kind == "master" else self.moments.get(kind)
-
-
-def local_box(spec: ParameterSpec, tp_rank: int, tp_size: int) -> Box:
-    """The box of a parameter that a tensor-parallel rank holds."""
-    if spec.shard_dim is None or tp_size == 1:
-        return Box.whole(spec.shape)
-    size = spec.shape[spec.shard_dim] // tp_size
-    offset, shape = [0] * len(spec.shape), list(spec.shape)
-    offset[spec.shard_dim], shape[spec.shard_dim] = tp_rank * size, size
-    return Box(tuple(offset), tuple(shape))
 
 
 def prime_moments(optimizer: Any, step: int) -> None:

@@ -1,0 +1,276 @@
+"""What must move when the plan or the topology changes: placements, and the transfers between two of them.
+
+Everything here is a pure function of the two placements, so every rank computes the same transfers by itself, and
+``megaloop plan`` computes them for ranks that do not exist. :mod:`megaloop.parallel.exchange` carries them out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megaloop.depth import DepthPlan, Growth
+from megaloop.model.parameters import ParameterSpec, grown_from
+from megaloop.parallel.placement import KINDS, Box, Piece
+from megaloop.parallel.topology import Coordinate, Topology
+
+__all__ = ["Holder", "Moments", "Placement", "Reshard", "Transfer", "local_box", "takes_zeros", "transfers"]
+
+Moments = Literal["copy", "zero"]
+_Slot = tuple[str, str]  # (kind, name of a tensor)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A piece of a tensor, and the ranks that hold it alike."""
+
+    piece: Piece
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which rank holds which piece of which tensor.
+
+    Attributes:
+        plan, topology: whose placement it is.
+        stages: [start, stop) positions of the plan per pipeline stage.
+        holders: by (kind, name): who holds what of it. Weights lie whole (a rank's tensor-parallel box) on all
+            data-parallel ranks; of masters and moments each data-parallel rank holds a fragment of the box (ZeRO-1).
+    """
+
+    plan: DepthPlan
+    topology: Topology
+    stages: tuple[tuple[int, int], ...]
+    holders: Mapping[_Slot, tuple[Holder, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        specs: Mapping[str, ParameterSpec],
+        plan: DepthPlan,
+        topology: Topology,
+        stages: tuple[tuple[int, int], ...],
+    ) -> Placement:
+        """The placement that DeepSpeed's ZeRO-1 makes of a plan on a topology.
+
+        Args:
+            specs: every parameter of the plan, as :func:`megaloop.model.parameter_specs` lists them.
+        """
+        holders: dict[_Slot, list[Holder]] = defaultdict(list)
+        for pp in range(topology.pp):
+            names = stage_parameters(specs, plan, stages, pp)
+            fragments = _fragments(names, specs, topology)
+            for name in names:
+                spec = specs[name]
+                for boxes in range(1 if spec.shard_dim is None else topology.tp):
+                    alike = range(topology.tp) if spec.shard_dim is None else (boxes,)
+                    box = local_box(spec, boxes, topology.tp)
+                    whole = Piece(name, spec.shape, box)
+                    everyone = tuple(topology.rank(Coordinate(pp, dp, tp)) for dp in range(topology.dp) for tp in alike)
+                    holders["model", name].append(Holder(whole, everyone))
+                    for dp, flat in fragments[name]:
+                        holder = Holder(
+                            Piece(name, spec.shape, box, flat),
+                            tuple(topology.rank(Coordinate(pp, dp, tp)) for tp in alike),
+                        )
+                        for kind in KINDS[1:]:
+                            holders[kind, name].append(holder)
+        return cls(plan, topology, stages, {slot: tuple(each) for slot, each in holders.items()})
+
+    def held_by(self, rank: int) -> Iterator[tuple[str, Piece]]:
+        """(kind, piece) of everything that a rank holds."""
+        for (kind, _), holders in self.holders.items():
+            for holder in holders:
+                if rank in holder.ranks:
+                    yield kind, holder.piece
+
+
+def stage_parameters(
+    specs: Mapping[str, ParameterSpec], plan: DepthPlan, stages: Sequence[tuple[int, int]], pp: int
+) -> list[str]:
+    """Names of a pipeline stage's parameters, in the order in which it holds them."""
+    first, last = pp == 0, pp == len(stages) - 1
+    tied = "head.weight" not in specs
+    inside = {str(layer_id) for layer_id in plan.order[slice(*stages[pp])]}
+    names = ["embedding.weight"] if first or (last and tied) else []
+    names += [name for name in specs if name.startswith("layers.") and name.split(".", 2)[1] in inside]
+    return names + [name for name in ("norm.weight", "head.weight") if last and name in specs]
+
+
+def local_box(spec: ParameterSpec, tp_rank: int, tp_size: int) -> Box:
+    """The box of a parameter that a tensor-parallel rank holds."""
+    if spec.shard_dim is None or tp_size == 1:
+        return Box.whole(spec.shape)
+    size = spec.shape[spec.shard_dim] // tp_size
+    offset, shape = [0] * len(spec.shape), list(spec.shape)
+    offset[spec.shard_dim], shape[spec.shard_dim] = tp_rank * size, size
+    return Box(tuple(offset), tuple(shape))
+
+
+def _fragments(
+    names: Sequence[str], specs: Mapping[str, ParameterSpec], topology: Topology
+) -> dict[str, list[tuple[int, tuple[int, int]]]]:
+    """For each parameter of a stage, (dp rank, flat range of the box) of its masters and moments.
+
+    DeepSpeed lays the parameters of an optimizer group (those with weight decay, then those without) end to end,
+    pads to a multiple of 2 x dp, and gives each data-parallel rank an equal range of that.
+    """
+    found: dict[str, list[tuple[int, tuple[int, int]]]] = {}
+    for decay in (True, False):
+        group = [name for name in names if specs[name].decay == decay]
+        sizes = [local_box(specs[name], 0, topology.tp).numel for name in group]
+        unit = 2 * topology.dp
+        share = -(-sum(sizes) // unit) * 2
+        at = 0
+        for name, size in zip(group, sizes, strict=True):
+            found[name] = [
+                (dp, (max(at, dp * share) - at, min(at + size, (dp + 1) * share) - at))
+                for dp in range(at // share, (at + size - 1) // share + 1)
+            ]
+            at += size
+    return found
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A region of a tensor of the plan before that goes from one rank to another.
+
+    Attributes:
+        kind: one of :data:`megaloop.parallel.placement.KINDS`.
+        name: the tensor.
+        box: the region of it.
+        source, target: ranks.
+        bytes: its size.
+    """
+
+    kind: str
+    name: str
+    box: Box
+    source: int
+    target: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """What moves between two placements.
+
+    Attributes:
+        transfers: in the order in which all ranks carry them out, tensor by tensor.
+        in_place: bytes that each rank needs and holds already.
+    """
+
+    transfers: tuple[Transfer, ...]
+    in_place: tuple[int, ...]
+
+    def received(self) -> tuple[int, ...]:
+        """Bytes that each rank receives."""
+        return self._sum(lambda each: each.target)
+
+    def sent(self) -> tuple[int, ...]:
+        """Bytes that each rank sends."""
+        return self._sum(lambda each: each.source)
+
+    def _sum(self, rank: Callable[[Transfer], int]) -> tuple[int, ...]:
+        total = [0] * len(self.in_place)
+        for each in self.transfers:
+            total[rank(each)] += each.bytes
+        return tuple(total)
+
+
+def takes_zeros(kind: str, name: str, source: str, moments: Moments) -> bool:
+    """Whether a parameter's state of this kind starts from zeros: the moments of a copied layer, where asked for."""
+    return moments == "zero" and name != source and kind in ("exp_avg", "exp_avg_sq")
+
+
+def transfers(
+    old: Placement, new: Placement, growth: Growth, *, weight_bytes: int, moments: Moments = "copy"
+) -> Reshard:
+    """What must go from where to where, so that every rank has what the new placement gives it.
+
+    A new layer is fed by the layer that it is a copy of. What a rank holds already does not move, and what it
+    needs twice (a layer and its copy) comes once: the bytes are the least possible. Where several ranks hold what
+    one needs, the one that has the fewest bytes to send so far sends it.
+
+    Args:
+        old, new: placements on the same ranks.
+        weight_bytes: bytes of one element of the weights in the training dtype; masters and moments have 4.
+    """
+    world = old.topology.world_size
+    load = [0] * world
+    in_place = [0] * world
+    planned: list[Transfer] = []
+    for (kind, source), needed in _needs(new, growth, moments).items():
+        size = weight_bytes if kind == "model" else 4
+        holders = old.holders[kind, source]
+        held: dict[int, list[Piece]] = defaultdict(list)
+        for holder in holders:
+            for rank in holder.ranks:
+                held[rank].append(holder.piece)
+        rectangles = [(box, holder.ranks) for holder in holders for box, _ in holder.piece.rectangles()]
+        known: dict[tuple[tuple[Piece, ...], tuple[Piece, ...]], tuple[list[Box], int]] = {}
+        for rank, pieces in sorted(needed.items()):
+            key = (tuple(pieces), tuple(held.get(rank, ())))
+            if key not in known:
+                known[key] = _missing(*key)
+            missing, wanted = known[key]
+            in_place[rank] += size * (wanted - sum(box.numel for box in missing))
+            for box in missing:
+                for part, sender in _senders(box, rectangles, load):
+                    planned.append(Transfer(kind, source, part, sender, rank, size * part.numel))
+                    load[sender] += planned[-1].bytes
+    return Reshard(tuple(planned), tuple(in_place))
+
+
+def _needs(new: Placement, growth: Growth, moments: Moments) -> dict[_Slot, dict[int, list[Piece]]]:
+    """By (kind, tensor of the plan before): which pieces of it each rank needs, in the new placement's order."""
+    needs: dict[_Slot, dict[int, list[Piece]]] = {}
+    for (kind, name), holders in new.holders.items():
+        source = grown_from(name, growth)
+        if source is None or takes_zeros(kind, name, source, moments):
+            continue
+        slot = needs.setdefault((kind, source), {})
+        for holder in holders:
+            piece = Piece(source, holder.piece.shape, holder.piece.box, holder.piece.flat)
+            for rank in holder.ranks:
+                slot.setdefault(rank, []).append(piece)
+    return needs
+
+
+def _missing(needed: Iterable[Piece], held: Iterable[Piece]) -> tuple[list[Box], int]:
+    """(regions that are needed and not held, number of needed elements); what is needed twice counts once."""
+    wanted: list[Box] = []
+    for piece in dict.fromkeys(needed):
+        regions = [box for box, _ in piece.rectangles()]
+        wanted += _without(regions, wanted) if wanted else regions
+    count = sum(box.numel for box in wanted)
+    return _without(wanted, [box for piece in held for box, _ in piece.rectangles()]), count
+
+
+def _without(regions: Iterable[Box], taken: Sequence[Box]) -> list[Box]:
+    left = list(regions)
+    for other in taken:
+        left = [rest for box in left for rest in box.minus(other)]
+    return left
+
+
+def _senders(
+    box: Box, holders: Sequence[tuple[Box, tuple[int, ...]]], load: Sequence[int]
+) -> Iterator[tuple[Box, int]]:
+    """Cut a region by who holds it, each part with the rank that sends it: the one with the least to send so far."""
+    left = [box]
+    while left:
+        region = left.pop()
+        candidates = [
+            (min((load[rank], rank) for rank in ranks), common)
+            for held, ranks in holders
+            if (common := held.intersect(region))
+        ]
+        if not candidates:
+            raise RuntimeError(f"no rank holds {region}")
+        (_, sender), part = min(candidates, key=lambda each: (*each[0], each[1].offset))
+        yield part, sender
+        left.extend(region.minus(part))
