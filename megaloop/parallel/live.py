@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ def reshard(
     config, vocab_size, before = engine.config, engine.vocab_size, engine.placement
     old = engine.pieces()
     engine.close()
+    gc.freeze()  # the garbage is out; what is left stays, and the collections of the next build pass it over
     new = TrainingEngine(config, growth.plan, topology, vocab_size, None, step)
     built = time.perf_counter()
     weight_bytes = torch.finfo(torch.bfloat16 if config.train.precision == "bf16" else torch.float32).bits // 8

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megaloop.config import Config
-from megaloop.depth import DepthPlan, Growth, Operator, grow
+from megaloop.depth import DepthPlan, Operator, grow
 from megaloop.parallel.engine import InitialValues, TrainingEngine, join_ranks
 from megaloop.parallel.live import Resharded, reshard
-from megaloop.parallel.placement import Box, Piece
 from megaloop.parallel.reshard import Moments
 from megaloop.parallel.topology import Topology
 from tests.parallel.layouts import LR, VOCAB, micro_batches
