@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -50,6 +51,24 @@ class OnError(StrEnum):
 class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class GrowthOperator(StrEnum):
+    lidas = "lidas"
+    midas = "midas"
+    stack = "stack"
+    last = "last"
+    random = "random"
+
+
+class InsertPosition(StrEnum):
+    after = "after"
+    middle = "middle"
+
+
+class NewMoments(StrEnum):
+    copy = "copy"
+    zero = "zero"
 
 
 def main() -> None:
@@ -193,6 +212,38 @@ def _train_here(configuration: Any, resume: bool) -> None:
 
 
 @app.command()
+def grow(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write; RUN/checkpoints/step-N to go on from it.")],
+    layers: Annotated[int, typer.Option(min=1, help="Layers to grow to.")],
+    operator: Annotated[GrowthOperator, typer.Option(help="Which layers are copied.")] = GrowthOperator.lidas,
+    block: Annotated[int, typer.Option(min=1, help="Layers per copied block (stack copies all).")] = 4,
+    insert_at: Annotated[
+        InsertPosition, typer.Option(help="Where lidas and random put a block: behind the middle range, or in it.")
+    ] = InsertPosition.after,
+    moments: Annotated[
+        NewMoments, typer.Option(help="Adam's moments of a copied layer: its parent's, or zeros.")
+    ] = NewMoments.copy,
+    json: Json = False,
+) -> None:
+    """Deepen a checkpoint by copying layers: another checkpoint, at the same step."""
+    from megaloop.checkpoint.grow import grow_checkpoint
+
+    with _byte_progress() as show:
+        result = grow_checkpoint(
+            checkpoint,
+            out,
+            operator.value,
+            layers,
+            block,
+            insert_at=insert_at.value,
+            moments=moments.value,
+            on_bytes=show,
+        )
+    _report(result, json)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
@@ -328,6 +379,23 @@ def bench_prep_command(
     from megaloop.bench.prep import bench_prep
 
     _report(bench_prep(inputs, tokenizer=tokenizer, workers=workers), json)
+
+
+@contextlib.contextmanager
+def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, where that is a terminal: call it with what is done, bytes done and bytes in all."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield show
 
 
 def _report(result: Any, as_json: bool) -> None:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, growth_stages
+from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, growth_stages, stage_at
 from megaloop.depth.schedule import explicit_steps, proportional_steps
 from megaloop.errors import MegaloopError
 
@@ -158,8 +158,11 @@ class GrowthConfig(_Section):
     topology: tuple[GrowthTopologyConfig, ...] = ()
     """The topology by depth: [{layers: 4, pp: 1}, {layers: 12, pp: 2}]; empty: parallel, throughout."""
 
-    def stages(self, layers: int, total_steps: int) -> tuple[GrowthStage, ...]:
+    def stages(self, layers: int, total_steps: int, first: DepthPlan | None = None) -> tuple[GrowthStage, ...]:
         """The stages of a run of ``total_steps`` that ends with ``layers`` layers.
+
+        Args:
+            first: the plan of the first stage, of ``start`` layers; default: a plain one.
 
         Raises:
             MegaloopError: the target cannot be reached, or the schedule does not fit the steps.
@@ -183,7 +186,7 @@ class GrowthConfig(_Section):
                     f"have growth.start {self.start}, and the last depth {layers}"
                 )
             steps = explicit_steps([stage.steps for stage in self.schedule], total_steps)
-        return growth_stages(counts, steps, self.operator, self.block, insert_at=self.insert_at)
+        return growth_stages(counts, steps, self.operator, self.block, insert_at=self.insert_at, first=first)
 
 
 class ParallelConfig(_Section):
@@ -330,7 +333,7 @@ class Config(_Section):
 
     def stage_at(self, step: int) -> GrowthStage:
         """The stage to which optimizer step ``step``, counted from 0, belongs (past the end: the last)."""
-        return next((stage for stage in self.stages if step < stage.stop), self.stages[-1])
+        return stage_at(self.stages, step)
 
     @property
     def plan(self) -> DepthPlan:

@@ -20,7 +20,8 @@ from torch import Tensor
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
 from megaloop.depth.flops import flops_per_token
-from megaloop.parallel.engine import InitialValues, TrainingEngine, join_ranks, local_device
+from megaloop.parallel.engine import TrainingEngine, join_ranks, local_device
+from megaloop.parallel.state import InitialValues
 from megaloop.parallel.topology import Topology
 from megaloop.train.hardware import describe_machine
 
@@ -179,7 +180,9 @@ def _our_steps(config: Config) -> Iterator[float]:
     }
     join_ranks()
     vocab_size = config.model.vocab_size or 0
-    engine = TrainingEngine(config, config.plan, Topology(), vocab_size, InitialValues(config, config.plan, vocab_size))
+    engine = TrainingEngine(
+        config, config.plan, Topology(), vocab_size, InitialValues(config.model, config.seed, config.plan, vocab_size)
+    )
     batches = _batches(config, local_device())
     while True:
         yield engine.train_step(batches, config.optimizer.lr).loss

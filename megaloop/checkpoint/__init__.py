@@ -1,6 +1,6 @@
 """Sharded checkpoints: every rank writes what it owns, any topology reads it, nothing is ever unpickled."""
 
-from megaloop.checkpoint.manifest import Manifest
+from megaloop.checkpoint.manifest import GrowthEntry, Manifest
 from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import check_same_model, list_checkpoints, prune, resolve_checkpoint
 from megaloop.checkpoint.writer import CheckpointInfo, SaveResult, save_checkpoint
@@ -8,6 +8,7 @@ from megaloop.checkpoint.writer import CheckpointInfo, SaveResult, save_checkpoi
 __all__ = [
     "Checkpoint",
     "CheckpointInfo",
+    "GrowthEntry",
     "Manifest",
     "SaveResult",
     "check_same_model",

@@ -10,16 +10,26 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, Operator
 from megaloop.errors import MegaloopError
 from megaloop.parallel.placement import Box, Piece
 
 __all__ = [
     "MANIFEST",
     "FileEntry",
+    "GrowthEntry",
     "Manifest",
     "PieceEntry",
     "TensorEntry",
@@ -90,6 +100,17 @@ class TokenizerEntry(_Model):
     _path_inside = field_validator("file")(_inside)
 
 
+class GrowthEntry(_Model):
+    """Where in its growth a run was: the operator, and the number of its stage, counted from 0.
+
+    A checkpoint that ``megaloop grow`` wrote has no stage.
+    """
+
+    operator: Operator
+    stage: NonNegativeInt | None = None
+    stages: PositiveInt | None = None
+
+
 class Manifest(_Model):
     """Everything but the numbers; see docs/CHECKPOINTS.md."""
 
@@ -102,7 +123,7 @@ class Manifest(_Model):
     tokens: NonNegativeInt
     flops: NonNegativeInt
     plan: dict[str, Any]
-    growth: None
+    growth: GrowthEntry | None
     model: dict[str, Any]
     precision: Literal["fp32", "bf16"]
     rng: dict[str, int]

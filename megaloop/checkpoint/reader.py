@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,7 @@ from torch import Tensor
 from megaloop.checkpoint.manifest import FileEntry, Manifest, PieceEntry, TensorEntry, read_manifest
 from megaloop.checkpoint.tensor_file import DTYPE_CODES
 from megaloop.errors import MegaloopError
+from megaloop.model import ParameterSpec
 from megaloop.parallel.placement import Box, Piece
 
 __all__ = ["Checkpoint", "file_checksum"]
@@ -51,6 +54,29 @@ class Checkpoint:
         for entry in checkpoint.manifest.files:
             _check_file(path, entry, verify)
         return checkpoint
+
+    def verify(self, on_bytes: Callable[[int, int], None]) -> None:
+        """Read every byte of every file and compare the checksums; tells (bytes done, bytes in all).
+
+        Raises:
+            MegaloopError: as :meth:`open` with ``verify="checksums"``.
+        """
+        done, total = 0, sum(entry.bytes for entry in self.manifest.files)
+        for entry in self.manifest.files:
+            _check_file(self.path, entry, "checksums", partial(_advance, on_bytes, done, total))
+            done += entry.bytes
+
+    def check_tensors(self, specs: Mapping[str, ParameterSpec]) -> None:
+        """Raise MegaloopError unless the checkpoint holds exactly the parameters of ``specs``, in their shapes."""
+        for kind in self.manifest.tensors:
+            found = {name: self.shape(kind, name) for name in self.names(kind)}
+            for name in sorted(specs.keys() | found.keys()):
+                expected = specs[name].shape if name in specs else None
+                if found.get(name) != expected:
+                    raise MegaloopError(
+                        f"checkpoint {self.path}: {kind} of {name} is {found.get(name, 'not there')}, "
+                        f"its plan asks for {expected or 'no such tensor'}; use another checkpoint"
+                    )
 
     @property
     def tokenizer(self) -> Path | None:
@@ -153,7 +179,16 @@ class Checkpoint:
         self.close()
 
 
-def _check_file(path: Path, entry: FileEntry, verify: Literal["sizes", "checksums"]) -> None:
+def _advance(on_bytes: Callable[[int, int], None], before: int, total: int, count: int) -> None:
+    on_bytes(before + count, total)
+
+
+def _check_file(
+    path: Path,
+    entry: FileEntry,
+    verify: Literal["sizes", "checksums"],
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
     file = path / entry.path
     what = f"checkpoint {path}: {entry.path}"
     try:
@@ -165,7 +200,7 @@ def _check_file(path: Path, entry: FileEntry, verify: Literal["sizes", "checksum
         if size != entry.bytes:
             how = "truncated" if size < entry.bytes else "altered"
             raise MegaloopError(f"{what} is {how}: {size} bytes, expected {entry.bytes}; use another checkpoint")
-        if verify == "checksums" and (found := file_checksum(file)) != entry.checksum:
+        if verify == "checksums" and (found := file_checksum(file, on_bytes)) != entry.checksum:
             raise MegaloopError(
                 f"{what} is altered: its checksum is {found}, expected {entry.checksum}; use another checkpoint"
             )
@@ -176,10 +211,12 @@ def _check_file(path: Path, entry: FileEntry, verify: Literal["sizes", "checksum
         raise MegaloopError(f"{what} cannot be read ({reason}); use another checkpoint") from None
 
 
-def file_checksum(path: Path) -> str:
-    """xxh3_128 of a file, in hexadecimal; the file is read in blocks."""
-    digest = xxhash.xxh3_128()
+def file_checksum(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """xxh3_128 of a file, in hexadecimal; the file is read in blocks, and ``on_bytes`` told how much of it."""
+    digest, done = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            done += len(block)
+            on_bytes(done)
     return digest.hexdigest()

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megaloop import __version__
 from megaloop.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     FileEntry,
+    GrowthEntry,
     Manifest,
     PieceEntry,
     TensorEntry,
@@ -33,9 +36,9 @@ from megaloop.checkpoint.tensor_file import LazyTensor, write_tensors
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
-from megaloop.parallel.placement import StatePiece
+from megaloop.parallel.placement import Piece, StatePiece
 
-__all__ = ["CheckpointInfo", "SaveResult", "save_checkpoint"]
+__all__ = ["CheckpointInfo", "LazyPiece", "SaveResult", "save_checkpoint"]
 
 TOKENIZER = "tokenizer.model"
 
@@ -54,6 +57,36 @@ class CheckpointInfo:
     topology: dict[str, int]
     precision: Literal["fp32", "bf16"]
     config: dict[str, Any]
+    growth: GrowthEntry | None = None
+
+
+@dataclass(frozen=True)
+class LazyPiece:
+    """A piece that is read when its turn comes to be written.
+
+    Attributes:
+        kind, piece: as in :class:`megaloop.parallel.placement.StatePiece`.
+        dtype: of the values.
+        read: gives them, shaped like the box, or flat for a fragment.
+    """
+
+    kind: str
+    piece: Piece
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, state: StatePiece) -> Self:
+        return cls(state.kind, state.piece, state.data.dtype, lambda: state.data)
+
+    @property
+    def bytes(self) -> int:
+        return self.piece.numel * self.dtype.itemsize
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in which the values are stored."""
+        return self.piece.box.shape if self.piece.flat is None else (self.piece.numel,)
 
 
 @dataclass(frozen=True)
@@ -70,7 +103,7 @@ _Index = tuple[list[FileEntry], list[tuple[str, str, list[int], str, PieceEntry]
 
 
 def save_checkpoint(
-    directory: Path, pieces: Iterable[StatePiece], info: CheckpointInfo, tokenizer: Path | None = None
+    directory: Path, pieces: Iterable[StatePiece | LazyPiece], info: CheckpointInfo, tokenizer: Path | None = None
 ) -> SaveResult:
     """Save a checkpoint; collective over all ranks where torch.distributed is initialised.
 
@@ -163,19 +196,23 @@ def _begin(directory: Path, partial: Path) -> None:
         (partial / group).mkdir(parents=True)
 
 
-def _write_rank(partial: Path, pieces: Iterable[StatePiece], rank: int) -> _Index:
+def _write_rank(partial: Path, pieces: Iterable[StatePiece | LazyPiece], rank: int) -> _Index:
     """Write this rank's two files and describe them."""
     groups: dict[str, dict[str, LazyTensor]] = {"model": {}, "optim": {}}
     tensors = []
     for each in pieces:
-        if not each.writes or each.data.numel() == 0:
+        if isinstance(each, StatePiece):
+            if not each.writes:
+                continue
+            each = LazyPiece.of(each)
+        if each.piece.numel == 0:
             continue
         piece = each.piece
         group = "model" if each.kind == "model" else "optim"
         key = piece.name if group == "model" else f"{each.kind}/{piece.name}"
         if key in groups[group]:  # a rank may hold several pieces of a tensor
             key = f"{key}#{len(groups[group])}"
-        groups[group][key] = LazyTensor.of(key, each.data)
+        groups[group][key] = LazyTensor(key, each.shape, each.dtype, each.read)
         entry = PieceEntry(
             file=f"{group}/rank-{rank:05d}.safetensors",
             key=key,
@@ -183,7 +220,7 @@ def _write_rank(partial: Path, pieces: Iterable[StatePiece], rank: int) -> _Inde
             shape=list(piece.box.shape),
             flat=piece.flat,
         )
-        dtype = str(each.data.dtype).removeprefix("torch.")
+        dtype = str(each.dtype).removeprefix("torch.")
         tensors.append((each.kind, piece.name, list(piece.shape), dtype, entry))
     files = []
     for group, values in groups.items():
@@ -223,7 +260,7 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         tokens=info.tokens,
         flops=info.flops,
         plan=info.plan.to_json(),
-        growth=None,
+        growth=info.growth,
         model=info.model.model_dump(mode="json"),
         precision=info.precision,
         rng={"seed": info.seed, "step": info.step},

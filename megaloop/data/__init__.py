@@ -1,7 +1,7 @@
 """Reading token shards in a global order that no topology changes."""
 
 from megaloop.data.dataset import DataSet, Sample
-from megaloop.data.loader import BatchLoader, MicroBatch, validation_batches
+from megaloop.data.loader import BatchLoader, MicroBatch, usable_validation, validation_batches
 from megaloop.data.order import SampleOrder
 from megaloop.data.sources import Sources, embedding_rows, open_sources
 from megaloop.data.tokenizer import Tokenizer
@@ -16,5 +16,6 @@ __all__ = [
     "Tokenizer",
     "embedding_rows",
     "open_sources",
+    "usable_validation",
     "validation_batches",
 ]

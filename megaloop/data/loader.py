@@ -6,9 +6,10 @@ R takes the r-th contiguous slice of it, cut into micro-batches: whatever R is, 
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -21,7 +22,7 @@ from megaloop.data.dataset import DataSet, Sample
 from megaloop.data.order import SampleOrder
 from megaloop.errors import MegaloopError
 
-__all__ = ["BatchLoader", "MicroBatch", "validation_batches"]
+__all__ = ["BatchLoader", "MicroBatch", "usable_validation", "validation_batches"]
 
 
 @dataclass(frozen=True)
@@ -137,22 +138,35 @@ def validation_batches(
     Raises:
         MegaloopError: the sources hold fewer than one micro-batch per rank.
     """
+    usable = usable_validation(datasets, samples=samples, micro_batch=micro_batch, dp_sizes=[dp_size])
     splits = [dataset.split("validation") for dataset in datasets]
     turns = max(map(len, splits))
-    places = [(split, index) for index in range(turns) for split in splits if index < len(split)][:samples]
-    unit = micro_batch * dp_size
-    usable = len(places) // unit * unit
-    if not usable:
-        raise MegaloopError(
-            f"{len(places)} validation samples (validation.samples {samples}) are fewer than one micro-batch on each rank, "
-            f"{micro_batch} x dp {dp_size} = {unit}; hold out more with --validation-fraction, or raise validation.samples"
-        )
+    places = [(split, index) for index in range(turns) for split in splits if index < len(split)]
     numbers = _slices(0, usable, micro_batch, dp_rank, dp_size)
     batches = []
-    for _ in range(usable // unit):
+    for _ in range(usable // (micro_batch * dp_size)):
         chosen = next(numbers)
         batches.append(_collate([places[n][0].sample(places[n][1]) for n in chosen], chosen))
     return batches
+
+
+def usable_validation(datasets: Sequence[DataSet], *, samples: int, micro_batch: int, dp_sizes: Collection[int]) -> int:
+    """How many validation samples make whole micro-batches on every rank, whichever of ``dp_sizes`` there are.
+
+    Where the topology changes during a run, all its validations so go over the same samples (unless there are too few
+    for that: then each size alone has to fit).
+
+    Raises:
+        MegaloopError: there are fewer than one micro-batch per rank.
+    """
+    found = min(sum(len(dataset.split("validation")) for dataset in datasets), samples)
+    most, together = micro_batch * max(dp_sizes), micro_batch * math.lcm(*dp_sizes)
+    if found < most:
+        raise MegaloopError(
+            f"{found} validation samples (validation.samples {samples}) are fewer than one micro-batch on each rank, "
+            f"{micro_batch} x dp {max(dp_sizes)} = {most}; hold out more with --validation-fraction, or raise validation.samples"
+        )
+    return found // together * together or found
 
 
 def _slices(start: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:

@@ -20,7 +20,7 @@ from typing import Literal
 from megaloop.depth.plan import DepthPlan
 from megaloop.errors import MegaloopError
 
-__all__ = ["Growth", "InsertAt", "Operator", "grow"]
+__all__ = ["Growth", "InsertAt", "Operator", "before_growth", "grow"]
 
 Operator = Literal["lidas", "midas", "stack", "last", "random"]
 InsertAt = Literal["after", "middle"]
@@ -96,6 +96,15 @@ def grow(plan: DepthPlan, operator: Operator, layers: int, block: int = 4, *, in
     while growth.plan.layers < layers:
         growth = growth.then(_step(growth.plan, operator, block, insert_at))
     return growth
+
+
+def before_growth(plan: DepthPlan, layers: int) -> DepthPlan:
+    """A grown plan as it was when it had ``layers`` layers: growth numbers new layers upwards, so the lowest ids."""
+    ids = sorted(plan.ids)[:layers]
+    return DepthPlan(
+        tuple(layer_id for layer_id in plan.order if layer_id in ids),
+        {child: parent for child, parent in plan.lineage.items() if child in ids},
+    )
 
 
 def _step(plan: DepthPlan, operator: Operator, block: int, insert_at: InsertAt) -> Growth:

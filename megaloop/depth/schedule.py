@@ -12,7 +12,7 @@ from megaloop.depth.growth import Growth, InsertAt, Operator, grow
 from megaloop.depth.plan import DepthPlan
 from megaloop.errors import MegaloopError
 
-__all__ = ["GrowthStage", "RunFlops", "explicit_steps", "growth_stages", "proportional_steps", "run_flops"]
+__all__ = ["GrowthStage", "RunFlops", "explicit_steps", "growth_stages", "proportional_steps", "run_flops", "stage_at"]
 
 _PROPORTIONAL = re.compile(r"prop-([0-9]{1,3}(?:\.[0-9]{1,6})?)")
 
@@ -46,17 +46,19 @@ def growth_stages(
     block: int = 4,
     *,
     insert_at: InsertAt = "after",
+    first: DepthPlan | None = None,
 ) -> tuple[GrowthStage, ...]:
-    """The stages of a run that begins with ``layers[0]`` fresh layers.
+    """The stages of a run.
 
     Args:
         layers: number of layers of each stage, rising.
         steps: optimizer steps of each stage, at least 1.
+        first: the plan of the first stage; default: a plain one.
 
     Raises:
         MegaloopError: as :func:`megaloop.depth.grow`; or a stage that does not deepen the one before.
     """
-    plan = DepthPlan.plain(layers[0])
+    plan = first or DepthPlan.plain(layers[0])
     stages = [GrowthStage(0, steps[0], plan, Growth.none(plan))]
     for count, length in zip(layers[1:], steps[1:], strict=True):
         before = stages[-1]
@@ -65,6 +67,11 @@ def growth_stages(
         growth = grow(before.plan, operator, count, block, insert_at=insert_at)
         stages.append(GrowthStage(before.stop, length, growth.plan, growth))
     return tuple(stages)
+
+
+def stage_at(stages: Sequence[GrowthStage], step: int) -> GrowthStage:
+    """The stage to which optimizer step ``step``, counted from 0, belongs (past the end: the last)."""
+    return next((stage for stage in stages if step < stage.stop), stages[-1])
 
 
 def proportional_steps(schedule: str, stages: int, total_steps: int, end: float) -> list[int]:

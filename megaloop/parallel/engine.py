@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
-from megaloop.model import Kernels, build_adamw, choose_kernels, initial_values, parameter_specs
+from megaloop.model import Kernels, build_adamw, choose_kernels, parameter_specs
 from megaloop.parallel.partition import LayerCosts, estimated_costs, partition
-from megaloop.parallel.placement import Piece, StatePiece
+from megaloop.parallel.placement import StatePiece
 from megaloop.parallel.replicas import differing_replicas
 from megaloop.parallel.reshard import Placement
 from megaloop.parallel.state import (
@@ -34,7 +34,7 @@ from megaloop.parallel.state import (
 )
 from megaloop.parallel.topology import Coordinate, Topology
 
-__all__ = ["InitialValues", "StepResult", "TrainingEngine", "join_ranks", "local_device", "split_stages"]
+__all__ = ["StepResult", "TrainingEngine", "join_ranks", "local_device", "split_stages"]
 
 Batch = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
 """(tokens [b, S], or (tokens, document indices)) and targets [b, S]."""
@@ -86,22 +86,6 @@ class StepResult:
 
     loss: float
     grad_norm: float
-
-
-@dataclass(frozen=True)
-class InitialValues:
-    """The state that a run starts from: weights of a seed, no moments."""
-
-    config: Config
-    plan: DepthPlan
-    vocab_size: int
-
-    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
-        if kind not in ("model", "master"):
-            return None
-        spec = parameter_specs(self.config.model, self.plan, self.vocab_size)[piece.name]
-        values = initial_values(piece.name, spec, self.config.seed, piece.box.offset, piece.box.shape)
-        return values if piece.flat is None else values.reshape(-1)[slice(*piece.flat)]
 
 
 class TrainingEngine:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megaloop.depth import Growth
-from megaloop.parallel.engine import InitialValues, TrainingEngine
+from megaloop.parallel.engine import TrainingEngine
 from megaloop.parallel.exchange import exchange
 from megaloop.parallel.reshard import Moments, Reshard, transfers
+from megaloop.parallel.state import InitialValues
 from megaloop.parallel.topology import Topology
 
 __all__ = ["Resharded", "reshard"]
@@ -62,7 +63,7 @@ def reshard(
     built = time.perf_counter()
     weight_bytes = torch.finfo(torch.bfloat16 if config.train.precision == "bf16" else torch.float32).bits // 8
     plan = transfers(before, new.placement, growth, weight_bytes=weight_bytes, moments=moments)
-    fresh = InitialValues(config, growth.plan, vocab_size)
+    fresh = InitialValues(config.model, config.seed, growth.plan, vocab_size)
     buffers = exchange(plan, old, new.pieces(), growth, fresh=fresh, moments=moments)
     dist.barrier()
     ended = time.perf_counter()

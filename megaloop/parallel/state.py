@@ -9,19 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaloop.depth import Growth
-from megaloop.model import ParameterSpec, grown_from
+from megaloop.config import ModelConfig
+from megaloop.depth import DepthPlan, Growth
+from megaloop.model import ParameterSpec, grown_from, initial_values, parameter_specs
 from megaloop.parallel.placement import Piece, StatePiece
 from megaloop.parallel.reshard import Moments, local_box, takes_zeros
 from megaloop.parallel.topology import Coordinate, Topology
 
-__all__ = ["GrownState", "LocalParameter", "StateSource", "prime_moments", "state_pieces", "write_state"]
+__all__ = [
+    "GrownState",
+    "InitialValues",
+    "LocalParameter",
+    "StateSource",
+    "prime_moments",
+    "state_pieces",
+    "write_state",
+]
 
 
 class StateSource(Protocol):
@@ -30,6 +40,30 @@ class StateSource(Protocol):
     def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
         """Values of a piece (fp32 or the stored dtype; shaped like the box, or flat), or None: there are none."""
         ...
+
+
+@dataclass(frozen=True)
+class InitialValues:
+    """The state that a run starts from: weights of a seed, no moments.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+    """
+
+    model: ModelConfig
+    seed: int
+    plan: DepthPlan
+    vocab_size: int
+
+    @cached_property
+    def _specs(self) -> dict[str, ParameterSpec]:
+        return parameter_specs(self.model, self.plan, self.vocab_size)
+
+    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
+        if kind not in ("model", "master"):
+            return None
+        values = initial_values(piece.name, self._specs[piece.name], self.seed, piece.box.offset, piece.box.shape)
+        return values if piece.flat is None else values.reshape(-1)[slice(*piece.flat)]
 
 
 @dataclass(frozen=True)

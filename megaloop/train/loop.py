@@ -1,38 +1,35 @@
-"""A run from start to end: build, resume, then train, validate and save, step by step."""
+"""A run from start to end: build, resume, then train, validate, save and grow, step by step."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from megaloop.checkpoint import (
-    Checkpoint,
-    CheckpointInfo,
-    check_same_model,
-    list_checkpoints,
-    prune,
-    resolve_checkpoint,
-    save_checkpoint,
-)
+from megaloop.checkpoint import CheckpointInfo, GrowthEntry, prune, save_checkpoint
 from megaloop.config import Config
-from megaloop.data import BatchLoader, MicroBatch, Sources, embedding_rows, open_sources, validation_batches
-from megaloop.depth import DepthPlan
+from megaloop.data import (
+    BatchLoader,
+    MicroBatch,
+    Sources,
+    embedding_rows,
+    open_sources,
+    usable_validation,
+    validation_batches,
+)
+from megaloop.depth import GrowthStage
 from megaloop.errors import MegaloopError
-from megaloop.parallel.engine import InitialValues, TrainingEngine, join_ranks
-from megaloop.parallel.placement import Piece
-from megaloop.parallel.state import StateSource
+from megaloop.parallel.engine import TrainingEngine, join_ranks
+from megaloop.parallel.live import reshard
 from megaloop.parallel.topology import Topology
-from megaloop.train.agree import all_ranks_agree, from_rank_0
-from megaloop.train.report import Position, RunReporter
+from megaloop.train.agree import all_ranks_agree
+from megaloop.train.report import RunReporter
 from megaloop.train.rundir import RunDirectory
 from megaloop.train.schedule import learning_rate
+from megaloop.train.start import Start, starting_point
 
 __all__ = ["run"]
 
@@ -50,72 +47,160 @@ def run(config: Config, *, resume: bool = False) -> None:
     world_size = join_ranks()
     try:
         with all_ranks_agree():
-            topology = Topology(*config.topology(world_size))
+            config.check_world(world_size)
             sources = open_sources(config.data)
-            plan, vocab_size = config.plan, embedding_rows(config, sources)
+            vocab_size = embedding_rows(config, sources)
+            samples = _validation_samples(config, sources, world_size)
         with _open_directory(config, resume) as directory:
-            start = _starting_point(config, plan, vocab_size, sources, resume)
-            with RunReporter(config, plan, topology, vocab_size, start.position, directory) as reporter:
-                engine = TrainingEngine(config, plan, topology, vocab_size, start.source, start.position.step)
-                reporter.begins(engine, sources, start.checkpoint)
-                _train(config, engine, sources, start.position, reporter)
-                engine.close()
+            start = starting_point(config, vocab_size, sources, resume)
+            with RunReporter(config, vocab_size, start.position, directory) as reporter:
+                _Run(config, sources, vocab_size, samples, start, reporter).train()
     finally:
         if not joined_before:  # whoever made the process group ends it
             dist.destroy_process_group()
 
 
-def _train(config: Config, engine: TrainingEngine, sources: Sources, at: Position, reporter: RunReporter) -> None:
-    """The training loop: for each step, train, then validate, check and save where they are due."""
-    total = config.train.steps
-    validation = _Validation(config, engine, sources)
-    loader = _open_loader(config, engine, sources, at.samples)
-    try:
-        for step in range(at.step, total):
-            lr = learning_rate(step, total, config.optimizer.lr, config.schedule)
-            began = time.perf_counter()
-            result = engine.train_step(_engine_batches(config, loader), lr)
-            at = at.after(config, reporter.flops_per_step)
-            seconds = time.perf_counter() - began
-            validated = validation.run() if _due(at.step, config.validation.every, total) else None
-            reporter.stepped(at, result, lr, seconds, validated)
-            if config.train.check_replicas and at.step % config.train.check_replicas == 0:
-                _check_replicas(engine, at.step)
-            if _due(at.step, config.checkpoint.every, total):
-                _save(config, engine, sources, at, reporter)
-    finally:
-        if loader is not None:
-            loader.close()
+class _Run:
+    """A run while it trains; every rank has one.
+
+    Attributes:
+        at: how far it is.
+        engine: of the stage that it is in.
+        validation: on that engine.
+        saved: the step of its newest checkpoint, None if it has saved none yet.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sources,
+        vocab_size: int,
+        validation_samples: int,
+        start: Start,
+        reporter: RunReporter,
+    ):
+        self._config, self._sources, self._start, self._reporter = config, sources, start, reporter
+        self._validation_samples = validation_samples
+        self.at = start.position
+        self.saved: int | None = None if start.checkpoint is None else start.position.step
+        self.engine = TrainingEngine(
+            config, start.stage.plan, self._topology(start.stage), vocab_size, start.source, start.position.step
+        )
+        self.validation = self._open_validation()
+
+    def train(self) -> None:
+        """Train through the growth stages that are left, resharding from each to the next."""
+        start, reporter = self._start, self._reporter
+        reporter.begins(self.engine, self._sources, start.checkpoint)
+        if start.grown_from is not None:
+            loss, _ = self.validation.run()
+            reporter.grown_on_load(self.at.step, start.grown_from, self.engine, loss)
+        for stage in start.stages[start.stages.index(start.stage) :]:
+            if stage.plan != self.engine.plan:
+                self._grow_into(stage)
+            self._train_stage(stage)
+        reporter.finished()
+        self.engine.close()
+
+    def _grow_into(self, stage: GrowthStage) -> None:
+        """Reshard into the next stage. Nothing on disk changes: a rank that dies here leaves the last checkpoint."""
+        growth = self._config.growth
+        assert growth is not None
+        if growth.save_before and self.saved != self.at.step:
+            self._save()
+        before, (loss_before, _) = self.engine.plan, self.validation.run()
+        resharded = reshard(self.engine, stage.growth, self._topology(stage), self.at.step, moments=growth.moments)
+        self.engine = resharded.engine
+        self.validation = self._open_validation()
+        loss_after, _ = self.validation.run()
+        self._reporter.grown(self.at.step, before, resharded, loss_before, loss_after)
+
+    def _train_stage(self, stage: GrowthStage) -> None:
+        """For each step of a stage: train, then validate, check and save where they are due."""
+        config, total = self._config, self._config.train.steps
+        loader = self._open_loader()
+        try:
+            for step in range(self.at.step, stage.stop):
+                lr = self._learning_rate(step)
+                began = time.perf_counter()
+                result = self.engine.train_step(_engine_batches(config, loader), lr)
+                self.at = self.at.after(config, self._reporter.flops_per_step)
+                seconds = time.perf_counter() - began
+                validated = self.validation.run() if _due(self.at.step, config.validation.every, total) else None
+                self._reporter.stepped(self.at, result, lr, seconds, validated)
+                if config.train.check_replicas and self.at.step % config.train.check_replicas == 0:
+                    _check_replicas(self.engine, self.at.step)
+                if _due(self.at.step, config.checkpoint.every, total):
+                    self._save()
+        finally:
+            if loader is not None:
+                loader.close()
+
+    def _topology(self, stage: GrowthStage) -> Topology:
+        return Topology(*self._config.topology(dist.get_world_size(), stage.plan.layers))
+
+    def _learning_rate(self, step: int) -> float:
+        config = self._config
+        return learning_rate(
+            step,
+            config.train.steps,
+            config.optimizer.lr,
+            config.schedule,
+            growth_steps=[stage.first_step for stage in self._start.stages[1:]],
+            growth_warmup=config.growth.warmup_steps if config.growth else 0,
+        )
+
+    def _open_validation(self) -> _Validation:
+        return _Validation(self._config, self.engine, self._sources, self._validation_samples)
+
+    def _open_loader(self) -> BatchLoader | None:
+        """Micro-batches from here on; None on ranks in the middle of the pipeline, which read none."""
+        config, engine = self._config, self.engine
+        if not engine.needs_data:
+            return None
+        return BatchLoader(
+            self._sources.datasets,
+            self._sources.order(config.seed),
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            dp_rank=engine.coordinate.dp,
+            dp_size=engine.topology.dp,
+            start_sample=self.at.samples,
+            prefetch=config.data.prefetch,
+        )
+
+    def _save(self) -> None:
+        config, engine, at = self._config, self.engine, self.at
+        topology, growth = engine.topology, None
+        if config.growth is not None:
+            plans = [stage.plan for stage in self._start.stages]
+            growth = GrowthEntry(operator=config.growth.operator, stage=plans.index(engine.plan), stages=len(plans))
+        info = CheckpointInfo(
+            step=at.step,
+            tokens=at.tokens,
+            samples=at.samples,
+            flops=at.flops,
+            plan=engine.plan,
+            model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
+            seed=config.seed,
+            topology={"pp": topology.pp, "tp": topology.tp, "dp": topology.dp},
+            precision=config.train.precision,
+            config=config.model_dump(mode="json"),
+            growth=growth,
+        )
+        checkpoints = config.directory / "checkpoints"
+        result = save_checkpoint(
+            checkpoints / f"step-{at.step:08d}", engine.pieces(), info, tokenizer=self._sources.tokenizer
+        )
+        with all_ranks_agree():
+            if dist.get_rank() == 0:
+                prune(checkpoints, config.checkpoint.keep)
+        self.saved = at.step
+        self._reporter.saved(at.step, result.path, result.bytes, result.seconds)
 
 
 def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
-
-
-# --- where a run begins ---
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where a run begins, and from which weights.
-
-    Attributes:
-        checkpoint: the checkpoint that it resumes, None for a new run.
-    """
-
-    position: Position
-    source: StateSource
-    checkpoint: Path | None = None
-
-
-@dataclass(frozen=True)
-class _WeightsOnly:
-    """A checkpoint's weights as the beginning of a new run, without its moments."""
-
-    checkpoint: Checkpoint
-
-    def read_piece(self, kind: str, piece: Piece) -> torch.Tensor | None:
-        return self.checkpoint.read_piece(kind, piece) if kind in ("model", "master") else None
 
 
 def _open_directory(config: Config, resume: bool) -> RunDirectory | _NoDirectory:
@@ -137,58 +222,16 @@ class _NoDirectory:
         pass
 
 
-def _starting_point(config: Config, plan: DepthPlan, vocab_size: int, sources: Sources, resume: bool) -> _Start:
-    """A new run's first step, or where the newest whole checkpoint left off."""
-    path: Path | None = None
-    with all_ranks_agree():
-        if resume and dist.get_rank() == 0 and list_checkpoints(config.directory / "checkpoints"):
-            path = resolve_checkpoint(config.directory)
-            Checkpoint.open(path, verify="checksums").close()  # once, not by every rank
-    path = from_rank_0(path)
-    with all_ranks_agree():
-        if path is not None:
-            checkpoint = _open_same_model(path, config, plan, vocab_size)
-            manifest = checkpoint.manifest
-            if manifest.tokenizer and manifest.tokenizer.sha256 != sources.tokenizer_sha256:
-                raise MegaloopError(
-                    f"checkpoint {path} was trained with another tokenizer than the data's; "
-                    "use the data it was trained on, or prepare new data with its tokenizer.model"
-                )
-            position = Position(manifest.step, manifest.samples, manifest.tokens, manifest.flops)
-            if position.step >= config.train.steps:
-                raise MegaloopError(
-                    f"checkpoint {path} is at step {position.step}, and train.steps is {config.train.steps}: "
-                    "nothing is left to train; raise train.steps to go on"
-                )
-            return _Start(position, checkpoint, path)
-        if config.init is not None:
-            checkpoint = _open_same_model(resolve_checkpoint(config.init), config, plan, vocab_size)
-            return _Start(Position(), _WeightsOnly(checkpoint))
-    return _Start(Position(), InitialValues(config, plan, vocab_size))
-
-
-def _open_same_model(path: Path, config: Config, plan: DepthPlan, vocab_size: int) -> Checkpoint:
-    checkpoint = Checkpoint.open(path, verify="sizes")
-    check_same_model(checkpoint.manifest, config.model, plan, vocab_size)
-    return checkpoint
-
-
 # --- data ---
 
 
-def _open_loader(config: Config, engine: TrainingEngine, sources: Sources, first: int) -> BatchLoader | None:
-    """Micro-batches from global sample ``first`` on; None on ranks in the middle of the pipeline, which read none."""
-    if not engine.needs_data:
-        return None
-    return BatchLoader(
+def _validation_samples(config: Config, sources: Sources, world_size: int) -> int:
+    """How many samples each validation of the run takes, the same in all its stages."""
+    return usable_validation(
         sources.datasets,
-        sources.order(config.seed),
-        global_batch=config.train.global_batch,
+        samples=config.validation.samples,
         micro_batch=config.train.micro_batch,
-        dp_rank=engine.coordinate.dp,
-        dp_size=engine.topology.dp,
-        start_sample=first,
-        prefetch=config.data.prefetch,
+        dp_sizes={config.topology(world_size, stage.plan.layers)[2] for stage in config.stages},
     )
 
 
@@ -205,13 +248,13 @@ def _as_engine_batch(config: Config, batch: MicroBatch) -> Any:
 class _Validation:
     """The held-out loss over the same samples each time, in nats per token and bits per byte of text."""
 
-    def __init__(self, config: Config, engine: TrainingEngine, sources: Sources):
+    def __init__(self, config: Config, engine: TrainingEngine, sources: Sources, samples: int):
         self._config, self._engine = config, engine
         replicas = [
             list(
                 validation_batches(
                     sources.datasets,
-                    samples=config.validation.samples,
+                    samples=samples,
                     micro_batch=config.train.micro_batch,
                     dp_rank=dp_rank,
                     dp_size=engine.topology.dp,
@@ -231,7 +274,7 @@ class _Validation:
         return loss, loss * self._bits
 
 
-# --- checks and checkpoints ---
+# --- checks ---
 
 
 def _check_replicas(engine: TrainingEngine, step: int) -> None:
@@ -242,25 +285,3 @@ def _check_replicas(engine: TrainingEngine, step: int) -> None:
             f"step {step}: ranks that should hold the same bits differ in {', '.join(differing[:5])}{more}; "
             "stop using this run's later checkpoints, and report it: a gradient was reduced wrongly or memory is faulty"
         )
-
-
-def _save(config: Config, engine: TrainingEngine, sources: Sources, at: Position, reporter: RunReporter) -> None:
-    topology = engine.topology
-    info = CheckpointInfo(
-        step=at.step,
-        tokens=at.tokens,
-        samples=at.samples,
-        flops=at.flops,
-        plan=engine.plan,
-        model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
-        seed=config.seed,
-        topology={"pp": topology.pp, "tp": topology.tp, "dp": topology.dp},
-        precision=config.train.precision,
-        config=config.model_dump(mode="json"),
-    )
-    checkpoints = config.directory / "checkpoints"
-    result = save_checkpoint(checkpoints / f"step-{at.step:08d}", engine.pieces(), info, tokenizer=sources.tokenizer)
-    with all_ranks_agree():
-        if dist.get_rank() == 0:
-            prune(checkpoints, config.checkpoint.keep)
-    reporter.saved(at.step, result.path, result.bytes, result.seconds)

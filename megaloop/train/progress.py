@@ -16,7 +16,7 @@ from rich.text import Text
 
 from megaloop.train.metrics import StepRecord
 
-__all__ = ["ProgressReporter"]
+__all__ = ["ProgressReporter", "format_bytes"]
 
 _WINDOW = 32
 """Steps over which speed is averaged."""
@@ -83,7 +83,7 @@ class ProgressReporter:
 
     def saved(self, step: int, path: Path, *, seconds: float, bytes: int) -> None:
         """Report a checkpoint."""
-        self._print(f"step {step}  saved {path}  {_bytes(bytes)} in {seconds:.1f} s")
+        self._print(f"step {step}  saved {path}  {format_bytes(bytes)} in {seconds:.1f} s")
 
     def message(self, text: str) -> None:
         """Report anything else, in a line."""
@@ -181,7 +181,7 @@ class _LiveLine:
                 (3, (f"{_si(rates.tokens_per_second)} tok/s" if rates.tokens_per_second else "", "cyan")),
                 (5, (f"{_significant(rates.tflops)} TFLOP/s" if rates.tflops is not None else "", "cyan")),
                 (4, (f"MFU {rates.mfu:.0%}" if rates.mfu is not None else "", "cyan")),
-                (6, (_bytes(last.memory_bytes) if last.memory_bytes is not None else "", "magenta")),
+                (6, (format_bytes(last.memory_bytes) if last.memory_bytes is not None else "", "magenta")),
                 (2, (speed.time_text(rates), "yellow")),
             ]
             columns = [column for column in columns if column[1][0]]
@@ -208,7 +208,7 @@ def _plain_line(speed: _Speed, record: StepRecord) -> str:
         f"{_si(rates.tokens_per_second)} tokens/s" if rates.tokens_per_second else "",
         f"{_significant(rates.tflops)} TFLOP/s" if rates.tflops is not None else "",
         f"MFU {rates.mfu:.1%}" if rates.mfu is not None else "",
-        _bytes(record.memory_bytes) if record.memory_bytes is not None else "",
+        format_bytes(record.memory_bytes) if record.memory_bytes is not None else "",
         speed.time_text(rates),
     ]
     return "  ".join(filter(None, parts))
@@ -234,7 +234,8 @@ def _si(value: float) -> str:
     return _significant(value / 1e9) + "G"
 
 
-def _bytes(value: int) -> str:
+def format_bytes(value: int) -> str:
+    """Three significant digits with KiB, MiB, GiB or TiB."""
     for factor, suffix in ((1 << 10, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB")):
         if value < 999.5 * factor:
             return f"{_significant(value / factor)} {suffix}"

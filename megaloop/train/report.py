@@ -16,10 +16,10 @@ from megaloop.config import Config
 from megaloop.depth import DepthPlan
 from megaloop.depth.flops import flops_per_token, parameters
 from megaloop.parallel.engine import StepResult, TrainingEngine, local_device
-from megaloop.parallel.topology import Topology
+from megaloop.parallel.live import Resharded
 from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
 from megaloop.train.metrics import MetricsWriter, StepRecord
-from megaloop.train.progress import ProgressReporter
+from megaloop.train.progress import ProgressReporter, format_bytes
 from megaloop.train.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -66,17 +66,14 @@ class RunReporter:
         flops_per_step: model FLOPs of one optimizer step, over all ranks.
     """
 
-    def __init__(
-        self, config: Config, plan: DepthPlan, topology: Topology, vocab_size: int, start: Position, directory: object
-    ):
-        self._config, self._plan, self._topology, self._vocab_size = config, plan, topology, vocab_size
+    def __init__(self, config: Config, vocab_size: int, start: Position, directory: object):
+        self._config, self._vocab_size = config, vocab_size
         self._start = start
         self._directory = directory if isinstance(directory, RunDirectory) else None
         self._began = time.monotonic()
         self._stack = ExitStack()
         self._tokens_per_step = config.train.global_batch * config.data.sequence_length
-        per_token = flops_per_token(plan, config.model, config.data.sequence_length, vocab_size=vocab_size)
-        self.flops_per_step = per_token.total * self._tokens_per_step
+        self.flops_per_step = 0
         self._peak = peak_flops(device_name(local_device()), config.train.precision)
         self._done = start
 
@@ -104,22 +101,22 @@ class RunReporter:
 
     def begins(self, engine: TrainingEngine, sources: Sources, checkpoint: Path | None) -> None:
         """Say what was built, from what, on what."""
+        self._use(engine)
         if self._directory is None:
             return
         plan, config, topology = self._plan, self._config, self._topology
         count = parameters(plan, config.model, vocab_size=self._vocab_size)
-        stages = ", ".join(f"{stop - start}" for start, stop in engine.stages)
         self._progress.message(f"run {self._directory.path}  on {describe_machine()}")
         self._progress.message(
-            f"model {count / 1e6:.1f}M parameters, depth {plan}, vocabulary {self._vocab_size}, "
-            f"{config.train.precision}"
+            f"model {count / 1e6:.1f}M parameters, depth {plan.layers if plan.lineage else plan}, "
+            f"vocabulary {self._vocab_size}, {config.train.precision}"
         )
-        self._progress.message(
-            f"{topology.world_size} ranks: {topology}, layers per stage {stages}, "
-            f"{engine.micro_batches} micro-batches of {config.train.micro_batch}"
-        )
+        self._progress.message(self._layout(engine))
         self._progress.message(f"kernels: {engine.kernels}")
         self._progress.message(sources.describe())
+        if config.growth is not None:
+            to_come = ", ".join(f"{stage.plan.layers} layers until step {stage.stop}" for stage in config.stages)
+            self._progress.message(f"growth {config.growth.operator}: {to_come}")
         if checkpoint is not None:
             self._progress.message(f"resuming {checkpoint} at step {self._start.step}")
         self._metrics.event(
@@ -135,6 +132,70 @@ class RunReporter:
             norm=engine.kernels.norm,
             adam=engine.kernels.adam,
             torch=torch.__version__,
+        )
+
+    def _use(self, engine: TrainingEngine) -> None:
+        """From here on, steps are of this engine's plan, on its topology."""
+        config = self._config
+        self._plan, self._topology = engine.plan, engine.topology
+        per_token = flops_per_token(engine.plan, config.model, config.data.sequence_length, vocab_size=self._vocab_size)
+        self.flops_per_step = per_token.total * self._tokens_per_step
+
+    def _layout(self, engine: TrainingEngine) -> str:
+        ranks = f"{engine.topology.world_size} rank{'s' if engine.topology.world_size > 1 else ''}"
+        stages = ", ".join(f"{stop - start}" for start, stop in engine.stages)
+        return (
+            f"{ranks}: {engine.topology}, layers per stage {stages}, "
+            f"{engine.micro_batches} micro-batches of {self._config.train.micro_batch}"
+        )
+
+    def grown(self, step: int, before: DepthPlan, resharded: Resharded, loss_before: float, loss_after: float) -> None:
+        """Record a growth in flight; losses are those of the validation samples, in nats per token."""
+        old = self._topology
+        engine, plan = resharded.engine, resharded.plan
+        self._use(engine)
+        if self._directory is None:
+            return
+        moved, in_place = plan.received(), plan.in_place
+        self._metrics.event(
+            "grow",
+            step,
+            seconds=resharded.seconds,
+            bytes=sum(moved),
+            live=True,
+            plan_before=before.to_json(),
+            plan=engine.plan.to_json(),
+            topology_before={"pp": old.pp, "tp": old.tp, "dp": old.dp},
+            topology={"pp": engine.topology.pp, "tp": engine.topology.tp, "dp": engine.topology.dp},
+            build_seconds=resharded.build_seconds,
+            exchange_seconds=resharded.exchange_seconds,
+            moved_bytes=list(moved),
+            in_place_bytes=list(in_place),
+            loss_before=loss_before,
+            loss_after=loss_after,
+        )
+        self._progress.message(
+            f"step {step}  grown from {before.layers} to {engine.plan.layers} layers in {resharded.seconds:.2f} s, "
+            f"{format_bytes(sum(moved))} moved, {format_bytes(sum(in_place))} in place; "
+            f"validation loss {loss_before:.4f} -> {loss_after:.4f}"
+        )
+        self._progress.message(self._layout(engine))
+
+    def grown_on_load(self, step: int, before: DepthPlan, engine: TrainingEngine, loss_after: float) -> None:
+        """Record that the checkpoint was deepened while it was read."""
+        if self._directory is None:
+            return
+        self._metrics.event(
+            "grow",
+            step,
+            live=False,
+            plan_before=before.to_json(),
+            plan=engine.plan.to_json(),
+            loss_after=loss_after,
+        )
+        self._progress.message(
+            f"step {step}  grown from {before.layers} to {engine.plan.layers} layers while loading; "
+            f"validation loss {loss_after:.4f}"
         )
 
     def stepped(
@@ -169,6 +230,18 @@ class RunReporter:
         self._progress.step(record)
         if validated is not None:
             self._progress.validation(at.step, *validated)
+
+    def finished(self) -> None:
+        """Say what growing has saved."""
+        if self._directory is None or self._config.growth is None:
+            return
+        done = self._done
+        full = self.flops_per_step * done.step  # the run ends at full depth
+        steps = round((full - done.flops) / self.flops_per_step)
+        self._progress.message(
+            f"{done.flops:.3g} FLOPs, {done.flops / full:.1%} of what {done.step} steps at full depth cost: "
+            f"growing saved {1 - done.flops / full:.1%}, as much as {steps} steps at full depth"
+        )
 
     def saved(self, step: int, path: Path, size: int, seconds: float) -> None:
         """Record a checkpoint."""

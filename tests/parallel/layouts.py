@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megaloop.config import Config
 from megaloop.model import Decoder, initial_values, vocab_parallel_cross_entropy
 from megaloop.model.parameters import parameter_specs
-from megaloop.parallel.engine import InitialValues, TrainingEngine, join_ranks
+from megaloop.parallel.engine import TrainingEngine, join_ranks
+from megaloop.parallel.state import InitialValues
 from megaloop.parallel.topology import Topology
 
 VOCAB = 128
@@ -60,7 +61,9 @@ def train_layout(values: dict[str, Any]) -> dict[str, Any]:
     """On every rank: train, evaluate, compare replicas."""
     config = Config.model_validate(values)
     topology = Topology(*config.topology(join_ranks()))
-    engine = TrainingEngine(config, config.plan, topology, VOCAB, InitialValues(config, config.plan, VOCAB))
+    engine = TrainingEngine(
+        config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
+    )
     at = engine.coordinate
     batches = micro_batches(config, at.dp, topology.dp)
     results = [engine.train_step(batches, LR) for _ in range(config.train.steps)]
@@ -79,7 +82,9 @@ def drifting_replica(values: dict[str, Any], kind: str, name: str, rank: int) ->
     """Change one element of one rank's state; returns what the check finds."""
     config = Config.model_validate(values)
     topology = Topology(*config.topology(join_ranks()))
-    engine = TrainingEngine(config, config.plan, topology, VOCAB, InitialValues(config, config.plan, VOCAB))
+    engine = TrainingEngine(
+        config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
+    )
     if dist.get_rank() == rank:
         mine = next(each for each in engine.pieces() if (each.kind, each.piece.name) == (kind, name))
         mine.data.view(-1)[-1] += 1e-3

@@ -8,9 +8,10 @@ import torch.distributed as dist
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, Operator, grow
-from megaloop.parallel.engine import InitialValues, TrainingEngine, join_ranks
+from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.live import Resharded, reshard
 from megaloop.parallel.reshard import Moments
+from megaloop.parallel.state import InitialValues
 from megaloop.parallel.topology import Topology
 from tests.parallel.layouts import LR, VOCAB, micro_batches
 
@@ -31,7 +32,9 @@ def morph(
     config = Config.model_validate(values)
     join_ranks()
     plan = DepthPlan.plain(path[0][0])
-    engine = TrainingEngine(config, plan, Topology(*path[0][1]), VOCAB, InitialValues(config, plan, VOCAB))
+    engine = TrainingEngine(
+        config, plan, Topology(*path[0][1]), VOCAB, InitialValues(config.model, config.seed, plan, VOCAB)
+    )
     losses: list[float] = []
     differing: list[str] = []
     reports: list[dict[str, Any]] = []

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+import megaloop.parallel.live as live
 import megaloop.train.loop as loop
+from megaloop.checkpoint import CheckpointInfo, save_checkpoint
 from megaloop.config import Config
 from megaloop.data import BatchLoader, MicroBatch
+from megaloop.depth import Growth
 from megaloop.parallel.engine import StepResult, TrainingEngine
+from megaloop.parallel.live import Resharded
+from megaloop.parallel.topology import Topology
 
-__all__ = ["configuration", "metrics", "train", "train_with_a_drifting_replica"]
+__all__ = [
+    "configuration",
+    "events",
+    "metrics",
+    "train",
+    "train_dying_in_growth",
+    "train_keeping_growths",
+    "train_with_a_drifting_replica",
+]
 
 
 def configuration(
@@ -90,3 +105,58 @@ def train_with_a_drifting_replica(values: dict[str, Any], name: str, step: int) 
 def metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of a run."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_keeping_growths(values: dict[str, Any], keep: str) -> list[int]:
+    """Run on this rank; saves the state right before and right after each growth in flight to KEEP/{before,after}-N."""
+    config = Config.model_validate(values)
+    plainly = live.reshard
+
+    def keeping(engine: TrainingEngine, growth: Growth, topology: Topology, step: int, **options: Any) -> Resharded:
+        _keep(Path(keep) / f"before-{step}", engine, config, step)
+        resharded = plainly(engine, growth, topology, step, **options)
+        _keep(Path(keep) / f"after-{step}", resharded.engine, config, step)
+        return resharded
+
+    loop.reshard = keeping  # type: ignore[attr-defined]
+    try:
+        return train(values)
+    finally:
+        loop.reshard = plainly  # type: ignore[attr-defined]
+
+
+def _keep(directory: Path, engine: TrainingEngine, config: Config, step: int) -> None:
+    topology = engine.topology
+    samples = step * config.train.global_batch
+    info = CheckpointInfo(
+        step=step,
+        tokens=samples * config.data.sequence_length,
+        samples=samples,
+        flops=0,
+        plan=engine.plan,
+        model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
+        seed=config.seed,
+        topology={"pp": topology.pp, "tp": topology.tp, "dp": topology.dp},
+        precision=config.train.precision,
+        config={},
+    )
+    save_checkpoint(directory, engine.pieces(), info)
+
+
+def train_dying_in_growth(values: dict[str, Any], moment: str) -> None:
+    """Run on this rank; the last rank is killed during the first growth, at the ``moment`` build or exchange."""
+    taken: Any = getattr(live, {"build": "TrainingEngine", "exchange": "exchange"}[moment])
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return taken(*arguments, **options)
+
+    setattr(live, {"build": "TrainingEngine", "exchange": "exchange"}[moment], dying)
+    train(values)
+
+
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind of a run."""
+    everything = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [event for event in everything if event["event"] == kind]

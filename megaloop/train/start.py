@@ -1,0 +1,186 @@
+"""Where a run begins: fresh weights, another run's weights, or its own newest checkpoint, deepened where it has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+
+from megaloop.checkpoint import Checkpoint, check_same_model, list_checkpoints, resolve_checkpoint
+from megaloop.config import Config
+from megaloop.data import Sources
+from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, before_growth, grow, stage_at
+from megaloop.errors import MegaloopError
+from megaloop.model import parameter_specs
+from megaloop.parallel.placement import Piece
+from megaloop.parallel.state import GrownState, InitialValues, StateSource
+from megaloop.train.agree import all_ranks_agree, from_rank_0
+from megaloop.train.report import Position
+
+__all__ = ["Start", "catch_up", "stages_from", "starting_point"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, and from which weights.
+
+    Attributes:
+        stages: the stages of the whole run.
+        source: the state of the stage that the run begins in.
+        checkpoint: the checkpoint that it resumes, None for a new run.
+        grown_from: the checkpoint's plan, where it is shallower than the stage that the run begins in.
+    """
+
+    position: Position
+    stages: tuple[GrowthStage, ...]
+    source: StateSource
+    checkpoint: Path | None = None
+    grown_from: DepthPlan | None = None
+
+    @property
+    def stage(self) -> GrowthStage:
+        """The stage that the run begins in."""
+        return stage_at(self.stages, self.position.step)
+
+
+@dataclass(frozen=True)
+class _WeightsOnly:
+    """A checkpoint's weights as the beginning of a new run, without its moments."""
+
+    checkpoint: Checkpoint
+
+    def read_piece(self, kind: str, piece: Piece) -> torch.Tensor | None:
+        return self.checkpoint.read_piece(kind, piece) if kind in ("model", "master") else None
+
+
+def starting_point(config: Config, vocab_size: int, sources: Sources, resume: bool) -> Start:
+    """A new run's first step, or where the newest whole checkpoint left off; collective.
+
+    Raises:
+        MegaloopError: on every rank: a checkpoint is damaged, of another shape, or was grown in another way.
+    """
+    path: Path | None = None
+    with all_ranks_agree():
+        if resume and dist.get_rank() == 0 and list_checkpoints(config.directory / "checkpoints"):
+            path = resolve_checkpoint(config.directory)
+            Checkpoint.open(path, verify="checksums").close()  # once, not by every rank
+    path = from_rank_0(path)
+    with all_ranks_agree():
+        if path is not None:
+            checkpoint = Checkpoint.open(path, verify="sizes")
+            return _begin(config, vocab_size, checkpoint, checkpoint, _position(config, sources, checkpoint), path)
+        if config.init is not None:
+            checkpoint = Checkpoint.open(resolve_checkpoint(config.init), verify="sizes")
+            return _begin(config, vocab_size, checkpoint, _WeightsOnly(checkpoint), Position())
+    return Start(Position(), config.stages, InitialValues(config.model, config.seed, config.stages[0].plan, vocab_size))
+
+
+def _position(config: Config, sources: Sources, checkpoint: Checkpoint) -> Position:
+    """How far the run of a checkpoint was."""
+    manifest = checkpoint.manifest
+    if manifest.tokenizer and manifest.tokenizer.sha256 != sources.tokenizer_sha256:
+        raise MegaloopError(
+            f"checkpoint {checkpoint.path} was trained with another tokenizer than the data's; "
+            "use the data it was trained on, or prepare new data with its tokenizer.model"
+        )
+    if manifest.step >= config.train.steps:
+        raise MegaloopError(
+            f"checkpoint {checkpoint.path} is at step {manifest.step}, and train.steps is {config.train.steps}: "
+            "nothing is left to train; raise train.steps to go on"
+        )
+    return Position(manifest.step, manifest.samples, manifest.tokens, manifest.flops)
+
+
+def _begin(
+    config: Config,
+    vocab_size: int,
+    checkpoint: Checkpoint,
+    state: StateSource,
+    position: Position,
+    resumed: Path | None = None,
+) -> Start:
+    """Begin from a checkpoint's state, grown where the stage at this step is deeper."""
+    saved = DepthPlan.from_json(checkpoint.manifest.plan)
+    try:
+        stages = stages_from(config, saved)
+        growth = catch_up(config, stages, saved, position.step)
+    except MegaloopError as error:
+        raise MegaloopError(f"checkpoint {checkpoint.path}: {error}") from None
+    # without growth, a checkpoint of another depth is refused here, like any other shape
+    check_same_model(checkpoint.manifest, config.model, saved if growth.lineage else growth.plan, vocab_size)
+    checkpoint.check_tensors(parameter_specs(config.model, saved, vocab_size))
+    if not growth.lineage:
+        return Start(position, stages, state, resumed)
+    moments = "copy" if config.growth is None else config.growth.moments
+    grown = GrownState(state, growth, InitialValues(config.model, config.seed, growth.plan, vocab_size), moments)
+    return Start(position, stages, grown, resumed, saved)
+
+
+def stages_from(config: Config, saved: DepthPlan) -> tuple[GrowthStage, ...]:
+    """The stages of a run that goes on from layers that exist already.
+
+    The first stage has the layers, with their ids and lineage, that the plan had when it was as shallow: so a run may
+    begin with a model that was grown before. A run that does not grow takes any plan that is as deep as it asks for.
+    """
+    if config.growth is None:
+        stage = config.stages[0]
+        fits = saved.layers == stage.plan.layers and not saved.is_looped
+        return (replace(stage, plan=saved, growth=Growth.none(saved)),) if fits else config.stages
+    growth = config.growth
+    if saved.layers >= growth.start:
+        first = before_growth(saved, growth.start)
+    else:
+        first = grow(saved, growth.operator, growth.start, growth.block, insert_at=growth.insert_at).plan
+    return growth.stages(config.plan.layers, config.train.steps, first)
+
+
+def catch_up(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan, step: int) -> Growth:
+    """From a checkpoint's plan to that of the stage which ``step`` belongs to; none where they are the same.
+
+    Raises:
+        MegaloopError: the checkpoint is deeper, or its lineage is another than the run's growth makes.
+    """
+    stage = stage_at(stages, step)
+    growth = config.growth
+    if growth is None:
+        return Growth.none(stage.plan)
+    if saved.layers > stage.plan.layers:
+        raise MegaloopError(
+            f"it has {saved.layers} layers, but at step {step} the growth schedule is at {stage.plan.layers}; growth "
+            "never shrinks: keep the schedule (and train.steps, which prop schedules divide) of the run that saved it"
+        )
+    for index, earlier in enumerate(stages):
+        if earlier.plan == saved:
+            made = Growth.none(saved)
+            for later in stages[index + 1 : stages.index(stage) + 1]:
+                made = made.then(later.growth)
+            return made
+    if saved.layers < stage.plan.layers:
+        made = grow(saved, growth.operator, stage.plan.layers, growth.block, insert_at=growth.insert_at)
+        if made.plan == stage.plan:
+            return made
+    raise MegaloopError(
+        f"the lineage of its {saved.layers} layers is {_made_by(config, saved)}, but growth.operator is "
+        f"{growth.operator} (block {growth.block}, insert_at {growth.insert_at}); go on with the operator it was grown with"
+    )
+
+
+def _made_by(config: Config, saved: DepthPlan) -> str:
+    """Which operator makes such a lineage, as far as this run's stages allow to say."""
+    growth = config.growth
+    assert growth is not None
+    first = before_growth(saved, growth.start)
+    for operator in get_args(Operator):
+        for insert_at in get_args(InsertAt):
+            for block in range(1, growth.start + 1):
+                try:
+                    if grow(first, operator, saved.layers, block, insert_at=insert_at).plan == saved:
+                        where = f", insert_at {insert_at}" if operator in ("lidas", "random") else ""
+                        return f"that of {operator} (block {block}{where})"
+                except MegaloopError:  # this operator does not get there by such blocks
+                    continue
+    return "of another growth"
