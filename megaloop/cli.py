@@ -398,6 +398,54 @@ def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+@bench.command("reshard")
+def bench_reshard_command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of a run that grows.")],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Local ranks to start; default: what the topology needs, or all GPUs.")
+    ] = None,
+    stage: Annotated[int | None, typer.Option(min=1, help="Growth stage to grow into; default: the last.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each measures both.")] = 3,
+    restart: Annotated[bool, typer.Option(help="Measure save, stop, start and grow on load too.")] = True,
+    json: Json = False,
+) -> None:
+    """Time a growth in flight against saving, stopping, starting and growing on load."""
+    from launchers import local
+    from megaloop.bench.reshard import bench_reshard
+    from megaloop.config import load_config
+
+    configuration = load_config(config, overrides or [])
+    count = local.local_ranks(configuration, ranks)
+
+    def start(role: str, directory: Path, number: int) -> None:
+        command = [sys.executable, "-m", "megaloop", "bench", "reshard-rank", role, str(directory), str(number)]
+        try:
+            local.launch(command, count, directory / "logs")
+        except local.RankFailed as error:
+            _print_error(str(error))
+            raise typer.Exit(1) from None
+
+    def show(number: int, pause: float, restarted: float | None) -> None:
+        against = "" if restarted is None else f", save + stop + start + grow on load {restarted:.2f} s"
+        typer.echo(f"round {number}: in flight {pause:.3f} s{against}", err=True)
+
+    result = bench_reshard(configuration, count, start, stage=stage, rounds=rounds, restart=restart, on_round=show)
+    _report(result, json)
+
+
+@bench.command("reshard-rank", hidden=True)
+def bench_reshard_rank(role: str, directory: Path, stage: int) -> None:
+    """One rank of ``bench reshard``."""
+    store = open_store()
+    try:
+        from megaloop.bench.reshard import run_rank
+
+        run_rank(role, directory, stage)  # type: ignore[arg-type]
+    finally:
+        del store
+
+
 def _report(result: Any, as_json: bool) -> None:
     """Print what a command made: as JSON, or as a list of its values."""
     import dataclasses

@@ -38,13 +38,16 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The region that both cover, or None."""
-        begin = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        end = tuple(
-            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
-        )
-        if any(b >= e for b, e in zip(begin, end, strict=True)):
-            return None
-        return Box(begin, tuple(e - b for b, e in zip(begin, end, strict=True)))
+        # written out: planning the growth of a large model on many ranks asks a million times
+        begin, size = [], []
+        for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
+            first = a if a > b else b
+            count = (a + n if a + n < b + m else b + m) - first
+            if count <= 0:
+                return None
+            begin.append(first)
+            size.append(count)
+        return Box(tuple(begin), tuple(size))
 
     def minus(self, other: Box) -> list[Box]:
         """What of this region the other does not cover, as boxes that do not overlap."""

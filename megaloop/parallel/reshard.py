@@ -110,20 +110,24 @@ def local_box(spec: ParameterSpec, tp_rank: int, tp_size: int) -> Box:
     return Box(tuple(offset), tuple(shape))
 
 
+def zero_share(elements: int, dp: int) -> int:
+    """Elements of an optimizer group that each data-parallel rank updates; DeepSpeed pads to a multiple of 2 x dp."""
+    return -(-elements // (2 * dp)) * 2
+
+
 def _fragments(
     names: Sequence[str], specs: Mapping[str, ParameterSpec], topology: Topology
 ) -> dict[str, list[tuple[int, tuple[int, int]]]]:
     """For each parameter of a stage, (dp rank, flat range of the box) of its masters and moments.
 
     DeepSpeed lays the parameters of an optimizer group (those with weight decay, then those without) end to end,
-    pads to a multiple of 2 x dp, and gives each data-parallel rank an equal range of that.
+    and gives each data-parallel rank an equal range of that.
     """
     found: dict[str, list[tuple[int, tuple[int, int]]]] = {}
     for decay in (True, False):
         group = [name for name in names if specs[name].decay == decay]
         sizes = [local_box(specs[name], 0, topology.tp).numel for name in group]
-        unit = 2 * topology.dp
-        share = -(-sum(sizes) // unit) * 2
+        share = zero_share(sum(sizes), topology.dp)
         at = 0
         for name, size in zip(group, sizes, strict=True):
             found[name] = [
