@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One round on a machine with a GPU: the GPU tests, then the step benchmarks of SmolLM-360M and -1.7B, as text and as JSON in $OUT.
+# One round on a machine with a GPU: the GPU tests, the step benchmarks of SmolLM-360M and -1.7B, and a growth in flight of
+# SmolLM-1.7B from 20 to 24 layers; as text and as JSON in $OUT.
 # Where DeepSpeed and the rest are not installed there, put their wheels into .whl/: they are installed beside, not over, what is there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,4 +21,7 @@ for shape in 360m 1.7b; do
   python3 -m megaloop bench step --shape "$shape" --precision bf16 --sequence-length 2048 --batch "$batch" \
     --steps 5 --rounds 4 --compile --json | tee "$OUT/step-$shape.json" || status=1
 done
+echo "== bench reshard 1.7b, 20 to 24 layers"
+python3 -m megaloop bench reshard configs/smollm_1_7b_lidas.yaml --ranks 1 --rounds 2 --no-restart --json \
+  train.global_batch=4 train.micro_batch=1 train.compile=false | tee "$OUT/reshard-1.7b.json" || status=1
 exit $status

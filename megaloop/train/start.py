@@ -173,6 +173,8 @@ def _made_by(config: Config, saved: DepthPlan) -> str:
     """Which operator makes such a lineage, as far as this run's stages allow to say."""
     growth = config.growth
     assert growth is not None
+    if not saved.lineage:
+        return f"that of fresh layers (growth.start={saved.layers} would begin with them)"
     first = before_growth(saved, growth.start)
     for operator in get_args(Operator):
         for insert_at in get_args(InsertAt):
@@ -183,4 +185,4 @@ def _made_by(config: Config, saved: DepthPlan) -> str:
                         return f"that of {operator} (block {block}{where})"
                 except MegaloopError:  # this operator does not get there by such blocks
                     continue
-    return "of another growth"
+    return "that of another growth"
