@@ -212,6 +212,26 @@ def _train_here(configuration: Any, resume: bool) -> None:
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of the run.")],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; default: the fewest that the topology needs.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show what a run will do, take and move, stage by stage, without starting it."""
+    from megaloop.config import load_config
+    from megaloop.train.preview import preview, show
+
+    run = preview(load_config(config, overrides or []), ranks)
+    if json:
+        _report(run.to_json(), json)
+    else:
+        show(run, Console(highlight=False))
+
+
+@app.command()
 def grow(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write; RUN/checkpoints/step-N to go on from it.")],

@@ -434,6 +434,11 @@ class Config(_Section):
         needed = [self._parallel_at(stage.plan.layers) for stage in self.stages]
         return max(pp * tp * (dp or 1) for pp, tp, dp, _ in needed)
 
+    @property
+    def leaves_dp_open(self) -> bool:
+        """Some stage takes as many data-parallel replicas as the world size allows."""
+        return any(self._parallel_at(stage.plan.layers)[2] is None for stage in self.stages)
+
     def topology(self, world_size: int, layers: int | None = None) -> tuple[int, int, int]:
         """(pp, tp, dp) on ``world_size`` ranks.
 

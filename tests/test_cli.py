@@ -37,7 +37,9 @@ def test_version() -> None:
     assert (result.returncode, result.stdout) == (0, f"megaloop {__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["", "prep", "train", "export", "import", "generate", "bench", "bench step"])
+@pytest.mark.parametrize(
+    "command", ["", "prep", "train", "plan", "export", "import", "generate", "bench", "bench step"]
+)
 def test_help_answers_without_importing_torch(command: str) -> None:
     program = """
 import sys

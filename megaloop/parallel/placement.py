@@ -38,11 +38,11 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The region that both cover, or None."""
-        # written out: planning the growth of a large model on many ranks asks a million times
+        # one loop that ends early: planning the growth of a large model on many ranks asks hundreds of thousands of times
         begin, size = [], []
         for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
-            first = a if a > b else b
-            count = (a + n if a + n < b + m else b + m) - first
+            first = max(a, b)
+            count = min(a + n, b + m) - first
             if count <= 0:
                 return None
             begin.append(first)

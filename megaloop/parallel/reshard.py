@@ -16,7 +16,18 @@ from megaloop.model.parameters import ParameterSpec, grown_from
 from megaloop.parallel.placement import KINDS, Box, Piece
 from megaloop.parallel.topology import Coordinate, Topology
 
-__all__ = ["Holder", "Moments", "Placement", "Reshard", "Transfer", "local_box", "takes_zeros", "transfers"]
+__all__ = [
+    "Holder",
+    "Moments",
+    "Placement",
+    "Reshard",
+    "Transfer",
+    "local_box",
+    "stage_parameters",
+    "takes_zeros",
+    "transfers",
+    "zero_share",
+]
 
 Moments = Literal["copy", "zero"]
 _Slot = tuple[str, str]  # (kind, name of a tensor)

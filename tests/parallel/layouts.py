@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -91,6 +93,68 @@ def drifting_replica(values: dict[str, Any], kind: str, name: str, rank: int) ->
     found = engine.differing_replicas()
     engine.close()
     return found
+
+
+def held_bytes(values: dict[str, Any]) -> dict[str, int]:
+    """On every rank: bytes of an engine's state at the end of a step's last backward pass, each storage once.
+
+    ``logits``: how many micro-batches' logits are alive when the loss is computed, at most.
+    """
+    config = Config.model_validate(values)
+    topology = Topology(*config.topology(join_ranks()))
+    engine = TrainingEngine(
+        config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
+    )
+    deepspeed: Any = engine._engine
+    parameters = [local.parameter for local in engine.parameters]
+    found: dict[str, int] = {"logits": 0}
+    reductions = {name: getattr(deepspeed, name) for name in ("allreduce_gradients", "buffered_allreduce_fallback")}
+    loss_of = deepspeed.module.loss_fn
+
+    def measure(name: str, *arguments: Any, **options: Any) -> Any:
+        if "weights" not in found:
+            adam = deepspeed.optimizer.optimizer
+            masters = [flat for group in adam.param_groups for flat in group["params"]]
+            moments = [adam.state[flat][moment] for flat in masters for moment in ("exp_avg", "exp_avg_sq")]
+            sums = [each._hp_grad for each in parameters if hasattr(each, "_hp_grad")]
+            found["parameters"] = sum(each.numel() for each in parameters)
+            found["weights"] = _bytes([each.data for each in parameters])
+            found["gradients"] = _bytes([each.grad for each in parameters if each.grad is not None] + sums)
+            found["optimizer"] = _bytes(masters + moments)
+        return reductions[name](*arguments, **options)
+
+    def measured_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        found["logits"] = max(found["logits"], sum(each is not None for each in deepspeed.pipe_buffers["outputs"]))
+        result: torch.Tensor = loss_of(logits, targets)
+        return result
+
+    for name in reductions:
+        setattr(deepspeed, name, partial(measure, name))
+    deepspeed.module.loss_fn = measured_loss
+    engine.train_step(micro_batches(config, engine.coordinate.dp, topology.dp), LR)
+    engine.close()
+    return found
+
+
+def peak_bytes(values: dict[str, Any]) -> int:
+    """On every rank: the most that a step, the second, has allocated and not yet freed at a time."""
+    config = Config.model_validate(values)
+    topology = Topology(*config.topology(join_ranks()))
+    engine = TrainingEngine(
+        config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
+    )
+    batches = micro_batches(config, engine.coordinate.dp, topology.dp)
+    engine.train_step(batches, LR)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        engine.train_step(batches, LR)
+    engine.close()
+    events: Any = profile.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
