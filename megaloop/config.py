@@ -452,8 +452,8 @@ class Config(_Section):
         dp = spelled or max(world_size // (pp * tp), 1)
         if pp * tp * dp != world_size:
             raise MegaloopError(
-                f"{where}: pp {pp} x tp {tp} x dp {dp} makes {pp * tp * dp} ranks, but {world_size} were started; "
-                "start that many, or change the topology"
+                f"{where}: pp {pp} x tp {tp} x dp {dp} makes {pp * tp * dp} ranks, but there are {world_size}; "
+                "use that many, or change the topology"
             )
         if self.train.global_batch % (self.train.micro_batch * dp):
             raise _batch_error(self.train, dp)

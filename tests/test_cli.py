@@ -88,7 +88,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(config_file: Path, where: 
 def test_an_error_before_the_ranks_start_none(config_file: Path, tmp_path: Path) -> None:
     result = megaloop("train", config_file, "parallel.pp=2", "--ranks", "3")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: parallel: pp 2 x tp 1 x dp 1 makes 2 ranks, but 3 were started")
+    assert result.stderr.startswith("error: parallel: pp 2 x tp 1 x dp 1 makes 2 ranks, but there are 3")
     assert not (tmp_path / "run").exists()
 
 

@@ -129,7 +129,7 @@ def test_the_world_size_must_factor(
     if topology is not None:
         assert config.topology(world_size) == topology
         return
-    with pytest.raises(MegaloopError, match=f"but {world_size} were started"):
+    with pytest.raises(MegaloopError, match=f"but there are {world_size}"):
         config.topology(world_size)
 
 

@@ -161,5 +161,5 @@ def test_the_topology_says_how_many_ranks(
 
 
 def test_a_number_of_ranks_that_does_not_factor_is_an_error() -> None:
-    with pytest.raises(MegaloopError, match="makes 2 ranks, but 3 were started"):
+    with pytest.raises(MegaloopError, match="makes 2 ranks, but there are 3"):
         local_ranks(_config(pp=2), 3)

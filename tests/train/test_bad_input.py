@@ -57,7 +57,7 @@ def _digest(folder: Path) -> dict[str, str]:
         (["parallel.tp=3"], "parallel.tp 3 does not divide model.num_heads 4"),
         (["parallel.tp=4"], "parallel.tp 4 does not divide model.num_kv_heads 2"),
         (["parallel.pp=4"], "parallel.pp 4 is more pipeline ranks than the 3 layers"),
-        (["parallel.pp=2", "parallel.dp=2", "--ranks=3"], "pp 2 x tp 1 x dp 2 makes 4 ranks, but 3 were started"),
+        (["parallel.pp=2", "parallel.dp=2", "--ranks=3"], "pp 2 x tp 1 x dp 2 makes 4 ranks, but there are 3"),
         (["train.global_batch=5", "parallel.dp=2"], "train.global_batch 5 is not a multiple of micro_batch 1 x dp 2"),
         (["data.sequence_length=64"], "data.sequence_length 64 is longer than the 32 tokens"),
         (["data.sources.0.path=nowhere"], "data nowhere: no data.json there"),
