@@ -75,3 +75,26 @@ def test_the_cosine_is_half_way_down_in_the_middle() -> None:
 def test_without_a_cooldown_the_rate_stays_at_its_peak() -> None:
     assert rates(50, ScheduleConfig(cooldown=0)) == [1.0] * 50
     assert ScheduleConfig(cooldown=0).cooldown_start(50) == 50
+
+
+@given(runs(), st.integers(1, 20), st.sets(st.integers(0, 300), max_size=4))
+def test_a_growth_warms_the_rate_up_again_and_leaves_the_rest(
+    run: tuple[int, ScheduleConfig], warmup: int, growths: set[int]
+) -> None:
+    steps, schedule = run
+    plain = rates(steps, schedule)
+    for step, rate in enumerate(plain):
+        found = learning_rate(step, steps, 1.0, schedule, growth_steps=growths, growth_warmup=warmup)
+        since = min((step - first for first in growths if first <= step), default=warmup)
+        if since >= warmup:
+            assert found == rate
+        else:
+            assert found == pytest.approx(rate * (since + 1) / warmup)
+
+
+@given(runs(), st.sets(st.integers(0, 300), max_size=4))
+def test_without_a_warm_up_growths_leave_the_rate_alone(run: tuple[int, ScheduleConfig], growths: set[int]) -> None:
+    steps, schedule = run
+    assert rates(steps, schedule) == [
+        learning_rate(step, steps, 1.0, schedule, growth_steps=growths) for step in range(steps)
+    ]

@@ -1,0 +1,153 @@
+"""The growth section: what it makes of a run, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megaloop.config import Config, load_config
+from megaloop.depth import DepthPlan, grow
+from megaloop.errors import MegaloopError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def load(tmp_path: Path, growth: Any, **changes: Any) -> Config:
+    """A run of 100 steps to 12 layers, read from a file; ``section__key=value`` changes a field."""
+    values: dict[str, Any] = {
+        "depth": 12,
+        "model": {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 4, "ffn_size": 128},
+        "data": {"sources": [{"path": "shards"}], "sequence_length": 64},
+        "parallel": {},
+        "train": {"steps": 100, "global_batch": 8},
+        "growth": growth,
+    }
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            values.setdefault(section, {})[field] = value
+        else:
+            values[section] = value
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_config(path)
+
+
+def test_the_defaults_are_lidas_from_4_by_4_over_85_percent(tmp_path: Path) -> None:
+    config = load(tmp_path, {})
+    assert [(stage.first_step, stage.steps, stage.plan.layers) for stage in config.stages] == [
+        (0, 14, 4), (14, 28, 8), (42, 58, 12),
+    ]  # fmt: skip
+    assert config.plan == config.stages[-1].plan == grow(DepthPlan.plain(4), "lidas", 12, 4).plan
+    assert [config.stage_at(step).plan.layers for step in (0, 13, 14, 41, 42, 99, 100)] == [4, 4, 8, 8, 12, 12, 12]
+
+
+def test_a_run_without_growth_is_one_stage(tmp_path: Path) -> None:
+    config = load(tmp_path, None)
+    (stage,) = config.stages
+    assert (stage.first_step, stage.steps, stage.plan) == (0, 100, DepthPlan.plain(12))
+
+
+def test_stages_may_be_listed(tmp_path: Path) -> None:
+    listed = [{"steps": 20, "layers": 4}, {"steps": 30, "layers": 6}, {"steps": 50, "layers": 12}]
+    config = load(tmp_path, {"schedule": listed, "block": 2, "operator": "last"})
+    assert [(stage.steps, stage.plan.layers) for stage in config.stages] == [(20, 4), (30, 6), (50, 12)]
+    assert config.plan == grow(DepthPlan.plain(4), "last", 12, 2).plan
+
+
+def test_stack_goes_to_full_depth_in_one_step(tmp_path: Path) -> None:
+    config = load(tmp_path, {"operator": "stack"})
+    assert [stage.plan.layers for stage in config.stages] == [4, 12]
+    assert [config.plan.root(layer_id) for layer_id in config.plan.order] == [0, 1, 2, 3] * 3
+
+
+def test_the_topology_follows_the_depth(tmp_path: Path) -> None:
+    entries = [{"layers": 8, "pp": 2}, {"layers": 12, "pp": 2, "tp": 2, "dp": 2}]
+    config = load(tmp_path, {"topology": entries})
+    assert [config.topology(8, layers) for layers in (4, 8, 12)] == [(1, 1, 8), (2, 1, 4), (2, 2, 2)]
+    assert config.topology(8) == (2, 2, 2)
+    assert config.smallest_world == 8
+    config.check_world(8)
+    with pytest.raises(MegaloopError, match=r"growth\.topology\.1: pp 2 x tp 2 x dp 2 makes 8 ranks, but there are 4"):
+        config.check_world(4)
+
+
+def test_overrides_reach_growth(tmp_path: Path) -> None:
+    load(tmp_path, {})
+    path = tmp_path / "run.yaml"
+    config = load_config(path, ["growth.schedule=[{steps: 40, layers: 4}, {steps: 60, layers: 12}]"])
+    assert [stage.steps for stage in config.stages] == [40, 60]
+    assert load_config(path, ["growth.operator=midas"]).growth.operator == "midas"  # type: ignore[union-attr]
+    assert load_config(path, ["growth="]).growth is None
+    written = tmp_path / "again.yaml"
+    written.write_text(config.to_yaml())
+    assert load_config(written) == config
+
+
+def _stages(*parts: tuple[int, int]) -> list[dict[str, int]]:
+    return [{"steps": steps, "layers": layers} for steps, layers in parts]
+
+
+@pytest.mark.parametrize(
+    ("growth", "changes", "message"),
+    [
+        ({"block": 3, "start": 10, "schedule": _stages((50, 10), (50, 12))}, {}, "12 layers cannot be reached from 10 by blocks of 3"),
+        ({"start": 12}, {}, "growth.start 12 is not below depth 12: growth only deepens"),
+        ({"start": 16}, {}, "growth.start 16 is not below depth 12"),
+        ({"end": 0.95}, {"schedule__cooldown": 0.6}, "to 12 layers at step 48, but the cooldown begins at step 40"),
+        ({"schedule": _stages((90, 4), (10, 12))}, {}, "to 12 layers at step 90, but the cooldown begins at step 85"),
+        ({"schedule": _stages((50, 4), (40, 12))}, {}, "add up to 90, but train.steps is 100"),
+        ({"schedule": _stages((50, 8), (50, 12))}, {}, "the first must have growth.start 4, and the last depth 12"),
+        ({"schedule": _stages((50, 4), (50, 8))}, {}, "the stages go through 4, 8 layers; the first must have"),
+        ({"schedule": _stages((30, 4), (30, 16), (40, 12))}, {}, "from 16 to 12 layers; growth never shrinks"),
+        ({"schedule": _stages((30, 4), (30, 4), (40, 12))}, {}, "two stages of 4 layers follow each other"),
+        ({"schedule": _stages((50, 4), (50, 12)), "end": 0.5}, {}, "growth.end belongs to prop schedules"),
+        ({"schedule": []}, {}, "the stages go through no layers"),
+        ({"schedule": "linear"}, {}, "growth.schedule: cannot read 'linear'; expected prop-1"),
+        ({"schedule": "prop-9"}, {"train__steps": 20}, "20 steps are too few for 3 stages under prop-9"),
+        ({"topology": [{"layers": 8}, {"layers": 4}]}, {}, "layers 8, 4; each must be more than the one before"),
+        ({"topology": [{"layers": 16}]}, {}, "an entry for 16 layers, but depth is 12; it is never reached"),
+        ({"topology": [{"layers": 4, "pp": 6}, {"layers": 8, "pp": 8}]}, {}, "growth.topology.0.pp 6 is more pipeline"),
+        ({"topology": [{"layers": 8, "tp": 3}]}, {}, "growth.topology.0.tp 3 does not divide model.num_heads 4"),
+        ({}, {"parallel__pp": 8}, "parallel.pp 8 is more pipeline ranks than the 4 layers of that growth stage"),
+        ({}, {"depth": "2-4x2-2"}, "depth: 2-4x2-2 runs layers several times"),
+        ({"operator": "lidass"}, {}, "growth.operator: Input should be 'lidas'"),
+        ({"blocks": 2}, {}, "unknown key 'growth.blocks'; did you mean 'growth.block'?"),
+        ({"topology": [{"layer": 4}]}, {}, "growth.topology.0.layers: missing"),
+        ({"moments": "reset"}, {}, "growth.moments: Input should be 'copy' or 'zero'"),
+    ],
+)  # fmt: skip
+def test_every_mistake_is_a_line(tmp_path: Path, growth: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MegaloopError) as caught:
+        load(tmp_path, growth, **changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_one_stage_cannot_divide(tmp_path: Path) -> None:
+    config = load(tmp_path, {"topology": [{"layers": 8, "pp": 2}]}, train__global_batch=6)
+    with pytest.raises(MegaloopError, match=r"train\.global_batch 6 is not a multiple of micro_batch 1 x dp 4 = 4"):
+        config.check_world(4)
+
+
+# --- configurations that ship ---
+
+
+@pytest.mark.parametrize("size", ["360m", "1_7b"])
+@pytest.mark.parametrize("operator", ["midas", "lidas"])
+def test_grown_smollms_are_their_baseline_but_for_growth(size: str, operator: str) -> None:
+    grown, baseline = (load_config(CONFIGS / f"smollm_{size}_{name}.yaml") for name in (operator, "baseline"))
+    assert grown.model_copy(update={"name": baseline.name, "growth": None}) == baseline
+    assert grown.growth is not None
+    assert (grown.growth.operator, grown.growth.block, grown.growth.start) == (operator, 4, 4)
+
+
+def test_the_7b_grows_on_64_ranks() -> None:
+    config = load_config(CONFIGS / "llama_7b_lidas.yaml")
+    config.check_world(64)
+    assert config.topology(64, 8) == (1, 2, 32)
+    assert config.topology(64) == (4, 2, 8)
+    assert [stage.plan.layers for stage in config.stages] == list(range(8, 33, 4))
