@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, Operator, grow
+from megaloop.model import grown_from
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.live import Resharded, reshard
+from megaloop.parallel.placement import Box
 from megaloop.parallel.reshard import Moments
 from megaloop.parallel.state import InitialValues
 from megaloop.parallel.topology import Topology
@@ -65,5 +70,54 @@ def _report(resharded: Resharded) -> dict[str, Any]:
         "moved": resharded.plan.received(),
         "in_place": resharded.plan.in_place,
         "buffer": resharded.buffer_bytes,
+        "largest_tensor": max(4 * prod(spec.shape) for spec in resharded.engine.specs.values()),
         "seconds": (resharded.seconds, resharded.build_seconds, resharded.exchange_seconds),
     }
+
+
+def compare_bits(
+    values: dict[str, Any], before: Layout, after: Layout, moments: Moments = "copy"
+) -> tuple[int, list[str]]:
+    """Train 4 layers, grow to 6 in flight, and hold every piece of this rank against the parent's values, bit by bit.
+
+    Returns:
+        How many pieces were compared, and which of them differ.
+    """
+    config = Config.model_validate(values)
+    join_ranks()
+    plan = DepthPlan.plain(4)
+    source = InitialValues(config.model, config.seed, plan, VOCAB)
+    engine = TrainingEngine(config, plan, Topology(*before), VOCAB, source)
+    batches = micro_batches(config, engine.coordinate.dp, engine.topology.dp)
+    for _ in range(3):
+        engine.train_step(batches, LR)
+    whole = _gather(engine)
+    growth = grow(plan, "lidas", 6, 2)
+    engine = reshard(engine, growth, Topology(*after), 3, moments=moments).engine
+    differing, pieces = [], engine.pieces()
+    for each in pieces:
+        piece = each.piece
+        parent = grown_from(piece.name, growth)
+        assert parent is not None
+        expected = whole[each.kind, parent][piece.box.within(Box.whole(piece.shape))].reshape(-1)
+        expected = expected[slice(*(piece.flat or (None, None)))]
+        if moments == "zero" and parent != piece.name and each.kind in ("exp_avg", "exp_avg_sq"):
+            expected = torch.zeros_like(expected)
+        if not torch.equal(each.data.reshape(-1), expected):
+            differing.append(f"{each.kind} of {piece.name}")
+    engine.close()
+    return len(pieces), differing
+
+
+def _gather(engine: TrainingEngine) -> dict[tuple[str, str], Tensor]:
+    """Every tensor of every kind, whole, put together from all ranks' pieces."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [(each.kind, each.piece, each.data.clone()) for each in engine.pieces()])
+    whole: dict[tuple[str, str], Tensor] = {}
+    for kind, piece, data in (each for pieces in everyone for each in pieces):
+        tensor = whole.setdefault((kind, piece.name), torch.full(piece.shape, torch.nan, dtype=data.dtype))
+        region = tensor[piece.box.within(Box.whole(piece.shape))]
+        flat = region.reshape(-1).clone()
+        flat[slice(*(piece.flat or (None, None)))] = data.reshape(-1)
+        region.copy_(flat.view(region.shape))
+    return whole

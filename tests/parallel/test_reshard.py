@@ -1,0 +1,229 @@
+"""What moves between two placements: exactly what a rank needs and does not hold, each value once, from who holds it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaloop.config import ModelConfig
+from megaloop.depth import DepthPlan, Growth, Operator, grow
+from megaloop.model import grown_from, parameter_specs
+from megaloop.parallel.partition import LayerCosts, partition
+from megaloop.parallel.placement import KINDS, Box, Piece
+from megaloop.parallel.reshard import Holder, Moments, Placement, Reshard, takes_zeros, transfers
+from megaloop.parallel.topology import Topology
+
+VOCAB = 8
+WEIGHT_BYTES = 2
+
+
+def topologies(world: int) -> list[Topology]:
+    """All pp x tp x dp of a world size, tp at most 2 (the heads)."""
+    sizes = [size for size in (1, 2, 4, 8) if size <= world]
+    return [Topology(pp, tp, dp) for pp, tp, dp in product(sizes, (1, 2), sizes) if pp * tp * dp == world]
+
+
+def placement(plan: DepthPlan, topology: Topology, *, tied: bool = True, head: float = 1.0) -> Placement:
+    model = ModelConfig(hidden_size=4, num_heads=2, num_kv_heads=2, ffn_size=6, tied_embeddings=tied)
+    stages = partition(plan, topology.pp, LayerCosts(0.0, 1.0, head))
+    return Placement.of(parameter_specs(model, plan, VOCAB), plan, topology, stages)
+
+
+# --- an independent account, value by value ---
+
+Values = dict[tuple[str, str], set[int]]  # (kind, tensor): numbers of its elements, row-major
+
+
+def elements(piece: Piece) -> list[int]:
+    """Numbers of the elements that a piece covers."""
+    numbers = np.arange(int(np.prod(piece.shape))).reshape(piece.shape)
+    inside = numbers[tuple(slice(o, o + n) for o, n in zip(piece.box.offset, piece.box.shape, strict=True))].reshape(-1)
+    return list(inside[slice(*(piece.flat or (None, None)))])
+
+
+def held(where: Placement) -> list[Values]:
+    """For each rank, what it holds."""
+    ranks: list[Values] = [defaultdict(set) for _ in range(where.topology.world_size)]
+    for (kind, name), holders in where.holders.items():
+        for holder in holders:
+            for rank in holder.ranks:
+                ranks[rank][kind, name].update(elements(holder.piece))
+    return ranks
+
+
+def needed(where: Placement, growth: Growth, moments: Moments) -> list[Values]:
+    """For each rank, which values of the plan before its new state is made of."""
+    ranks: list[Values] = []
+    for values in held(where):
+        sources: Values = defaultdict(set)
+        for (kind, name), numbers in values.items():
+            source = grown_from(name, growth)
+            fresh = source is None or (moments == "zero" and source != name and kind in ("exp_avg", "exp_avg_sq"))
+            if not fresh:
+                sources[kind, str(source)] |= numbers
+        ranks.append(sources)
+    return ranks
+
+
+def size_of(kind: str) -> int:
+    return WEIGHT_BYTES if kind == "model" else 4
+
+
+def check(old: Placement, new: Placement, growth: Growth, moments: Moments = "copy") -> Reshard:
+    """Compare the planned transfers with the account; returns them."""
+    plan = transfers(old, new, growth, weight_bytes=WEIGHT_BYTES, moments=moments)
+    before, wanted = held(old), needed(new, growth, moments)
+    arrived: list[dict[tuple[str, str], list[int]]] = [defaultdict(list) for _ in before]
+    shapes = {slot: holders[0].piece.shape for slot, holders in old.holders.items()}
+    for each in plan.transfers:
+        slot = (each.kind, each.name)
+        numbers = elements(Piece(each.name, shapes[slot], each.box))
+        assert each.source != each.target
+        assert each.bytes == size_of(each.kind) * len(numbers)
+        assert before[each.source][slot].issuperset(numbers), "the sender holds what it sends"
+        arrived[each.target][slot].extend(numbers)
+    for rank, wants in enumerate(wanted):
+        lower_bound = in_place = 0
+        assert set(arrived[rank]) <= set(wants)
+        for slot, wanted_values in wants.items():
+            missing = wanted_values - before[rank].get(slot, set())
+            assert sorted(arrived[rank][slot]) == sorted(missing), "each missing value comes, and comes once"
+            lower_bound += size_of(slot[0]) * len(missing)
+            in_place += size_of(slot[0]) * len(wanted_values - missing)
+        assert plan.received()[rank] == lower_bound
+        assert plan.in_place[rank] == in_place
+    assert sum(plan.sent()) == sum(plan.received())
+    return plan
+
+
+GROWTHS: list[tuple[Operator, int, int, int]] = [
+    ("lidas", 4, 8, 2), ("midas", 4, 12, 4), ("stack", 4, 8, 4), ("last", 8, 10, 2), ("random", 4, 8, 2)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("growth", GROWTHS, ids=str)
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_are_the_fewest_between_all_topologies(world: int, growth: tuple[Operator, int, int, int]) -> None:
+    operator, first, layers, block = growth
+    plan = DepthPlan.plain(first)
+    grown = grow(plan, operator, layers, block)
+    for before, after in product(topologies(world), repeat=2):
+        check(placement(plan, before), placement(grown.plan, after), grown)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    operator=st.sampled_from(get_args(Operator)),
+    world=st.sampled_from([1, 2, 4, 8]),
+    data=st.data(),
+    tied=st.booleans(),
+    moments=st.sampled_from(get_args(Moments)),
+    heads=st.tuples(st.floats(0, 3), st.floats(0, 3)),
+)
+def test_bytes_are_the_fewest(
+    operator: Operator, world: int, data: st.DataObject, tied: bool, moments: Moments, heads: tuple[float, float]
+) -> None:
+    plan = DepthPlan.plain(8)
+    grown = grow(plan, operator, 16 if operator == "stack" else 8 + data.draw(st.sampled_from([2, 4])), 2)
+    before, after = (data.draw(st.sampled_from(topologies(world))) for _ in range(2))
+    old = placement(plan, before, tied=tied, head=heads[0])
+    check(old, placement(grown.plan, after, tied=tied, head=heads[1]), grown, moments)
+
+
+@pytest.mark.parametrize("world", [1, 4, 8])
+def test_what_stays_where_it_is_does_not_move(world: int) -> None:
+    plan = DepthPlan.plain(8)
+    for topology in topologies(world):
+        same = placement(plan, topology)
+        reshard = check(same, placement(plan, topology), Growth.none(plan))
+        assert reshard.transfers == ()
+        assert sum(reshard.in_place) == sum(size_of(kind) * piece.numel for kind, piece in _all_held(same))
+
+
+def _all_held(where: Placement) -> Iterator[tuple[str, Piece]]:
+    for rank in range(where.topology.world_size):
+        yield from where.held_by(rank)
+
+
+def test_topologies_change_without_growth() -> None:
+    plan = DepthPlan.plain(8)
+    for before, after in product(topologies(8), repeat=2):
+        check(placement(plan, before), placement(plan, after), Growth.none(plan))
+
+
+def test_a_layer_and_its_copy_on_one_rank_come_once() -> None:
+    """Stacking 4 layers on two pipeline ranks: the second, which has all copies, lacks the first rank's layers once."""
+    plan = DepthPlan.plain(4)
+    grown = grow(plan, "stack", 16, 4)
+    old, new = (placement(each, Topology(pp=2), head=0.0) for each in (plan, grown.plan))
+    reshard = check(old, new, grown)
+    first_half = sum(size_of(kind) * piece.numel for kind, piece in old.held_by(0) if piece.name.startswith("layers."))
+    assert reshard.received()[1] == first_half, "three copies of each, one transfer"
+
+
+def test_zeros_are_not_sent() -> None:
+    plan = DepthPlan.plain(4)
+    grown = grow(plan, "lidas", 8, 4)
+    old, new = placement(plan, Topology(pp=2)), placement(grown.plan, Topology(pp=2))
+    copied, zeroed = (check(old, new, grown, moments) for moments in get_args(Moments))
+    names = {each.name for each in zeroed.transfers if each.kind in ("exp_avg", "exp_avg_sq")}
+    assert sum(zeroed.received()) < sum(copied.received())
+    for name in names:  # only layers that moved as they are bring moments along
+        assert not takes_zeros("exp_avg", name, name, "zero")
+    assert takes_zeros("exp_avg", "layers.4.norm", "layers.0.norm", "zero")
+    assert not takes_zeros("master", "layers.4.norm", "layers.0.norm", "zero")
+    assert not takes_zeros("exp_avg", "layers.4.norm", "layers.0.norm", "copy")
+
+
+def test_whoever_has_sent_least_sends_next() -> None:
+    """Eight replicas hold all weights; on a pipeline of eight nobody sends more than twice the even share."""
+    plan = DepthPlan.plain(8)
+    growth = grow(plan, "lidas", 16, 4)
+    reshard = check(placement(plan, Topology(dp=8)), placement(growth.plan, Topology(pp=8)), growth)
+    assert len({each.target for each in reshard.transfers}) == 8
+    sent, largest = reshard.sent(), max(each.bytes for each in reshard.transfers)
+    assert max(sent) <= 2 * sum(sent) / 8 + largest
+
+
+def test_equal_holders_share_the_sending_evenly() -> None:
+    """Three ranks hold a tensor, a fourth needs its parts: no sender is ahead of another by more than one part."""
+    parts = [Piece("norm.weight", (12,), Box((offset,), (1,))) for offset in range(12)]
+    plan, topology = DepthPlan.plain(1), Topology(dp=4)
+    old = Placement(
+        plan, topology, ((0, 1),), {("master", "norm.weight"): tuple(Holder(part, (0, 1, 2)) for part in parts)}
+    )
+    new = Placement(plan, topology, ((0, 1),), {("master", "norm.weight"): tuple(Holder(part, (3,)) for part in parts)})
+    reshard = transfers(old, new, Growth.none(plan), weight_bytes=4)
+    assert reshard.sent() == (16, 16, 16, 0)
+    assert reshard.received() == (0, 0, 0, 48)
+
+
+def test_a_value_that_nobody_holds_is_a_mistake_of_ours() -> None:
+    plan, topology = DepthPlan.plain(1), Topology(dp=2)
+    half = Piece("norm.weight", (4,), Box((0,), (2,)))
+    whole = Piece("norm.weight", (4,), Box((0,), (4,)))
+    old = Placement(plan, topology, ((0, 1),), {("master", "norm.weight"): (Holder(half, (0,)),)})
+    new = Placement(plan, topology, ((0, 1),), {("master", "norm.weight"): (Holder(whole, (1,)),)})
+    with pytest.raises(RuntimeError, match="no rank holds"):
+        transfers(old, new, Growth.none(plan), weight_bytes=4)
+
+
+def test_a_placement_holds_every_value_and_fragments_once() -> None:
+    plan = grow(DepthPlan.plain(4), "lidas", 8, 4).plan
+    for topology in topologies(8):
+        where = placement(plan, topology)
+        for (kind, name), holders in where.holders.items():
+            found = [number for holder in holders for number in elements(holder.piece)]
+            once = sorted(set(found))
+            assert once == list(range(int(np.prod(holders[0].piece.shape))))
+            ends = name == "embedding.weight" and topology.pp > 1  # tied: at both ends of the pipeline
+            if kind != "model":
+                assert len(found) == len(once) * (2 if ends else 1), f"{kind} of {name} on {topology}"
+        assert {kind for kind, _ in where.holders} == set(KINDS)
