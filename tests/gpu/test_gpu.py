@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,3 +68,21 @@ def test_one_rank_trains_on_the_gpu() -> None:
     result = bench_step("tiny", precision="bf16", batch=4, sequence_length=256, steps=2, rounds=1)
     assert result.ours_loss < 8.5
     assert result.ours > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_growth_in_flight_keeps_every_bit(precision: str) -> None:
+    code = (
+        "from launchers.local import single_rank\n"
+        "from launchers.rank import open_store\n"
+        "from tests.parallel.layouts import configuration\n"
+        "from tests.parallel.morphing import compare_bits\n"
+        "with single_rank():\n"
+        "    store = open_store()\n"
+        f"    values = configuration(train__precision={precision!r})\n"
+        "    compared, differing = compare_bits(values, (1, 1, 1), (1, 1, 1))\n"
+        "assert compared > 0 and differing == [], differing\n"
+        "import os; os._exit(0)\n"  # the process group is left as it is
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

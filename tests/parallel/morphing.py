@@ -103,7 +103,7 @@ def compare_bits(
         expected = expected[slice(*(piece.flat or (None, None)))]
         if moments == "zero" and parent != piece.name and each.kind in ("exp_avg", "exp_avg_sq"):
             expected = torch.zeros_like(expected)
-        if not torch.equal(each.data.reshape(-1), expected):
+        if not torch.equal(each.data.cpu().reshape(-1), expected):
             differing.append(f"{each.kind} of {piece.name}")
     engine.close()
     return len(pieces), differing
@@ -112,7 +112,7 @@ def compare_bits(
 def _gather(engine: TrainingEngine) -> dict[tuple[str, str], Tensor]:
     """Every tensor of every kind, whole, put together from all ranks' pieces."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [(each.kind, each.piece, each.data.clone()) for each in engine.pieces()])
+    dist.all_gather_object(everyone, [(each.kind, each.piece, each.data.cpu().clone()) for each in engine.pieces()])
     whole: dict[tuple[str, str], Tensor] = {}
     for kind, piece, data in (each for pieces in everyone for each in pieces):
         tensor = whole.setdefault((kind, piece.name), torch.full(piece.shape, torch.nan, dtype=data.dtype))
