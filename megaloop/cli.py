@@ -482,8 +482,15 @@ def _report(result: Any, as_json: bool) -> None:
         return
     width = max(map(len, values), default=0)
     for key, value in values.items():
-        text = _number(value) if isinstance(value, int | float) else str(value)
-        typer.echo(f"{key.replace('_', ' '):{width}}  {text}")
+        typer.echo(f"{key.replace('_', ' '):{width}}  {_text(value)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ", ".join(map(_text, value))
+    if value is None:
+        return "-"
+    return _number(value) if isinstance(value, int | float) else str(value)
 
 
 def _number(value: float) -> str:
