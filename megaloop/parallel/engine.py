@@ -229,6 +229,9 @@ class TrainingEngine:
         """
         from deepspeed import comm
 
+        # hooks on the last losses refer to the engine: a circle through autograd's graph, which no garbage collector sees
+        self._engine.loss = None
+        self._engine.pipe_buffers = {key: [None] * len(slots) for key, slots in self._engine.pipe_buffers.items()}
         with _quietly():
             self._engine.destroy()
             for group in self._groups:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import weakref
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,3 +125,48 @@ def _gather(engine: TrainingEngine) -> dict[tuple[str, str], Tensor]:
         flat[slice(*(piece.flat or (None, None)))] = data.reshape(-1)
         region.copy_(flat.view(region.shape))
     return whole
+
+
+def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dict[str, int | bool]:
+    """Train 4 layers and grow to 6 in flight; bytes of this rank's private memory at its most, over what stays."""
+    config = Config.model_validate(values)
+    join_ranks()
+    plan = DepthPlan.plain(4)
+    source = InitialValues(config.model, config.seed, plan, VOCAB)
+    engine = TrainingEngine(config, plan, Topology(*before), VOCAB, source)
+    batches = micro_batches(config, engine.coordinate.dp, engine.topology.dp)
+    for _ in range(2):
+        engine.train_step(batches, LR)
+    deepspeed_engine = weakref.ref(engine._engine)
+    state = sum(each.data.numel() * each.data.element_size() for each in engine.pieces())
+    largest = max(4 * prod(spec.shape) for spec in engine.specs.values())
+    with _HighWater() as memory:
+        engine = reshard(engine, grow(plan, "lidas", 6, 2), Topology(*after), 2).engine
+    gone = deepspeed_engine() is None
+    over = memory.peak - _private_bytes()
+    engine.close()
+    return {"old_state": state, "largest_tensor": largest, "over": over, "gone": gone}
+
+
+class _HighWater:
+    """Watches this process's private memory from a thread of its own."""
+
+    def __enter__(self) -> _HighWater:
+        self.peak, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.001):
+            self.peak = max(self.peak, _private_bytes())
+
+
+def _private_bytes() -> int:
+    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return 1024 * int(match[1])

@@ -9,9 +9,9 @@ import pytest
 
 from megaloop.depth import Operator
 from megaloop.parallel.reshard import Moments
-from tests.distributed import RankPool
+from tests.distributed import RankPool, run_ranks
 from tests.parallel.layouts import configuration
-from tests.parallel.morphing import Layout, compare_bits, morph
+from tests.parallel.morphing import Layout, compare_bits, measure_memory, morph
 
 PATH = [(4, 4), (6, 4), (8, 4)]
 """(layers, steps) of the stages."""
@@ -108,3 +108,14 @@ def test_the_process_groups_of_earlier_topologies_are_gone(ranks_4: RankPool) ->
     grown = ranks_4.run(morph, configuration(), _stages([(1, 2, 2), (4, 1, 1), (2, 1, 2)], [(4, 1), (6, 1), (8, 1)]))
     fresh = ranks_4.run(morph, configuration(), [(8, (2, 1, 2), 1)])
     assert [each["groups"] for each in grown] == [each["groups"] for each in fresh]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("after", [(2, 1, 1), (1, 1, 2)], ids=str)
+def test_a_ranks_memory_is_its_old_state_its_new_engine_and_a_tensor(after: Layout, precision: str) -> None:
+    wide = {"hidden_size": 512, "num_heads": 4, "num_kv_heads": 4, "ffn_size": 2048}
+    values = configuration(train__precision=precision, train__global_batch=2, train__micro_batch=1, model=wide)
+    for rank in run_ranks(2, measure_memory, values, (2, 1, 1), after):  # fresh ranks: what they keep is of this run
+        assert rank["gone"], "the old engine is still in memory"
+        assert rank["old_state"] > 50e6
+        assert rank["over"] < rank["old_state"] + rank["largest_tensor"] + 8e6

@@ -163,7 +163,7 @@ def test_the_data_tell_the_vocabulary_or_need_not_exist(config_file: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--ranks", "3", "growth=null", "parallel.pp=2"], "makes 2 ranks, but 3"),
+        (["--ranks", "3", "growth=null", "parallel.pp=2"], "makes 2 ranks, but there are 3"),
         (["model.vocab_size=null"], "set model.vocab_size"),
         (["growth.block=3"], "a block of 3 layers"),
         (["train.global_batch=6", "--ranks", "4"], "global_batch 6"),
