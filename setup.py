@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megaloop/__init__.py").
 REQUIRES = [
     "deepspeed>=0.19.8",
     "hjson",  # DeepSpeed reads its configuration with it
+    "matplotlib>=3.8",
     "mosaicml-streaming>=0.13,<0.14",
     "numpy>=1.26",
     "pyarrow>=15",

@@ -218,17 +218,30 @@ def plan(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks to plan for; default: the fewest that the topology needs.")
     ] = None,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Draw a step of each stage: rank by time.")] = False,
+    timeline_png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write that picture as PNG, all of the step.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what a run will do, take and move, stage by stage, without starting it."""
     from megaloop.config import load_config
-    from megaloop.train.preview import preview, show
+    from megaloop.train.preview import pictures, preview, show, show_timeline
 
     run = preview(load_config(config, overrides or []), ranks)
+    if timeline_png is not None:
+        from megaloop.train.timeline import draw_png
+
+        if not (drawn := pictures(run)):
+            raise MegaloopError("plan: no stage has a pipeline (pp 1), there is no timeline to draw")
+        draw_png(drawn, timeline_png)
     if json:
         _report(run.to_json(), json)
-    else:
-        show(run, Console(highlight=False))
+        return
+    console = Console(highlight=False)
+    show(run, console)
+    if timeline:
+        show_timeline(run, console)
 
 
 @app.command()

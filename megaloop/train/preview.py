@@ -14,17 +14,19 @@ from rich.text import Text
 from megaloop.config import Config
 from megaloop.data.sources import embedding_rows, open_sources
 from megaloop.depth import GrowthStage, run_flops
-from megaloop.depth.flops import flops_per_token, parameters
+from megaloop.depth.flops import flops_per_token, head_flops, layer_flops, parameters
 from megaloop.errors import MegaloopError
 from megaloop.model.activations import element_bytes
 from megaloop.model.parameters import parameter_specs
 from megaloop.parallel.budget import RankBudget, bubble, rank_budgets
 from megaloop.parallel.engine import split_stages
 from megaloop.parallel.reshard import Placement, Reshard, transfers
+from megaloop.parallel.rounds import Rounds
 from megaloop.parallel.topology import Topology
 from megaloop.train.progress import format_bytes
+from megaloop.train.timeline import StepPicture, draw_text
 
-__all__ = ["Boundary", "RunPreview", "StagePreview", "preview", "show"]
+__all__ = ["Boundary", "RunPreview", "StagePreview", "pictures", "preview", "show", "show_timeline"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class StagePreview:
         bubble: fraction of a step in which a pipeline stage waits.
         flops_per_step: model FLOPs, forward and backward, over all ranks.
         boundary: what moves at the growth into the stage; None for the first.
+        forward_flops: of one micro-batch's forward pass, by pipeline stage.
         ranks: what a rank of each pipeline stage holds.
     """
 
@@ -71,6 +74,7 @@ class StagePreview:
     bubble: float
     flops_per_step: int
     boundary: Boundary | None
+    forward_flops: tuple[int, ...]
     ranks: tuple[RankBudget, ...]
 
     @property
@@ -192,6 +196,7 @@ def _stages(config: Config, world_size: int, vocab_size: int) -> Iterator[StageP
             micro_batches=micro_batches,
             bubble=bubble(topology.pp, micro_batches),
             flops_per_step=_flops_per_step(config, stage, vocab_size),
+            forward_flops=tuple(_forward_flops(config, split, vocab_size)),
             boundary=None if before is None else _boundary(config, before, placement, stage),
             ranks=rank_budgets(config, specs, stage.plan, topology, split),
         )
@@ -202,6 +207,37 @@ def _flops_per_step(config: Config, stage: GrowthStage, vocab_size: int) -> int:
     length = config.data.sequence_length
     per_token = flops_per_token(stage.plan, config.model, length, vocab_size=vocab_size)
     return per_token.total * config.train.global_batch * length
+
+
+def _forward_flops(config: Config, stages: Sequence[tuple[int, int]], vocab_size: int) -> Iterator[int]:
+    """FLOPs of one micro-batch's forward pass, by pipeline stage; the last has the head."""
+    tokens = config.train.micro_batch * config.data.sequence_length
+    for number, (start, stop) in enumerate(stages, 1):
+        head = head_flops(config.model, vocab_size) if number == len(stages) else 0
+        yield tokens * ((stop - start) * layer_flops(config.model, config.data.sequence_length) + head)
+
+
+def pictures(run: RunPreview) -> list[StepPicture]:
+    """A step of each growth stage that has a pipeline."""
+    return [
+        StepPicture(
+            f"Stage {number}: {_count(len(stage.layers), 'layer')}, {stage.topology}",
+            Rounds(stage.topology.pp, stage.micro_batches),
+            tuple(map(float, stage.forward_flops)),
+            run.recompute == "full",
+        )
+        for number, stage in enumerate(run.stages, 1)
+        if stage.topology.pp > 1
+    ]
+
+
+def show_timeline(run: RunPreview, console: Console) -> None:
+    """Print how the pipeline works on a step, stage by stage, where there is one."""
+    for picture in pictures(run):
+        console.print()
+        console.print(draw_text(picture, console.width), soft_wrap=True)
+    legend = "digits: forward passes, by micro-batch; letters: backward passes; dots: waiting"
+    console.print(Text(legend if pictures(run) else "no stage has a pipeline (pp 1): nothing to draw", "dim"))
 
 
 def _boundary(config: Config, before: Placement, after: Placement, stage: GrowthStage) -> Boundary:

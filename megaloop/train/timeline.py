@@ -1,0 +1,126 @@
+"""Pictures of a pipeline at work: rank by time, as text for a terminal and as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.text import Text
+
+from megaloop.errors import MegaloopError
+from megaloop.parallel.rounds import Pass, Rounds, Span
+
+__all__ = ["StepPicture", "draw_png", "draw_text"]
+
+_FORWARD, _BACKWARD = ("#1f4e8c", "#4a86c8", "#86b6e8"), ("#8c4a1f", "#c8804a", "#e8b686")
+"""Colours by round (and again from the first)."""
+
+
+@dataclass(frozen=True)
+class StepPicture:
+    """One optimizer step of a pipeline.
+
+    Attributes:
+        title: what it is of.
+        rounds: the order of work.
+        forward: time of a forward pass of one micro-batch through each pipeline rank's slice (only ratios matter).
+        recompute: the backward pass runs the forward pass once more.
+    """
+
+    title: str
+    rounds: Rounds
+    forward: tuple[float, ...]
+    recompute: bool = False
+
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """When each rank does what: a backward pass takes twice its forward pass, messages take no time."""
+        return self.rounds.timeline(self._seconds)
+
+    def _seconds(self, rank: int, work: Pass) -> float:
+        return self.forward[rank] * ((3.0 if self.recompute else 2.0) if work.backward else 1.0)
+
+    @property
+    def waiting(self) -> float:
+        """Fraction of the step in which ranks wait, on average: the bubble, and what uneven slices add."""
+        spans = self.spans()
+        busy = sum(span.stop - span.start for each in spans for span in each)
+        return 1 - busy / (len(spans) * _end(spans))
+
+
+def _end(spans: Sequence[Sequence[Span]]) -> float:
+    return max(each[-1].stop for each in spans)
+
+
+def draw_text(picture: StepPicture, width: int) -> Text:
+    """A line per rank; digits are forward passes, letters backward passes of the same micro-batches, dots waiting.
+
+    Args:
+        width: columns at most. Where the step is too long for it, the beginning is shown.
+    """
+    spans = picture.spans()
+    tick = min(picture.forward)
+    label = len(str(len(spans) - 1)) + 2
+    columns = min(round(_end(spans) / tick), max(width - label - 4, 10))
+    lines = Text(f"{picture.title}  ranks wait {picture.waiting:.1%} of a step\n", no_wrap=True)
+    for rank, each in enumerate(spans):
+        lines.append(f"{rank:>{label - 2}}  ", "dim")
+        upcoming = iter(each)
+        span: Span | None = next(upcoming)
+        for column in range(columns):
+            middle = (column + 0.5) * tick
+            while span is not None and span.stop <= middle:
+                span = next(upcoming, None)
+            if span is None or span.start > middle:
+                lines.append("·", "dim")
+                continue
+            number, colours = span.work.micro_batch, _BACKWARD if span.work.backward else _FORWARD
+            character = chr(ord("a") + number % 26) if span.work.backward else str(number % 10)
+            lines.append(character, f"white on {colours[span.work.round % len(colours)]}")
+        if columns * tick < _end(spans) - tick / 2:
+            lines.append(" ...", "dim")
+        if rank < len(spans) - 1:
+            lines.append("\n")
+    return lines
+
+
+def draw_png(pictures: Sequence[StepPicture], path: Path) -> None:
+    """All pictures below each other, on a white ground.
+
+    Raises:
+        MegaloopError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [0.9 + 0.32 * picture.rounds.ranks for picture in pictures]
+    figure = Figure(figsize=(14, sum(heights)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(pictures), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for picture, axis in zip(pictures, axes, strict=True):
+        spans = picture.spans()
+        for rank, each in enumerate(spans):
+            for backward, colours in ((False, _FORWARD), (True, _BACKWARD)):
+                chosen = [span for span in each if span.work.backward == backward]
+                axis.broken_barh(
+                    [(span.start, span.stop - span.start) for span in chosen],
+                    (rank - 0.42, 0.84),
+                    facecolors=[colours[span.work.round % len(colours)] for span in chosen],
+                    edgecolor="white",
+                    linewidth=0.5,
+                )
+            if sum(map(len, spans)) <= 600:  # more would be illegible
+                for span in each:
+                    axis.text(
+                        (span.start + span.stop) / 2, rank, str(span.work.micro_batch),
+                        ha="center", va="center", fontsize=7, color="white", clip_on=True,
+                    )  # fmt: skip
+        axis.set(xlim=(0, _end(spans)), ylim=(len(spans) - 0.5, -0.5), yticks=range(len(spans)), ylabel="pipeline rank")
+        axis.set_title(f"{picture.title}: ranks wait {picture.waiting:.1%} of a step", loc="left", fontsize=10)
+        axis.set_xticks([])
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[-1].set_xlabel("time; blue: forward, orange: backward, white: waiting; numbers: micro-batches")
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise MegaloopError(f"picture {path} cannot be written ({error.strerror or error})") from None
