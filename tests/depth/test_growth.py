@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megaloop.depth import DepthPlan, Growth, InsertAt, Operator, grow
+from megaloop.depth import DepthPlan, Growth, InsertAt, Operator, before_growth, grow
 from megaloop.errors import MegaloopError
 
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
@@ -61,6 +61,26 @@ def test_one_block_is_copied_as_the_papers_say(layers: int, block: int) -> None:
         assert parents(plan, grow(plan, "midas", layers + block, block)) == midas(layers, block)
     for times in (2, 3):
         assert parents(plan, grow(plan, "stack", times * layers, block)) == list(range(layers)) * times
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("operator", [operator for operator in OPERATORS if operator != "random"])
+def test_a_model_that_has_grown_is_copied_by_position_not_by_id(operator: Operator, block: int) -> None:
+    plan = DepthPlan((7, 2, 11, 0))  # neither in order nor without gaps
+    roots = list(plan.order)
+    for _ in range(4 if operator == "stack" else 7):
+        layers = plan.layers
+        positions = {
+            "lidas": lidas(layers, block, "after"),
+            "midas": midas(layers, block),
+            "last": last(layers, block),
+            "stack": list(range(layers)) * 2,
+        }[operator]
+        growth = grow(plan, operator, len(positions), block)
+        assert parents(plan, growth) == [plan.order[position] for position in positions]
+        assert min(growth.lineage) > max(plan.ids)
+        plan, roots = growth.plan, [roots[position] for position in positions]
+        assert [plan.root(layer_id) for layer_id in plan.order] == roots
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -122,6 +142,7 @@ def test_what_every_growth_keeps(case: tuple[DepthPlan, Operator, list[int], dic
         assert all(after.root(layer_id) in plan.ids for layer_id in after.ids if operator != "random")
         assert all(growth.source(layer_id) == layer_id for layer_id in before.ids)
         assert DepthPlan.from_json(after.to_json()) == after
+        assert before_growth(after, before.layers) == before
         before = after
 
 
@@ -163,6 +184,15 @@ def test_growing_to_the_same_depth_changes_nothing(operator: Operator, layers: i
     growth = grow(plan, operator, layers, 1)
     assert growth.plan == plan
     assert not growth.lineage
+
+
+def test_a_growth_is_a_value_that_nobody_changes() -> None:
+    lineage: dict[int, int | None] = {1: 0}
+    growth = Growth(DepthPlan((0, 1), {1: 0}), lineage)
+    lineage[1] = None
+    assert growth.source(1) == 0
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        growth.lineage[1] = None  # type: ignore[index]
 
 
 # --- bad input ---

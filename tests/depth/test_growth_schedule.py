@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -88,16 +88,33 @@ def test_a_run_may_begin_with_layers_that_were_grown_before() -> None:
     assert stages[1].plan == grow(first, "lidas", 12, 4).plan
 
 
+def test_where_new_layers_go_holds_for_every_stage() -> None:
+    stages = growth_stages([4, 8, 12], [10, 10, 10], "lidas", 2, insert_at="middle")
+    assert stages[-1].plan == grow(DepthPlan.plain(4), "lidas", 12, 2, insert_at="middle").plan
+    assert stages[-1].plan != grow(DepthPlan.plain(4), "lidas", 12, 2, insert_at="after").plan
+
+
+def test_a_vocabulary_that_only_the_tokenizer_knows_counts_the_same() -> None:
+    stages = growth_stages([4, 8], [10, 10], "lidas")
+    _, shape = SHAPES["360M"]
+    open_shape = replace(shape, vocab_size=None)
+    assert run_flops(stages, open_shape, 128, 1000, vocab_size=49152) == run_flops(stages, shape, 128, 1000)
+
+
 def test_an_explicit_schedule_adds_up() -> None:
     assert explicit_steps([10, 20, 70], 100) == [10, 20, 70]
-    with pytest.raises(MegaloopError, match=r"add up to 90, but train\.steps is 100; make them equal"):
-        explicit_steps([10, 20, 60], 100)
+    for last in (60, 80):
+        with pytest.raises(MegaloopError) as caught:
+            explicit_steps([10, 20, last], 100)
+        assert f"add up to {30 + last}, but train.steps is 100; make them equal" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("schedule", "steps", "message"),
     [
         ("prop", 100, "cannot read 'prop'; expected prop-1, prop-2 and so on, or a list"),
+        ("prop-x", 100, "cannot read 'prop-x'"),
+        ("prop-1x", 100, "cannot read 'prop-1x'"),
         ("prop--1", 100, "cannot read"),
         ("linear", 100, "cannot read"),
         ("prop-1", 5, "5 steps are too few for 6 stages under prop-1"),

@@ -92,6 +92,14 @@ def test_a_growth_warms_the_rate_up_again_and_leaves_the_rest(
             assert found == pytest.approx(rate * (since + 1) / warmup)
 
 
+def test_a_growth_within_the_warm_up_of_the_one_before_starts_it_anew() -> None:
+    found = [
+        learning_rate(step, 12, 2.0, ScheduleConfig(cooldown=0), growth_steps=(2, 5), growth_warmup=4)
+        for step in range(12)
+    ]
+    assert found == [2.0, 2.0, 0.5, 1.0, 1.5, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
+
+
 @given(runs(), st.sets(st.integers(0, 300), max_size=4))
 def test_without_a_warm_up_growths_leave_the_rate_alone(run: tuple[int, ScheduleConfig], growths: set[int]) -> None:
     steps, schedule = run
