@@ -358,8 +358,10 @@ class Config(_Section):
             self._check_parallel(stage.plan.layers)
         if self.model.vocab_size is not None:
             self.check_vocab(self.model.vocab_size)
-        if self.parallel.dp is not None and self.train.global_batch % (self.train.micro_batch * self.parallel.dp):
-            raise _batch_error(self.train, self.parallel.dp)
+        for stage in self.stages:
+            dp = self._parallel_at(stage.plan.layers)[2]
+            if dp is not None and self.train.global_batch % (self.train.micro_batch * dp):
+                raise _batch_error(self.train, dp)
         if self.schedule.warmup_steps > self.train.steps:
             raise MegaloopError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {self.train.steps}"
@@ -561,9 +563,17 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return None, False
 
 
+_LIST_OF_STAGES = "tuple[StageConfig, ...]"  # what pydantic calls this branch of growth.schedule
+
+
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation error, as one line."""
-    first: Mapping[str, Any] = error.errors()[0]
+    errors: list[Mapping[str, Any]] = [*error.errors()]
+    # of a schedule that is a list, what is wrong inside, not that it is no text; an unknown key before what it left out
+    listed = [each for each in errors if _LIST_OF_STAGES in each["loc"] and each["loc"][-1] != _LIST_OF_STAGES]
+    first = min(listed or errors[:1], key=lambda each: each["type"] != "extra_forbidden")
+    if first["loc"][:2] == ("growth", "schedule"):
+        first = {**first, "loc": tuple(part for part in first["loc"] if part not in ("str", _LIST_OF_STAGES))}
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return (

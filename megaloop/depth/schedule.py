@@ -14,7 +14,7 @@ from megaloop.errors import MegaloopError
 
 __all__ = ["GrowthStage", "RunFlops", "explicit_steps", "growth_stages", "proportional_steps", "run_flops", "stage_at"]
 
-_PROPORTIONAL = re.compile(r"prop-([0-9]{1,3}(?:\.[0-9]{1,6})?)")
+_PROPORTIONAL = re.compile(r"prop-([0-9]{1,2}(?:\.[0-9]{1,6})?)")
 
 
 @dataclass(frozen=True)

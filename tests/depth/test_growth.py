@@ -224,3 +224,11 @@ def test_what_cannot_be_reached_is_refused_in_a_line(
         grow(plan, operator, layers, block)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_id_of_a_parent_that_has_gone_is_not_used_again() -> None:
+    plan = DepthPlan((0, 1), {0: 2})
+    grown = grow(plan, "last", 3, 1)
+    assert grown.plan.order == (0, 1, 3)
+    assert grown.plan.ancestors(3) == (1,)
+    assert grown.plan.ancestors(0) == (2,)
