@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, Operator, grow
-from megaloop.model import grown_from
+from megaloop.model import grown_from, initial_values
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.live import Resharded, reshard
 from megaloop.parallel.placement import Box
@@ -74,18 +74,22 @@ def _report(resharded: Resharded) -> dict[str, Any]:
         "moved": resharded.plan.received(),
         "in_place": resharded.plan.in_place,
         "buffer": resharded.buffer_bytes,
+        "largest_transfer": max((each.bytes for each in resharded.plan.transfers), default=0),
         "largest_tensor": max(4 * prod(spec.shape) for spec in resharded.engine.specs.values()),
+        "state": sum(each.data.numel() * each.data.element_size() for each in resharded.engine.pieces()),
         "seconds": (resharded.seconds, resharded.build_seconds, resharded.exchange_seconds),
     }
 
 
 def compare_bits(
-    values: dict[str, Any], before: Layout, after: Layout, moments: Moments = "copy"
-) -> tuple[int, list[str]]:
-    """Train 4 layers, grow to 6 in flight, and hold every piece of this rank against the parent's values, bit by bit.
+    values: dict[str, Any], before: Layout, after: Layout, operator: Operator = "lidas", moments: Moments = "copy"
+) -> tuple[dict[str, int], list[str]]:
+    """Train 4 layers, grow to 6 in flight, and hold every piece of this rank against what it should be, bit by bit.
+
+    That is the parent's values; of a layer without a parent, its initial values and no moments.
 
     Returns:
-        How many pieces were compared, and which of them differ.
+        How many pieces were compared ("parent", "copy", "fresh"), and which of them differ.
     """
     config = Config.model_validate(values)
     join_ranks()
@@ -96,21 +100,36 @@ def compare_bits(
     for _ in range(3):
         engine.train_step(batches, LR)
     whole = _gather(engine)
-    growth = grow(plan, "lidas", 6, 2)
+    assert all(bool(tensor.any()) for tensor in whole.values()), "state of zeros cannot show that it was kept"
+    growth = grow(plan, operator, 6, 2)
     engine = reshard(engine, growth, Topology(*after), 3, moments=moments).engine
-    differing, pieces = [], engine.pieces()
-    for each in pieces:
+    counts, differing = {"parent": 0, "copy": 0, "fresh": 0}, []
+    for each in engine.pieces():
         piece = each.piece
         parent = grown_from(piece.name, growth)
-        assert parent is not None
-        expected = whole[each.kind, parent][piece.box.within(Box.whole(piece.shape))].reshape(-1)
-        expected = expected[slice(*(piece.flat or (None, None)))]
-        if moments == "zero" and parent != piece.name and each.kind in ("exp_avg", "exp_avg_sq"):
-            expected = torch.zeros_like(expected)
-        if not torch.equal(each.data.cpu().reshape(-1), expected):
+        counts["fresh" if parent is None else "parent" if parent == piece.name else "copy"] += 1
+        zeros = each.kind in ("exp_avg", "exp_avg_sq") and (
+            parent is None or (moments == "zero" and parent != piece.name)
+        )
+        if zeros:
+            expected = torch.zeros(piece.numel, dtype=each.data.dtype)
+        else:
+            tensor = _initial(config, engine, piece.name) if parent is None else whole[each.kind, parent]
+            expected = tensor[piece.box.within(Box.whole(piece.shape))].reshape(-1)
+            expected = expected[slice(*(piece.flat or (None, None)))].to(each.data.dtype)
+        if _bits(each.data) != _bits(expected):
             differing.append(f"{each.kind} of {piece.name}")
     engine.close()
-    return len(pieces), differing
+    return counts, differing
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _initial(config: Config, engine: TrainingEngine, name: str) -> Tensor:
+    spec = engine.specs[name]
+    return initial_values(name, spec, config.seed, (0,) * len(spec.shape), spec.shape)
 
 
 def _gather(engine: TrainingEngine) -> dict[tuple[str, str], Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import product
+from dataclasses import replace
+from itertools import accumulate, product
 from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megaloop.config import ModelConfig
@@ -24,14 +25,19 @@ VOCAB = 8
 WEIGHT_BYTES = 2
 
 
-def topologies(world: int) -> list[Topology]:
-    """All pp x tp x dp of a world size, tp at most 2 (the heads)."""
+def topologies(world: int, *, pp: int = 8, tp: int = 2) -> list[Topology]:
+    """All pp x tp x dp of a world size, with at most so many stages (layers) and tensor-parallel ranks (heads)."""
     sizes = [size for size in (1, 2, 4, 8) if size <= world]
-    return [Topology(pp, tp, dp) for pp, tp, dp in product(sizes, (1, 2), sizes) if pp * tp * dp == world]
+    every = [Topology(*each) for each in product(sizes, repeat=3)]
+    return [each for each in every if each.world_size == world and each.pp <= pp and each.tp <= tp]
 
 
-def placement(plan: DepthPlan, topology: Topology, *, tied: bool = True, head: float = 1.0) -> Placement:
-    model = ModelConfig(hidden_size=4, num_heads=2, num_kv_heads=2, ffn_size=6, tied_embeddings=tied)
+def placement(
+    plan: DepthPlan, topology: Topology, *, tied: bool = True, head: float = 1.0, heads: int = 2
+) -> Placement:
+    model = ModelConfig(
+        hidden_size=2 * heads, num_heads=heads, num_kv_heads=heads, ffn_size=3 * heads, tied_embeddings=tied
+    )
     stages = partition(plan, topology.pp, LayerCosts(0.0, 1.0, head))
     return Placement.of(parameter_specs(model, plan, VOCAB), plan, topology, stages)
 
@@ -137,6 +143,20 @@ def test_bytes_are_the_fewest(
     check(old, placement(grown.plan, after, tied=tied, head=heads[1]), grown, moments)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("world", [4, 8])
+def test_bytes_are_the_fewest_for_wide_tensor_parallelism(world: int, tied: bool) -> None:
+    """Boxes down to a single head, together with ZeRO's fragments of them."""
+    plan = DepthPlan.plain(2)
+    grown = grow(plan, "lidas", 4, 2)
+    wide = topologies(world, pp=2, tp=8)
+    assert any(each.tp == world for each in wide)
+    for before, after in product(wide, repeat=2):
+        if max(before.tp, after.tp) > 2:
+            old, new = (placement(each, on, tied=tied, heads=8) for each, on in ((plan, before), (grown.plan, after)))
+            check(old, new, grown)
+
+
 @pytest.mark.parametrize("world", [1, 4, 8])
 def test_what_stays_where_it_is_does_not_move(world: int) -> None:
     plan = DepthPlan.plain(8)
@@ -192,17 +212,49 @@ def test_whoever_has_sent_least_sends_next() -> None:
     assert max(sent) <= 2 * sum(sent) / 8 + largest
 
 
-def test_equal_holders_share_the_sending_evenly() -> None:
-    """Three ranks hold a tensor, a fourth needs its parts: no sender is ahead of another by more than one part."""
-    parts = [Piece("norm.weight", (12,), Box((offset,), (1,))) for offset in range(12)]
-    plan, topology = DepthPlan.plain(1), Topology(dp=4)
-    old = Placement(
-        plan, topology, ((0, 1),), {("master", "norm.weight"): tuple(Holder(part, (0, 1, 2)) for part in parts)}
+def test_replicas_share_the_sending_of_weights() -> None:
+    """Each half of 8 layers lies on four replicas, and others need it: no replica sends more than its even share and
+    one tensor. Weights alone: of masters and moments every fragment has a single holder, who has no choice."""
+    plan = DepthPlan.plain(8)
+    growth = grow(plan, "stack", 16)
+    old, new = (placement(each, on) for each, on in ((plan, Topology(pp=2, dp=4)), (growth.plan, Topology(pp=8))))
+    old, new = (
+        replace(each, holders={slot: held for slot, held in each.holders.items() if slot[0] == "model"})
+        for each in (old, new)
     )
-    new = Placement(plan, topology, ((0, 1),), {("master", "norm.weight"): tuple(Holder(part, (3,)) for part in parts)})
+    reshard = check(old, new, growth)
+    largest = max(each.bytes for each in reshard.transfers)
+    for replicas in (range(4), range(4, 8)):
+        sent = [reshard.sent()[rank] for rank in replicas]
+        assert sum(sent) > 4 * largest, "enough to share"
+        assert max(sent) <= sum(sent) / 4 + largest
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 3), st.booleans())
+@example([1, 5, 1, 5, 1, 5], 2, False)  # as many parts each would be 3 and 15
+@example([1, 1, 1, 1, 1, 1], 2, True)
+def test_equal_holders_share_the_sending_evenly(sizes: list[int], count: int, apart: bool) -> None:
+    """Some ranks hold a tensor, another needs its parts: no sender is ahead of another by more than one part.
+
+    ``apart``: they are holders of their own, as the two ends of a pipeline are of a tied embedding.
+    """
+    shape = (sum(sizes),)
+    parts = [
+        Piece("norm.weight", shape, Box((stop - size,), (size,)))
+        for size, stop in zip(sizes, accumulate(sizes), strict=True)
+    ]
+    plan, topology, slot = DepthPlan.plain(1), Topology(dp=count + 1), ("master", "norm.weight")
+    senders = [(rank,) for rank in range(count)] if apart else [tuple(range(count))]
+    old, new = (
+        Placement(plan, topology, ((0, 1),), {slot: tuple(Holder(*each) for each in product(parts, ranks))})
+        for ranks in (senders, [(count,)])
+    )
     reshard = transfers(old, new, Growth.none(plan), weight_bytes=4)
-    assert reshard.sent() == (16, 16, 16, 0)
-    assert reshard.received() == (0, 0, 0, 48)
+    *sent, last = reshard.sent()
+    assert max(sent) - min(sent) <= 4 * max(sizes)
+    assert (sum(sent), last) == (4 * sum(sizes), 0)
+    assert reshard.received() == (*[0] * count, 4 * sum(sizes))
 
 
 def test_a_value_that_nobody_holds_is_a_mistake_of_ours() -> None:
@@ -215,15 +267,18 @@ def test_a_value_that_nobody_holds_is_a_mistake_of_ours() -> None:
         transfers(old, new, Growth.none(plan), weight_bytes=4)
 
 
-def test_a_placement_holds_every_value_and_fragments_once() -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_placement_holds_every_value_and_fragments_once(tied: bool) -> None:
     plan = grow(DepthPlan.plain(4), "lidas", 8, 4).plan
     for topology in topologies(8):
-        where = placement(plan, topology)
+        where = placement(plan, topology, tied=tied)
         for (kind, name), holders in where.holders.items():
             found = [number for holder in holders for number in elements(holder.piece)]
             once = sorted(set(found))
             assert once == list(range(int(np.prod(holders[0].piece.shape))))
-            ends = name == "embedding.weight" and topology.pp > 1  # tied: at both ends of the pipeline
-            if kind != "model":
-                assert len(found) == len(once) * (2 if ends else 1), f"{kind} of {name} on {topology}"
+            ends = tied and name == "embedding.weight" and topology.pp > 1  # at both ends of the pipeline
+            assert len(found) == len(once) * (2 if ends else 1), f"{kind} of {name} on {topology}"
+            for holder in holders:
+                alike = topology.tp if holder.piece.box == Box.whole(holder.piece.shape) else 1
+                assert len(holder.ranks) == alike * (topology.dp if kind == "model" else 1), f"{kind} of {name}"
         assert {kind for kind, _ in where.holders} == set(KINDS)
