@@ -23,7 +23,7 @@ from megaloop.model import Kernels, build_adamw, choose_kernels, parameter_specs
 from megaloop.parallel.partition import LayerCosts, estimated_costs, partition
 from megaloop.parallel.placement import StatePiece
 from megaloop.parallel.replicas import differing_replicas
-from megaloop.parallel.reshard import Placement
+from megaloop.parallel.reshard import SHARE_UNIT, Placement
 from megaloop.parallel.state import (
     LocalParameter,
     StateSource,
@@ -149,6 +149,7 @@ class TrainingEngine:
             from megaloop.parallel.pipeline import PipelinedDecoder
 
             config = self.config
+            _align_shares()
             module = PipelinedDecoder(
                 config.model,
                 self.vocab_size,
@@ -239,6 +240,20 @@ class TrainingEngine:
         del self._engine
         self._groups, self.parameters = [], []
         gc.collect()  # DeepSpeed's engine and its optimizer refer to each other
+
+
+def _align_shares() -> None:
+    """Make ZeRO's shares whole vectors of the CPU: 16 elements, where DeepSpeed makes them multiples of 2.
+
+    torch's fused Adam computes what is left over at the end of a share by other instructions, which may round otherwise.
+    The two ends of a pipeline cut the tied embedding at different places: an ulp of difference, which then grows.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for optimizer in (BF16_Optimizer, DeepSpeedZeroOptimizer):
+        # both set it to 2 in their constructors, which then use it: they keep this instead
+        optimizer.nccl_start_alignment_factor = property(lambda self: SHARE_UNIT, lambda self, value: None)
 
 
 def split_stages(config: Config, plan: DepthPlan, topology: Topology, vocab_size: int) -> tuple[tuple[int, int], ...]:

@@ -17,6 +17,7 @@ from megaloop.parallel.placement import KINDS, Box, Piece
 from megaloop.parallel.topology import Coordinate, Topology
 
 __all__ = [
+    "SHARE_UNIT",
     "Holder",
     "Moments",
     "Placement",
@@ -121,9 +122,13 @@ def local_box(spec: ParameterSpec, tp_rank: int, tp_size: int) -> Box:
     return Box(tuple(offset), tuple(shape))
 
 
+SHARE_UNIT = 16
+"""ZeRO's shares are multiples of so many elements; the engine tells DeepSpeed."""
+
+
 def zero_share(elements: int, dp: int) -> int:
-    """Elements of an optimizer group that each data-parallel rank updates; DeepSpeed pads to a multiple of 2 x dp."""
-    return -(-elements // (2 * dp)) * 2
+    """Elements of an optimizer group that each data-parallel rank updates; the group is padded to equal shares."""
+    return -(-elements // (SHARE_UNIT * dp)) * SHARE_UNIT
 
 
 def _fragments(

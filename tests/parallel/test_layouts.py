@@ -89,3 +89,14 @@ def test_a_replica_that_drifts_is_named(
 ) -> None:
     everyone = _pool(request, layout).run(drifting_replica, configuration(*layout, sp=sp), kind, name, rank)
     assert everyone == [[f"{kind} {name}"]] * 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("hidden", [20, 24])
+def test_replicas_stay_equal_where_sizes_do_not_divide_into_vectors(
+    ranks_4: RankPool, hidden: int, precision: str
+) -> None:
+    """The tied embedding is cut into shares at other places at the two ends of the pipeline."""
+    model = {"hidden_size": hidden, "num_heads": 2, "num_kv_heads": 2, "ffn_size": 3 * hidden // 2}
+    values = configuration(2, 1, 2, model=model, train__precision=precision)
+    assert [each["differing"] for each in ranks_4.run(train_layout, values)] == [[]] * 4
