@@ -240,7 +240,7 @@ class RunReporter:
         steps = round((full - done.flops) / self.flops_per_step)
         self._progress.message(
             f"{done.flops:.3g} FLOPs, {done.flops / full:.1%} of what {done.step} steps at full depth cost: "
-            f"growing saved {1 - done.flops / full:.1%}, as much as {steps} steps at full depth"
+            f"growing saved {1 - done.flops / full:.1%}, as much as {steps} step{'s' if steps != 1 else ''} at full depth"
         )
 
     def saved(self, step: int, path: Path, size: int, seconds: float) -> None:
