@@ -25,7 +25,7 @@ REQUIRES = [
     "tokenizers>=0.21",
     "torch>=2.9",
     "transformers>=4.51,<5",
-    "typer>=0.15",
+    "typer>=0.20",
     "xxhash>=3.4",
     "zstandard>=0.22",
 ]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from launchers.rank import follow_launcher, launched, open_store, report_error, started_by_launcher
 from megaloop import __version__
+from megaloop.depth import InsertAt, Operator
 from megaloop.errors import MegaloopError
 
 __all__ = ["app", "main"]
@@ -51,24 +52,6 @@ class OnError(StrEnum):
 class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
-
-
-class GrowthOperator(StrEnum):
-    lidas = "lidas"
-    midas = "midas"
-    stack = "stack"
-    last = "last"
-    random = "random"
-
-
-class InsertPosition(StrEnum):
-    after = "after"
-    middle = "middle"
-
-
-class NewMoments(StrEnum):
-    copy = "copy"
-    zero = "zero"
 
 
 def main() -> None:
@@ -249,14 +232,14 @@ def grow(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write; RUN/checkpoints/step-N to go on from it.")],
     layers: Annotated[int, typer.Option(min=1, help="Layers to grow to.")],
-    operator: Annotated[GrowthOperator, typer.Option(help="Which layers are copied.")] = GrowthOperator.lidas,
+    operator: Annotated[Operator, typer.Option(help="Which layers are copied.")] = "lidas",
     block: Annotated[int, typer.Option(min=1, help="Layers per copied block (stack copies all).")] = 4,
     insert_at: Annotated[
-        InsertPosition, typer.Option(help="Where lidas and random put a block: behind the middle range, or in it.")
-    ] = InsertPosition.after,
+        InsertAt, typer.Option(help="Where lidas and random put a block: behind the middle range, or in it.")
+    ] = "after",
     moments: Annotated[
-        NewMoments, typer.Option(help="Adam's moments of a copied layer: its parent's, or zeros.")
-    ] = NewMoments.copy,
+        Literal["copy", "zero"], typer.Option(help="Adam's moments of a copied layer: its parent's, or zeros.")
+    ] = "copy",
     json: Json = False,
 ) -> None:
     """Deepen a checkpoint by copying layers: another checkpoint, at the same step."""
@@ -266,11 +249,11 @@ def grow(
         result = grow_checkpoint(
             checkpoint,
             out,
-            operator.value,
+            operator,
             layers,
             block,
-            insert_at=insert_at.value,
-            moments=moments.value,
+            insert_at=insert_at,
+            moments=moments,
             on_bytes=show,
         )
     _report(result, json)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Self
 
 import torch
 import xxhash
@@ -34,11 +33,6 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Self:
-        """A tensor that is there already."""
-        return cls(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @property
     def bytes(self) -> int:

@@ -26,7 +26,7 @@ from megaloop.model.parameters import ParameterSpec
 from megaloop.parallel.reshard import local_box, stage_parameters, zero_share
 from megaloop.parallel.topology import Topology
 
-__all__ = ["RankBudget", "bubble", "in_flight", "rank_budgets"]
+__all__ = ["RankBudget", "in_flight", "rank_budgets"]
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,6 @@ def in_flight(pp: int, pipeline_stages: int, micro_batches: int) -> int:
     Under 1F1B (arXiv 1806.03377), as DeepSpeed's TrainSchedule runs it, the first stage has the most.
     """
     return min(pipeline_stages - pp, micro_batches)
-
-
-def bubble(pipeline_stages: int, micro_batches: int) -> float:
-    """Fraction of a step in which a pipeline stage waits, where all are equally fast: (P-1) / (m+P-1)."""
-    return (pipeline_stages - 1) / (micro_batches + pipeline_stages - 1)
 
 
 def _rank_budget(

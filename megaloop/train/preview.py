@@ -18,7 +18,7 @@ from megaloop.depth.flops import flops_per_token, head_flops, layer_flops, param
 from megaloop.errors import MegaloopError
 from megaloop.model.activations import element_bytes
 from megaloop.model.parameters import parameter_specs
-from megaloop.parallel.budget import RankBudget, bubble, rank_budgets
+from megaloop.parallel.budget import RankBudget, rank_budgets
 from megaloop.parallel.engine import split_stages
 from megaloop.parallel.reshard import Placement, Reshard, transfers
 from megaloop.parallel.rounds import Rounds
@@ -194,7 +194,7 @@ def _stages(config: Config, world_size: int, vocab_size: int) -> Iterator[StageP
             parameters=parameters(stage.plan, config.model, vocab_size=vocab_size),
             topology=topology,
             micro_batches=micro_batches,
-            bubble=bubble(topology.pp, micro_batches),
+            bubble=Rounds(topology.pp, micro_batches).bubble,
             flops_per_step=_flops_per_step(config, stage, vocab_size),
             forward_flops=tuple(_forward_flops(config, split, vocab_size)),
             boundary=None if before is None else _boundary(config, before, placement, stage),

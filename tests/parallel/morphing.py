@@ -91,17 +91,10 @@ def compare_bits(
     Returns:
         How many pieces were compared ("parent", "copy", "fresh"), and which of them differ.
     """
-    config = Config.model_validate(values)
-    join_ranks()
-    plan = DepthPlan.plain(4)
-    source = InitialValues(config.model, config.seed, plan, VOCAB)
-    engine = TrainingEngine(config, plan, Topology(*before), VOCAB, source)
-    batches = micro_batches(config, engine.coordinate.dp, engine.topology.dp)
-    for _ in range(3):
-        engine.train_step(batches, LR)
+    engine = _trained(values, before, 3)
     whole = _gather(engine)
     assert all(bool(tensor.any()) for tensor in whole.values()), "state of zeros cannot show that it was kept"
-    growth = grow(plan, operator, 6, 2)
+    growth = grow(engine.plan, operator, 6, 2)
     engine = reshard(engine, growth, Topology(*after), 3, moments=moments).engine
     counts, differing = {"parent": 0, "copy": 0, "fresh": 0}, []
     for each in engine.pieces():
@@ -114,7 +107,7 @@ def compare_bits(
         if zeros:
             expected = torch.zeros(piece.numel, dtype=each.data.dtype)
         else:
-            tensor = _initial(config, engine, piece.name) if parent is None else whole[each.kind, parent]
+            tensor = _initial(engine, piece.name) if parent is None else whole[each.kind, parent]
             expected = tensor[piece.box.within(Box.whole(piece.shape))].reshape(-1)
             expected = expected[slice(*(piece.flat or (None, None)))].to(each.data.dtype)
         if _bits(each.data) != _bits(expected):
@@ -123,13 +116,26 @@ def compare_bits(
     return counts, differing
 
 
+def _trained(values: dict[str, Any], layout: Layout, steps: int) -> TrainingEngine:
+    """An engine of 4 layers that has some steps behind it."""
+    config = Config.model_validate(values)
+    join_ranks()
+    plan = DepthPlan.plain(4)
+    source = InitialValues(config.model, config.seed, plan, VOCAB)
+    engine = TrainingEngine(config, plan, Topology(*layout), VOCAB, source)
+    batches = micro_batches(config, engine.coordinate.dp, engine.topology.dp)
+    for _ in range(steps):
+        engine.train_step(batches, LR)
+    return engine
+
+
 def _bits(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _initial(config: Config, engine: TrainingEngine, name: str) -> Tensor:
+def _initial(engine: TrainingEngine, name: str) -> Tensor:
     spec = engine.specs[name]
-    return initial_values(name, spec, config.seed, (0,) * len(spec.shape), spec.shape)
+    return initial_values(name, spec, engine.config.seed, (0,) * len(spec.shape), spec.shape)
 
 
 def _gather(engine: TrainingEngine) -> dict[tuple[str, str], Tensor]:
@@ -148,19 +154,12 @@ def _gather(engine: TrainingEngine) -> dict[tuple[str, str], Tensor]:
 
 def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dict[str, int | bool]:
     """Train 4 layers and grow to 6 in flight; bytes of this rank's private memory at its most, over what stays."""
-    config = Config.model_validate(values)
-    join_ranks()
-    plan = DepthPlan.plain(4)
-    source = InitialValues(config.model, config.seed, plan, VOCAB)
-    engine = TrainingEngine(config, plan, Topology(*before), VOCAB, source)
-    batches = micro_batches(config, engine.coordinate.dp, engine.topology.dp)
-    for _ in range(2):
-        engine.train_step(batches, LR)
+    engine = _trained(values, before, 2)
     deepspeed_engine = weakref.ref(engine._engine)
     state = sum(each.data.numel() * each.data.element_size() for each in engine.pieces())
     largest = max(4 * prod(spec.shape) for spec in engine.specs.values())
     with _HighWater() as memory:
-        engine = reshard(engine, grow(plan, "lidas", 6, 2), Topology(*after), 2).engine
+        engine = reshard(engine, grow(engine.plan, "lidas", 6, 2), Topology(*after), 2).engine
     gone = deepspeed_engine() is None
     over = memory.peak - _private_bytes()
     engine.close()

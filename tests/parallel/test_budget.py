@@ -10,8 +10,9 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSche
 from megaloop.config import Config
 from megaloop.depth.flops import layer_parameters
 from megaloop.model import parameter_specs
-from megaloop.parallel.budget import RankBudget, bubble, in_flight, rank_budgets
+from megaloop.parallel.budget import RankBudget, in_flight, rank_budgets
 from megaloop.parallel.engine import split_stages
+from megaloop.parallel.rounds import Rounds
 from megaloop.parallel.topology import Topology
 from tests.distributed import RankPool
 from tests.parallel.layouts import VOCAB, configuration, held_bytes, peak_bytes
@@ -101,11 +102,11 @@ def test_micro_batches_in_flight_are_those_of_deepspeeds_schedule(stages: int, m
 
 
 def test_the_bubble_is_the_schedules_idle_share() -> None:
-    assert bubble(1, 4) == 0
-    assert bubble(4, 12) == pytest.approx(3 / 15)
+    assert Rounds(1, 4).bubble == 0
+    assert Rounds(4, 12).bubble == pytest.approx(3 / 15)
     commands = list(TrainSchedule(12, 4, 0))
     idle = [step for step in commands if not any(isinstance(each, ForwardPass | BackwardPass) for each in step)]
-    assert len(idle) / len(commands) == pytest.approx(bubble(4, 12))
+    assert len(idle) / len(commands) == pytest.approx(Rounds(4, 12).bubble)
 
 
 def test_a_stage_by_hand() -> None:
