@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, growth_stages, stage_at
+from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, growth_stages
 from megaloop.depth.schedule import explicit_steps, proportional_steps
 from megaloop.errors import MegaloopError
 
@@ -330,10 +330,6 @@ class Config(_Section):
         if self.growth is None:
             return (GrowthStage(0, self.train.steps, plan, Growth.none(plan)),)
         return self.growth.stages(plan.layers, self.train.steps)
-
-    def stage_at(self, step: int) -> GrowthStage:
-        """The stage to which optimizer step ``step``, counted from 0, belongs (past the end: the last)."""
-        return stage_at(self.stages, step)
 
     @property
     def plan(self) -> DepthPlan:
