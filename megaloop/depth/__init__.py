@@ -1,7 +1,9 @@
 """The algebra of depth: which layers run, in which order, and how that order grows. Pure Python, no torch."""
 
+from megaloop.depth.counts import LoopCounts
 from megaloop.depth.growth import Growth, InsertAt, Operator, before_growth, grow
-from megaloop.depth.plan import DepthPlan
+from megaloop.depth.loops import at_depth, loop, respell, unloop, untie
+from megaloop.depth.plan import DepthPlan, Loop, LoopStyle, Use
 from megaloop.depth.schedule import GrowthStage, RunFlops, growth_stages, run_flops, stage_at
 
 __all__ = [
@@ -9,11 +11,20 @@ __all__ = [
     "Growth",
     "GrowthStage",
     "InsertAt",
+    "Loop",
+    "LoopCounts",
+    "LoopStyle",
     "Operator",
     "RunFlops",
+    "Use",
+    "at_depth",
     "before_growth",
     "grow",
     "growth_stages",
+    "loop",
+    "respell",
     "run_flops",
     "stage_at",
+    "unloop",
+    "untie",
 ]

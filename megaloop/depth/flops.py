@@ -67,6 +67,8 @@ def flops_per_token(
     *,
     vocab_size: int | None = None,
     recompute: Literal["none", "full", "selective"] = "none",
+    times: int | None = None,
+    backprop: int | None = None,
 ) -> Flops:
     """FLOPs of training on one token of a sequence; a looped layer counts each time it runs.
 
@@ -76,11 +78,27 @@ def flops_per_token(
         recompute: activation checkpointing. ``full`` runs every layer's forward pass once more, up to the MLP's
             last product, whose result no gradient needs (``torch.utils.checkpoint`` stops early there);
             ``selective`` keeps all matrix products and so recomputes nothing that counts.
+        times: how often the loop runs; default: as the plan says.
+        backprop: only the last so many times of the loop have a backward pass; default: all.
     """
     layer = layer_flops(shape, sequence_length)
-    forward = plan.depth * layer + head_flops(shape, _vocabulary(shape, vocab_size))
-    again = plan.depth * (layer - 2 * shape.ffn_size * shape.hidden_size) if recompute == "full" else 0
-    return Flops(forward, 2 * forward, again)
+    head = head_flops(shape, _vocabulary(shape, vocab_size))
+    loop = plan.loop
+    if loop is None:
+        forward, live = plan.depth * layer + head, plan.depth
+        return Flops(forward, 2 * forward, _recomputed(live, layer, shape, recompute))
+    count = loop.times if times is None else times
+    frozen = 0 if backprop is None else max(count - backprop, 0)
+    adapter = 4 * shape.hidden_size**2 if plan.style.injection == "concat" else 0
+    outside = plan.depth - loop.block * loop.times
+    once = loop.block * layer + adapter
+    forward, skipped = outside * layer + count * once + head, frozen * once
+    live = outside + loop.block * (count - frozen)
+    return Flops(forward, 2 * (forward - skipped), _recomputed(live, layer, shape, recompute))
+
+
+def _recomputed(layers: int, layer: int, shape: DecoderShape, recompute: str) -> int:
+    return layers * (layer - 2 * shape.ffn_size * shape.hidden_size) if recompute == "full" else 0
 
 
 def layer_flops(shape: DecoderShape, sequence_length: int) -> int:
@@ -101,10 +119,12 @@ def layer_parameters(shape: DecoderShape) -> int:
 
 
 def parameters(plan: DepthPlan, shape: DecoderShape, *, vocab_size: int | None = None) -> int:
-    """Parameters of the decoder: every unique layer once, a tied embedding once."""
+    """Parameters of the decoder: every unique layer once, a tied embedding once, a loop's own adapter and norm."""
     table = _vocabulary(shape, vocab_size) * shape.hidden_size
     ends = table if shape.tied_embeddings else 2 * table
-    return plan.layers * layer_parameters(shape) + ends + shape.hidden_size
+    adapter = 2 * shape.hidden_size**2 if plan.style.injection == "concat" else 0
+    norm = shape.hidden_size if plan.style.norm else 0
+    return plan.layers * layer_parameters(shape) + ends + shape.hidden_size + adapter + norm
 
 
 def _matrix_parameters(shape: DecoderShape) -> int:

@@ -34,10 +34,12 @@ class Growth:
         plan: the plan after growing; layers that were there keep their ids and their order.
         lineage: for every id that the plan before did not have, the id *of the plan before* whose state it copies,
             or None for a layer that starts from fresh values.
+        new_loop: the plan before had no loop: what parameters the loop itself has (:class:`LoopStyle`) start fresh.
     """
 
     plan: DepthPlan
     lineage: Mapping[int, int | None]
+    new_loop: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lineage", MappingProxyType(dict(self.lineage)))
@@ -47,6 +49,11 @@ class Growth:
         """No growth: the plan as it is."""
         return cls(plan, {})
 
+    @classmethod
+    def reordered(cls, before: DepthPlan, after: DepthPlan) -> Growth:
+        """No new layers: the same ones in another order."""
+        return cls(after, {}, new_loop=after.is_looped and not before.is_looped)
+
     def source(self, layer_id: int) -> int | None:
         """The layer of the plan before whose state a layer takes (its own, if it was there); None: fresh values."""
         return self.lineage.get(layer_id, layer_id)
@@ -54,7 +61,7 @@ class Growth:
     def then(self, following: Growth) -> Growth:
         """This growth and the next as one: its lineage leads back to the plan before both."""
         later = {new: None if old is None else self.source(old) for new, old in following.lineage.items()}
-        return Growth(following.plan, {**self.lineage, **later})
+        return Growth(following.plan, {**self.lineage, **later}, self.new_loop or following.new_loop)
 
 
 def grow(plan: DepthPlan, operator: Operator, layers: int, block: int = 4, *, insert_at: InsertAt = "after") -> Growth:

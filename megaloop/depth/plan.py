@@ -8,19 +8,87 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megaloop.errors import MegaloopError
 
-__all__ = ["DepthPlan"]
+__all__ = ["DepthPlan", "Injection", "Loop", "LoopStyle", "ResidualScale", "Use", "spelled_loop"]
+
+Injection = Literal["none", "add", "concat"]
+ResidualScale = Literal["none", "1/k"]
 
 # nine digits: Python refuses to convert thousands of them
 _PLAIN = re.compile(r"[0-9]{1,9}")
 _LOOPED = re.compile(r"([0-9]{1,9})-([0-9]{1,9})x([0-9]{1,9})-([0-9]{1,9})")
 _GROUP = re.compile(r"\(([0-9,]+)\)(?:x([0-9]{1,9}))?")
 _MAX_DEPTH = 100_000
+
+
+@dataclass(frozen=True)
+class LoopStyle:
+    """How a loop goes on from one time to the next; by default plain composition (arXiv 2502.17416).
+
+    Attributes:
+        injection: what becomes of the state that entered the loop. ``add``: it is added to the state at the beginning
+            of each time but the first (arXiv 2409.15647); ``concat``: a linear adapter makes both into one at the beginning
+            of each time (arXiv 2502.05171).
+        residual_scale: ``1/k``: what looped layers add to the residual stream is divided by the number of times, so that
+            the learning rate carries over between numbers (arXiv 2606.18524).
+        norm: an RMSNorm of its own at the end of each time (arXiv 2502.05171).
+    """
+
+    injection: Injection = "none"
+    residual_scale: ResidualScale = "none"
+    norm: bool = False
+
+    def __post_init__(self) -> None:
+        known = get_args(Injection), get_args(ResidualScale), (False, True)
+        for value, allowed in zip((self.injection, self.residual_scale, self.norm), known, strict=True):
+            if value not in allowed:
+                raise MegaloopError(f"loop: {value!r} is none of {', '.join(map(str, allowed))}")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Where a plan loops.
+
+    Attributes:
+        start: position of the looped layers' first use.
+        block: how many they are.
+        times: how often they run.
+    """
+
+    start: int
+    block: int
+    times: int
+
+    @property
+    def stop(self) -> int:
+        """The first position behind the loop."""
+        return self.start + self.block * self.times
+
+
+@dataclass(frozen=True)
+class Use:
+    """One execution of a layer.
+
+    Attributes:
+        layer_id: which.
+        time: of the loop, counted from 0; None outside of it.
+        begins, ends: it is the first, the last layer of that time.
+    """
+
+    layer_id: int
+    time: int | None = None
+    begins: bool = False
+    ends: bool = False
+
+    def is_frozen(self, times: int | None, backprop: int | None) -> bool:
+        """No gradient passes through: it belongs to a time of a loop of ``times`` before the last ``backprop`` ones."""
+        return backprop is not None and self.time is not None and times is not None and self.time < times - backprop
 
 
 @dataclass(frozen=True)
@@ -31,6 +99,7 @@ class DepthPlan:
         order: layer ids in the order in which they run; an id may occur several times (a loop).
         lineage: for every id that was copied from another layer, the id of that parent. Ids that
             were freshly initialised do not occur as keys. A parent need not be part of ``order``.
+        style: how its loop goes on; only a plan with one loop may have another than plain composition.
 
     Raises:
         MegaloopError: an empty order, a negative id, a lineage that names unknown layers or is circular.
@@ -38,6 +107,7 @@ class DepthPlan:
 
     order: tuple[int, ...]
     lineage: Mapping[int, int] = field(default_factory=dict)
+    style: LoopStyle = LoopStyle()
 
     def __post_init__(self) -> None:
         if not self.order:
@@ -51,13 +121,15 @@ class DepthPlan:
             raise MegaloopError(f"depth: lineage names layers {sorted(strangers)} that the plan does not run")
         for layer_id in self.lineage:
             self.ancestors(layer_id)
+        if self.style != LoopStyle() and self.loop is None:
+            raise MegaloopError(f"depth: {self} has not one loop, which {self.style} could describe")
 
     def __hash__(self) -> int:
-        return hash((self.order, tuple(self.lineage.items())))
+        return hash((self.order, tuple(self.lineage.items()), self.style))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a mapping proxy does not pickle; worker processes receive plans
-        return (DepthPlan, (self.order, dict(self.lineage)))
+        return (DepthPlan, (self.order, dict(self.lineage), self.style))
 
     @classmethod
     def plain(cls, layers: int) -> DepthPlan:
@@ -75,8 +147,8 @@ class DepthPlan:
         text = str(text).strip()
         if _PLAIN.fullmatch(text):
             counts = (int(text), 0, 1, 0)
-        elif match := _LOOPED.fullmatch(text):
-            counts = (int(match[1]), int(match[2]), int(match[3]), int(match[4]))
+        elif found := spelled_loop(text):
+            counts = found
             if counts[1] == 0 or counts[2] == 0:
                 raise MegaloopError(
                     f"depth: {text!r} loops {counts[1]} layers {counts[2]} times; both must be at least 1"
@@ -113,15 +185,42 @@ class DepthPlan:
     def is_looped(self) -> bool:
         return self.depth != self.layers
 
+    @cached_property
+    def loop(self) -> Loop | None:
+        """The plan's one loop; None for a plan without loops, or with another pattern of repetition."""
+        start, block, times = _find_loop(self.order)
+        return Loop(start, block, times) if times > 1 else None
+
+    def uses(self, times: int | None = None) -> tuple[Use, ...]:
+        """The executions of layers, in order.
+
+        Args:
+            times: how often the loop runs; default: as often as the plan says.
+
+        Raises:
+            MegaloopError: ``times`` of a plan that has not one loop, or less than once.
+        """
+        loop = self.loop
+        if loop is None:
+            if times is not None:
+                raise MegaloopError(f"depth: {self} has not one loop; how often it runs cannot be chosen")
+            return tuple(map(Use, self.order))
+        count = loop.times if times is None else times
+        if count < 1:
+            raise MegaloopError(f"depth: a loop runs at least once; found {count} times")
+        block = self.order[loop.start : loop.start + loop.block]
+        looped = (
+            Use(layer_id, time, index == 0, index == loop.block - 1)
+            for time in range(count)
+            for index, layer_id in enumerate(block)
+        )
+        return (*map(Use, self.order[: loop.start]), *looped, *map(Use, self.order[loop.stop :]))
+
     def __iter__(self) -> Iterator[int]:
         return iter(self.order)
 
     def __len__(self) -> int:
         return self.depth
-
-    def uses(self, layer_id: int) -> tuple[int, ...]:
-        """The positions at which a layer runs."""
-        return tuple(position for position, other in enumerate(self.order) if other == layer_id)
 
     def ancestors(self, layer_id: int) -> tuple[int, ...]:
         """Parent, grandparent and so on of a layer, the root last; empty for a layer that is no copy."""
@@ -140,13 +239,27 @@ class DepthPlan:
     def __str__(self) -> str:
         return _text(self.order)
 
+    @property
+    def notation(self) -> str:
+        """The plan by places alone, whatever the layers' ids: 24, or 10-4x2-10."""
+        number = {layer_id: index for index, layer_id in enumerate(self.ids)}
+        return _text(tuple(number[layer_id] for layer_id in self.order))
+
     def to_json(self) -> dict[str, Any]:
         """A value that JSON can hold; :meth:`from_json` reads it back, lineage included."""
-        return {"order": list(self.order), "lineage": {str(k): v for k, v in self.lineage.items()}}
+        value: dict[str, Any] = {"order": list(self.order), "lineage": {str(k): v for k, v in self.lineage.items()}}
+        return value if self.style == LoopStyle() else value | {"style": asdict(self.style)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DepthPlan:
-        return cls(tuple(value["order"]), {int(k): v for k, v in value["lineage"].items()})
+        style = LoopStyle(**value.get("style", {}))
+        return cls(tuple(value["order"]), {int(k): v for k, v in value["lineage"].items()}, style)
+
+
+def spelled_loop(depth: str) -> tuple[int, int, int, int] | None:
+    """(before, block, times, behind) of a loop's text, even of one that runs once; None for anything else."""
+    match = _LOOPED.fullmatch(depth.strip())
+    return (int(match[1]), int(match[2]), int(match[3]), int(match[4])) if match else None
 
 
 def _read_groups(text: str) -> Iterator[int]:

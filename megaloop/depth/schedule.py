@@ -7,12 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from megaloop.depth.counts import LoopCounts
 from megaloop.depth.flops import DecoderShape, flops_per_token
 from megaloop.depth.growth import Growth, InsertAt, Operator, grow
-from megaloop.depth.plan import DepthPlan
+from megaloop.depth.loops import loop_layers, respell, untie
+from megaloop.depth.plan import DepthPlan, LoopStyle
 from megaloop.errors import MegaloopError
 
-__all__ = ["GrowthStage", "RunFlops", "explicit_steps", "growth_stages", "proportional_steps", "run_flops", "stage_at"]
+__all__ = [
+    "DepthEvent",
+    "GrowthStage",
+    "RunFlops",
+    "explicit_steps",
+    "full_depth",
+    "growth_stages",
+    "loop_stages",
+    "proportional_steps",
+    "run_flops",
+    "stage_at",
+    "with_events",
+]
 
 _PROPORTIONAL = re.compile(r"prop-([0-9]{1,2}(?:\.[0-9]{1,6})?)")
 
@@ -26,12 +40,14 @@ class GrowthStage:
         steps: how many.
         plan: the layers.
         growth: how the plan came from that of the stage before (none in the first).
+        event: it begins with a depth event, not with growth.
     """
 
     first_step: int
     steps: int
     plan: DepthPlan
     growth: Growth
+    event: bool = False
 
     @property
     def stop(self) -> int:
@@ -67,6 +83,70 @@ def growth_stages(
         growth = grow(before.plan, operator, count, block, insert_at=insert_at)
         stages.append(GrowthStage(before.stop, length, growth.plan, growth))
     return tuple(stages)
+
+
+def loop_stages(stages: Sequence[GrowthStage], depth: str, style: LoopStyle) -> tuple[GrowthStage, ...]:
+    """The stages with the loop that ``depth`` spells for the last; earlier ones loop what they have of its layers.
+
+    So a looped model grows: growth acts on the layers, and what grows inside the loop's place is looped.
+    """
+    last = respell(stages[-1].plan, depth, style)
+    if not last.is_looped:
+        return tuple(stages)
+    if last.loop is None:
+        if len(stages) > 1:
+            raise MegaloopError(
+                f"growth: depth {depth} is more than one loop of neighbouring layers; growth takes one, such as 4-4x4-4"
+            )
+        return (GrowthStage(stages[0].first_step, stages[0].steps, last, Growth.none(last)),)
+    ids = last.order[last.loop.start : last.loop.start + last.loop.block]
+    looped: list[GrowthStage] = []
+    for stage in stages:
+        plan = loop_layers(stage.plan, ids, last.loop.times, style)
+        new_loop = bool(looped) and plan.is_looped and not looped[-1].plan.is_looped
+        growth = Growth(plan, stage.growth.lineage, new_loop)
+        looped.append(GrowthStage(stage.first_step, stage.steps, plan, growth))
+    return tuple(looped)
+
+
+@dataclass(frozen=True)
+class DepthEvent:
+    """A change of depth in a run that growth does not make.
+
+    Attributes:
+        step: the first optimizer step at the new depth.
+        depth: the same layers in another order, as text; None: their repetitions become layers (``untie``).
+    """
+
+    step: int
+    depth: str | None
+
+
+def with_events(
+    stages: Sequence[GrowthStage], events: Sequence[DepthEvent], style: LoopStyle
+) -> tuple[GrowthStage, ...]:
+    """The stages of a run with those that its depth events add.
+
+    Raises:
+        MegaloopError: an event before the last growth, after the run's end or out of order; one that changes nothing, or
+            that fits the layers not.
+    """
+    made = list(stages)
+    for event in events:
+        last = made[-1]
+        if not last.first_step < event.step < last.stop:
+            raise MegaloopError(
+                f"depth_events: one at step {event.step}, but events come one after another behind the last growth: "
+                f"after step {last.first_step} and before {last.stop}"
+            )
+        growth = untie(last.plan) if event.depth is None else None
+        if growth is None:
+            growth = Growth.reordered(last.plan, respell(last.plan, event.depth or "", style))
+            if growth.plan == last.plan:
+                raise MegaloopError(f"depth_events: at step {event.step} the depth is {event.depth} already")
+        made[-1] = GrowthStage(last.first_step, event.step - last.first_step, last.plan, last.growth, last.event)
+        made.append(GrowthStage(event.step, last.stop - event.step, growth.plan, growth, event=True))
+    return tuple(made)
 
 
 def stage_at(stages: Sequence[GrowthStage], step: int) -> GrowthStage:
@@ -124,8 +204,8 @@ class RunFlops:
 
     Attributes:
         stages: of each stage.
-        full_depth: of as many steps at the last stage's depth.
-        matched_steps: steps at the last stage's depth that cost as much as this run: the baseline of equal FLOPs.
+        full_depth: of as many steps at the depth that the run grows to (before depth events).
+        matched_steps: steps at that depth that cost as much as this run: the baseline of equal FLOPs.
     """
 
     stages: tuple[int, ...]
@@ -149,12 +229,33 @@ def run_flops(
     tokens_per_step: int,
     *,
     vocab_size: int | None = None,
+    counts: LoopCounts | None = None,
+    backprop: int | None = None,
 ) -> RunFlops:
-    """FLOPs of a run, by stage and against full depth; the convention is that of :mod:`megaloop.depth.flops`."""
-    per_step = [
-        flops_per_token(stage.plan, shape, sequence_length, vocab_size=vocab_size).total * tokens_per_step
-        for stage in stages
-    ]
-    costs = tuple(cost * stage.steps for cost, stage in zip(per_step, stages, strict=True))
-    full = per_step[-1] * sum(stage.steps for stage in stages)
-    return RunFlops(costs, full, round(sum(costs) / per_step[-1]))
+    """FLOPs of a run, by stage and against full depth; the convention is that of :mod:`megaloop.depth.flops`.
+
+    Args:
+        counts: how often the loop runs in each step; default: as the plans say.
+        backprop: as :func:`megaloop.depth.flops.flops_per_token`.
+    """
+
+    def cost(plan: DepthPlan, times: int | None = None) -> int:
+        flops = flops_per_token(
+            plan, shape, sequence_length, vocab_size=vocab_size, times=times, backprop=backprop
+        )  # fmt: skip
+        return flops.total * tokens_per_step
+
+    costs = []
+    for stage in stages:
+        if stage.plan.loop is None or counts is None:
+            costs.append(cost(stage.plan) * stage.steps)
+            continue
+        drawn = counts.of(stage.plan.loop.times).drawn(stage.first_step, stage.stop)
+        costs.append(sum(cost(stage.plan, times) * steps for times, steps in drawn.items()))
+    full = cost(full_depth(stages))
+    return RunFlops(tuple(costs), full * sum(stage.steps for stage in stages), round(sum(costs) / full))
+
+
+def full_depth(stages: Sequence[GrowthStage]) -> DepthPlan:
+    """The plan that a run grows to: that of its last stage before any depth event."""
+    return [stage.plan for stage in stages if not stage.event][-1]

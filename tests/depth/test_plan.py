@@ -65,8 +65,8 @@ def test_the_two_examples_of_the_documentation() -> None:
 @given(plans())
 def test_ids_are_unique_and_every_position_belongs_to_one(plan: DepthPlan) -> None:
     assert len(set(plan.ids)) == len(plan.ids) == plan.layers
-    assert sorted(position for layer_id in plan.ids for position in plan.uses(layer_id)) == list(range(plan.depth))
-    assert list(plan.ids) == sorted(plan.ids, key=lambda layer_id: plan.uses(layer_id)[0])
+    assert [use.layer_id for use in plan.uses()] == list(plan.order)
+    assert list(plan.ids) == sorted(plan.ids, key=plan.order.index)
     assert tuple(plan) == plan.order
     assert len(plan) == plan.depth
 

@@ -1,0 +1,124 @@
+"""Looping as algebra: the same layers in another order, and repetitions turned into layers of their own.
+
+``loop`` and ``unloop`` are inverse to each other and touch no parameter. ``untie`` makes of every repetition a copy of
+its layer: a grown model, which computes what the looped one computed. Looping and growing are one algebra
+(arXiv 2602.16490).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megaloop.depth.growth import Growth
+from megaloop.depth.plan import DepthPlan, LoopStyle, spelled_loop
+from megaloop.errors import MegaloopError
+
+__all__ = ["at_depth", "loop", "loop_layers", "respell", "unloop", "untie"]
+
+
+def loop(plan: DepthPlan, start: int, stop: int, times: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
+    """Run the layers at positions [start, stop) ``times`` times.
+
+    Raises:
+        MegaloopError: the plan is looped already, or has no such positions.
+    """
+    if plan.is_looped:
+        raise MegaloopError(f"loop: plan {plan} is looped already; unloop it first")
+    if not 0 <= start < stop <= plan.depth or times < 1:
+        raise MegaloopError(
+            f"loop: layers {start} to {stop} (exclusive), {times} times, of a plan of {plan.depth}; there are no such layers"
+        )
+    order = (*plan.order[:start], *plan.order[start:stop] * times, *plan.order[stop:])
+    return DepthPlan(order, plan.lineage, style if times > 1 else LoopStyle())
+
+
+def unloop(plan: DepthPlan) -> DepthPlan:
+    """Every layer once, in the order of first use."""
+    return DepthPlan(plan.ids, plan.lineage)
+
+
+def loop_layers(plan: DepthPlan, ids: Iterable[int], times: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
+    """Run those layers of an unlooped plan that are among ``ids`` ``times`` times; as it is, if none are.
+
+    They must be neighbours in the plan.
+    """
+    positions = [position for position, layer_id in enumerate(plan.order) if layer_id in set(ids)]
+    return loop(plan, positions[0], positions[-1] + 1, times, style) if positions else plan
+
+
+def respell(plan: DepthPlan, depth: str, style: LoopStyle = LoopStyle()) -> DepthPlan:
+    """The same layers, with ids and lineage, in the order that ``depth`` spells: ``10-4x2-10`` of 24 layers.
+
+    Args:
+        depth: a number of layers or a loop, by places; which ids the layers have does not matter.
+
+    Raises:
+        MegaloopError: ``depth`` cannot be read, or has fewer or more layers than the plan.
+    """
+    wanted = DepthPlan.parse(depth)
+    if wanted.layers != plan.layers:
+        raise MegaloopError(
+            f"depth {depth} has {wanted.layers} layers of its own, and there are {plan.layers}: "
+            + (
+                f"{plan.layers - wanted.layers} would be dropped; loops leave the layers as they are"
+                if wanted.layers < plan.layers
+                else "loops add none; growth does"
+            )
+            + f", for example {_example(plan.layers)}"
+        )
+    ids = dict(zip(wanted.ids, plan.ids, strict=True))
+    order = tuple(ids[layer_id] for layer_id in wanted.order)
+    return DepthPlan(order, plan.lineage, style if wanted.loop is not None else LoopStyle())
+
+
+def untie(plan: DepthPlan) -> Growth:
+    """Every repetition becomes a layer of its own, a copy of the one that it repeated; the first use stays.
+
+    The result computes the same, with more parameters: a grown model, to which growth and loops apply again.
+
+    Raises:
+        MegaloopError: the plan is not looped, or its loop is more than plain composition.
+    """
+    if not plan.is_looped:
+        raise MegaloopError(f"untie: plan {plan} repeats no layer; there is nothing to untie")
+    if plan.style != LoopStyle():
+        raise MegaloopError(
+            "untie: a loop with injection, a norm or scaled residuals is more than its layers in a row; "
+            "only loops of plain composition can be untied"
+        )
+    free = max(*plan.order, *plan.lineage.values(), 0) + 1
+    order: list[int] = []
+    parents: dict[int, int] = {}
+    for layer_id in plan.order:
+        if layer_id in order:
+            parents[free], layer_id = layer_id, free
+            free += 1
+        order.append(layer_id)
+    return Growth(DepthPlan(tuple(order), {**plan.lineage, **parents}), dict(parents))
+
+
+def at_depth(plan: DepthPlan, depth: str) -> tuple[DepthPlan, int | None]:
+    """How to run a trained model at another depth: the plan, and how often its loop runs (None: as the plan says).
+
+    A loop of plain composition may be moved, taken away or put in. One with parameters or scales of its own stays where it
+    is and changes only its number of times, 1 included.
+
+    Raises:
+        MegaloopError: ``depth`` cannot be read, has other layers, or moves a loop that has to stay.
+    """
+    if plan.style == LoopStyle() or plan.loop is None:
+        return respell(plan, depth), None
+    loop = plan.loop
+    DepthPlan.parse(depth)
+    before, block, times, behind = spelled_loop(depth) or (-1, -1, -1, -1)
+    if (before, block, behind) != (loop.start, loop.block, plan.depth - loop.stop):
+        raise MegaloopError(
+            f"depth {depth}: the loop of {plan.notation} was trained with an injection, a norm or scaled residuals and "
+            f"stays where it is; choose {loop.start}-{loop.block}xTIMES-{plan.depth - loop.stop}"
+        )
+    return plan, times
+
+
+def _example(layers: int) -> str:
+    before = (layers - 1) // 2
+    return f"{before}-1x2-{layers - before - 1}"
