@@ -21,6 +21,7 @@ from rich.text import Text
 from launchers.rank import follow_launcher, launched, open_store, report_error, started_by_launcher
 from megaloop import __version__
 from megaloop.depth import InsertAt, Operator
+from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
 
 __all__ = ["app", "main"]
@@ -231,7 +232,10 @@ def plan(
 def grow(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write; RUN/checkpoints/step-N to go on from it.")],
-    layers: Annotated[int, typer.Option(min=1, help="Layers to grow to.")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers to grow to.")] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="Instead of --layers: the grown layers with a loop, such as 4-8x4-4.")
+    ] = None,
     operator: Annotated[Operator, typer.Option(help="Which layers are copied.")] = "lidas",
     block: Annotated[int, typer.Option(min=1, help="Layers per copied block (stack copies all).")] = 4,
     insert_at: Annotated[
@@ -243,14 +247,17 @@ def grow(
     json: Json = False,
 ) -> None:
     """Deepen a checkpoint by copying layers: another checkpoint, at the same step."""
-    from megaloop.checkpoint.grow import grow_checkpoint
+    from megaloop.checkpoint.depth import grow_checkpoint
 
+    target = depth if layers is None else layers
+    if target is None or (layers is not None and depth is not None):
+        raise MegaloopError("grow: say what to grow to, with --layers or with --depth")
     with _byte_progress() as show:
         result = grow_checkpoint(
             checkpoint,
             out,
             operator,
-            layers,
+            target,
             block,
             insert_at=insert_at,
             moments=moments,
@@ -260,16 +267,52 @@ def grow(
 
 
 @app.command()
+def loop(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write; RUN/checkpoints/step-N to go on from it.")],
+    depth: Annotated[
+        str | None,
+        typer.Option(help="The same layers in another order: 10-4x2-10 loops the middle 4 of 24; 24 undoes it."),
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Instead: make every repetition a layer of its own, a grown model.")
+    ] = False,
+    injection: Annotated[Injection | None, typer.Option(help="As loop.injection; default: as it was, or none.")] = None,
+    residual_scale: Annotated[ResidualScale | None, typer.Option(help="As loop.residual_scale; likewise.")] = None,
+    norm: Annotated[bool | None, typer.Option(help="As loop.norm; likewise.")] = None,
+    moments: Annotated[
+        Literal["copy", "zero"], typer.Option(help="Adam's moments of an untied repetition: its layer's, or zeros.")
+    ] = "copy",
+    json: Json = False,
+) -> None:
+    """Loop some of a checkpoint's layers, or untie what is looped: another checkpoint, at the same step."""
+    from megaloop.checkpoint.depth import loop_checkpoint
+
+    if (depth is None) != untie:
+        raise MegaloopError("loop: say which order the layers run in, with --depth, or --untie them")
+    changes = {"injection": injection, "residual_scale": residual_scale, "norm": norm}
+    chosen: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    if chosen and untie:
+        raise MegaloopError(f"loop: --{next(iter(chosen)).replace('_', '-')} is of loops, and --untie ends them")
+    with _byte_progress() as show:
+        result = loop_checkpoint(checkpoint, out, depth, changes=chosen, moments=moments, on_bytes=show)
+    _report(result, json)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     dtype: Annotated[Precision | None, typer.Option(help="Convert the weights; default: as trained.")] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="Order of the layers, such as 10-4x3-10; default: as trained.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a checkpoint in Hugging Face format."""
     from megaloop.checkpoint.huggingface import export_huggingface
 
-    result = export_huggingface(checkpoint, out, dtype=dtype.value if dtype else None)
+    result = export_huggingface(checkpoint, out, dtype=dtype.value if dtype else None, depth=depth)
     _report(result if result is not None else {"written": str(out)}, json)
 
 
@@ -297,6 +340,10 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
+    depth: Annotated[
+        str | None,
+        typer.Option(help="Order of the layers, such as 10-4x3-10: loop more, or less; default: as trained."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Continue a text, token by token as they come."""
@@ -318,6 +365,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         precision=precision.value,
+        depth=depth,
         on_text=None if json else show,
     )
     if json:
@@ -330,7 +378,7 @@ def generate(
 
 @bench.command("step")
 def bench_step_command(
-    shape: Annotated[str, typer.Option(help="Model to time: tiny, 360m or 1.7b.")] = "tiny",
+    shape: Annotated[str, typer.Option(help="Model to time: tiny, small, 360m or 1.7b.")] = "tiny",
     precision: Annotated[Precision, typer.Option(help="As train.precision.")] = Precision.fp32,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
@@ -448,6 +496,55 @@ def bench_reshard_command(
 
     result = bench_reshard(configuration, count, start, stage=stage, rounds=rounds, restart=restart, on_round=show)
     _report(result, json)
+
+
+@bench.command("rounds")
+def bench_rounds_command(
+    depth: Annotated[str, typer.Option(help="The looped model.")] = "0-4x4-0",
+    unlooped: Annotated[int, typer.Option(min=1, help="Layers of the model that goes 1, 2 and 4 rounds.")] = 16,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline ranks to start.")] = 2,
+    shape: Annotated[str, typer.Option(help="Widths: tiny, small, 360m or 1.7b.")] = "small",
+    precision: Annotated[Precision, typer.Option(help="As train.precision.")] = Precision.fp32,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 4,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 1,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per round of the benchmark.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the benchmark; each times all.")] = 5,
+    json: Json = False,
+) -> None:
+    """Time pipeline rounds against stock DeepSpeed's tied layers, and 1, 2 and 4 rounds of an unlooped model."""
+    from launchers import local
+    from megaloop.bench.rounds import Setting, bench_rounds, show
+
+    setting = Setting(
+        shape, precision.value, pp, depth, unlooped, micro_batches, micro_batch, sequence_length, steps, rounds
+    )  # fmt: skip
+
+    def start(directory: Path) -> None:
+        command = [sys.executable, "-m", "megaloop", "bench", "rounds-rank", str(directory)]
+        try:
+            local.launch(command, pp, directory / "logs")
+        except local.RankFailed as error:
+            _print_error(str(error))
+            raise typer.Exit(1) from None
+
+    result = bench_rounds(setting, start)
+    if json:
+        _report(result, json)
+        return
+    show(result, Console())
+
+
+@bench.command("rounds-rank", hidden=True)
+def bench_rounds_rank(directory: Path) -> None:
+    """One rank of ``bench rounds``."""
+    store = open_store()
+    try:
+        from megaloop.bench.rounds import run_rank
+
+        run_rank(directory)
+    finally:
+        del store
 
 
 @bench.command("reshard-rank", hidden=True)

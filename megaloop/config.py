@@ -17,17 +17,31 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, growth_stages
-from megaloop.depth.schedule import explicit_steps, proportional_steps
+from megaloop.depth import (
+    DepthPlan,
+    Growth,
+    GrowthStage,
+    InsertAt,
+    LoopCounts,
+    LoopStyle,
+    Operator,
+    growth_stages,
+    unloop,
+)
+from megaloop.depth.counts import CountKind
+from megaloop.depth.plan import Injection, ResidualScale
+from megaloop.depth.schedule import DepthEvent, explicit_steps, loop_stages, proportional_steps, with_events
 from megaloop.errors import MegaloopError
 
 __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DepthEventConfig",
     "GrowthConfig",
     "GrowthTopologyConfig",
     "LoggingConfig",
+    "LoopConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -189,6 +203,50 @@ class GrowthConfig(_Section):
         return growth_stages(counts, steps, self.operator, self.block, insert_at=self.insert_at, first=first)
 
 
+class LoopConfig(_Section):
+    """How a loop runs and learns; by default plain composition, as often as ``depth`` says (arXiv 2502.17416)."""
+
+    count: CountKind = "fixed"
+    """Times that the loop runs in a step: fixed, or drawn anew for each: uniform, poisson or lognormal-poisson; ``depth`` has the mean."""
+    min_count: PositiveInt = 1
+    """The fewest times that are drawn, and where the ramp begins."""
+    max_count: PositiveInt | None = None
+    """The most times that are drawn; empty: four times the mean."""
+    sigma: PositiveFloat = 0.5
+    """Of lognormal-poisson: standard deviation of the logarithm of the Poisson mean (arXiv 2502.05171)."""
+    ramp: float = Field(default=0.0, ge=0, le=1)
+    """The mean rises linearly from min_count over this fraction of the run, from the first looped step on; 0: at once."""
+    backprop: PositiveInt | None = None
+    """Gradients pass only through the last so many times of the loop; needs an injection. Empty: through all."""
+    injection: Injection = "none"
+    """What becomes of the state that entered the loop: none; add (to the state, each time but the first); concat (a linear adapter makes both into one)."""
+    residual_scale: ResidualScale = "none"
+    """1/k: what looped layers add to the residual stream is divided by the number of times (arXiv 2606.18524)."""
+    norm: bool = False
+    """An RMSNorm of its own at the end of each time of the loop."""
+
+    @property
+    def style(self) -> LoopStyle:
+        """What the plan says of its loop."""
+        return LoopStyle(self.injection, self.residual_scale, self.norm)
+
+
+class DepthEventConfig(_Section):
+    """A change of depth during the run that is no growth: another order of the layers, or repetitions made layers."""
+
+    at: float = Field(gt=0, lt=1)
+    """When, as a fraction of the run's steps."""
+    depth: str | None = None
+    """The same layers in another order from then on: 10-4x2-10 loops the middle four of 24."""
+    untie: bool = False
+    """Instead: repetitions become layers of their own, which begin as copies."""
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _depth_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class ParallelConfig(_Section):
     """How the model lies on ranks: pp x tp x dp."""
 
@@ -198,6 +256,8 @@ class ParallelConfig(_Section):
     """Tensor-parallel ranks per stage."""
     dp: PositiveInt | None = None
     """Data-parallel replicas; empty: what is left of the world size."""
+    rounds: PositiveInt = 1
+    """Times that micro-batches go round the pipeline (interleaved 1F1B); more shrink the bubble. A loop sets its own."""
     sequence_parallel: bool = False
     """Split the norms' regions over the tensor-parallel ranks along the sequence."""
     layer_costs: tuple[PositiveFloat, ...] | None = None
@@ -305,7 +365,7 @@ class Config(_Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights and of the sample order."""
     depth: str = "32"
-    """Layers: 24, or a loop such as 4-4x4-4. Of a run that grows: the layers it ends with."""
+    """Layers: 24, or a loop such as 4-4x4-4 (4 layers, 4 layers 4 times, 4 layers). Of a run that grows: what it grows to."""
     model: ModelConfig = ModelConfig()
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -316,7 +376,10 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     growth: GrowthConfig | None = None
-    """Growth during the run; empty: the depth stays as it is."""
+    """Growth during the run; empty: no layers are added."""
+    loop: LoopConfig = LoopConfig()
+    depth_events: tuple[DepthEventConfig, ...] = ()
+    """Loops that come or go during the run, after growth: [{at: 0.85, depth: 10-4x2-10}]."""
 
     @field_validator("depth", mode="before")
     @classmethod
@@ -325,15 +388,52 @@ class Config(_Section):
 
     @cached_property
     def stages(self) -> tuple[GrowthStage, ...]:
-        """The stages of the run, each with its plan; a run that does not grow has one."""
-        plan = DepthPlan.parse(self.depth)
+        """The stages of the run, each with its plan; a run whose depth stays has one."""
+        return self.stages_from(None)
+
+    def stages_from(self, first: DepthPlan | None) -> tuple[GrowthStage, ...]:
+        """The stages of a run that begins with the layers of ``first``, an unlooped plan (None: fresh ones).
+
+        Raises:
+            MegaloopError: growth, loops or depth events that do not fit the layers or the steps.
+        """
+        plan = unloop(DepthPlan.parse(self.depth))
         if self.growth is None:
-            return (GrowthStage(0, self.train.steps, plan, Growth.none(plan)),)
-        return self.growth.stages(plan.layers, self.train.steps)
+            plan = first or plan
+            stages: tuple[GrowthStage, ...] = (GrowthStage(0, self.train.steps, plan, Growth.none(plan)),)
+        else:
+            stages = self.growth.stages(plan.layers, self.train.steps, first)
+        stages = loop_stages(stages, self.depth, self.loop.style)
+        events = []
+        for event in self.depth_events:
+            if (event.depth is None) != event.untie:
+                raise MegaloopError(f"depth_events: the one at {event.at:g} needs either a depth, or untie: true")
+            events.append(DepthEvent(round(event.at * self.train.steps), event.depth))
+        return with_events(stages, events, self.loop.style)
+
+    @cached_property
+    def loop_counts(self) -> LoopCounts:
+        """How often a loop runs in each step; :meth:`megaloop.depth.LoopCounts.of` a stage's mean."""
+        looped = [stage.first_step for stage in self.stages if stage.plan.is_looped]
+        return LoopCounts(
+            kind=self.loop.count,
+            least=self.loop.min_count,
+            most=self.loop.max_count,
+            sigma=self.loop.sigma,
+            first_step=looped[0] if looped else 0,
+            ramp_steps=round(self.loop.ramp * self.train.steps),
+            seed=self.seed,
+        )
+
+    def loop_times(self, plan: DepthPlan, step: int) -> int | None:
+        """How often a plan's loop runs in a step, counted from 0; None where the plan itself says it."""
+        if plan.loop is None or (self.loop.count == "fixed" and self.loop.ramp == 0):
+            return None
+        return self.loop_counts.of(plan.loop.times).at(step)
 
     @property
     def plan(self) -> DepthPlan:
-        """The plan of the last stage: what ``depth`` spells; the ids of a grown one tell its history."""
+        """The plan of the last stage; the ids of a grown one tell its history."""
         return self.stages[-1].plan
 
     @property
@@ -344,16 +444,18 @@ class Config(_Section):
     def check(self) -> None:
         """Raise MegaloopError where single values are fine but do not fit together (no files are read)."""
         self.model.check()
-        plan = DepthPlan.parse(self.depth)
-        if plan.is_looped:
-            raise MegaloopError(
-                f"depth: {self.depth} runs layers several times; training loops needs pipeline rounds, which are not "
-                f"there yet: use a plain number of layers, for example {plan.depth}"
-            )
+        self._check_loops()
         for stage in self.stages:
-            self._check_parallel(stage.plan.layers)
+            self._check_parallel(stage.plan)
         if self.model.vocab_size is not None:
             self.check_vocab(self.model.vocab_size)
+        if self.parallel.rounds > 1 and not any(
+            self._parallel_at(stage.plan.layers)[0] > 1 and not stage.plan.is_looped for stage in self.stages
+        ):
+            raise MegaloopError(
+                f"parallel.rounds {self.parallel.rounds}: rounds are for pipelines of unlooped models (a loop sets its own); "
+                "set parallel.pp to 2 or more, or leave rounds out"
+            )
         for stage in self.stages:
             dp = self._parallel_at(stage.plan.layers)[2]
             if dp is not None and self.train.global_batch % (self.train.micro_batch * dp):
@@ -365,8 +467,42 @@ class Config(_Section):
         if self.growth is not None:
             self._check_growth(self.growth)
 
-    def _check_parallel(self, layers: int) -> None:
-        """Refuse a topology that does not fit the model at this many layers."""
+    def _check_loops(self) -> None:
+        """Refuse options of loops that contradict each other, or that nothing would take up."""
+        loop, plans = self.loop, [stage.plan for stage in self.stages if stage.plan.is_looped]
+        if loop != LoopConfig() and not plans:
+            changed = next(
+                name for name in LoopConfig.model_fields if getattr(loop, name) != getattr(LoopConfig(), name)
+            )
+            raise MegaloopError(
+                f"loop.{changed}: depth {self.depth} has no loop; use one, for example depth={_looped_example(self.plan)}, "
+                "or leave it out"
+            )
+        for plan in plans:
+            if plan.loop is None:
+                if loop != LoopConfig():
+                    raise MegaloopError(f"loop: depth {plan} is more than one loop, which has no options")
+                continue
+            times = plan.loop.times
+            if loop.backprop is not None and loop.backprop > times:
+                raise MegaloopError(
+                    f"loop.backprop {loop.backprop} is more than the {times} times that {plan.notation} loops; "
+                    f"choose at most {times}, or leave it out"
+                )
+            if not loop.min_count <= times <= (loop.max_count or times):
+                raise MegaloopError(
+                    f"loop: min_count {loop.min_count} and max_count {loop.max_count} exclude the {times} times, the mean, "
+                    f"that {plan.notation} loops"
+                )
+        if loop.backprop is not None and loop.injection == "none":
+            raise MegaloopError(
+                f"loop.backprop {loop.backprop} without loop.injection: no gradient would reach what comes before the loop; "
+                "use loop.injection=add or concat, or leave backprop out"
+            )
+
+    def _check_parallel(self, plan: DepthPlan) -> None:
+        """Refuse a topology that does not fit a plan."""
+        layers = plan.layers
         pp, tp, _, where = self._parallel_at(layers)
         model = self.model
         for what, value in (
@@ -382,6 +518,17 @@ class Config(_Section):
             raise MegaloopError(
                 f"parallel.sequence_parallel: tp {tp} does not divide data.sequence_length {self.data.sequence_length}"
             )
+        rounds = self.parallel.rounds
+        if pp > 1 and plan.is_looped and plan.loop is None:
+            raise MegaloopError(
+                f"depth {plan} is more than one loop of neighbouring layers, which a pipeline cannot spread over ranks; "
+                f"use {where}.pp=1, or a depth such as 4-4x4-4"
+            )
+        if pp > 1 and not plan.is_looped and rounds > 1 and pp * rounds > layers:
+            raise MegaloopError(
+                f"parallel.rounds {rounds} x {where}.pp {pp} makes {pp * rounds} slices, more than the {layers} layers; "
+                f"use at most {max(layers // pp, 1)} rounds, or fewer pipeline ranks"
+            )
         if pp > layers:
             raise MegaloopError(
                 f"{where}.pp {pp} is more pipeline ranks than the {layers} layers of "
@@ -392,7 +539,7 @@ class Config(_Section):
     def _check_growth(self, growth: GrowthConfig) -> None:
         """Refuse a growth during the cooldown, and topologies out of order or never reached."""
         begin = self.schedule.cooldown_start(self.train.steps)
-        late = [stage for stage in self.stages[1:] if stage.first_step > begin]
+        late = [stage for stage in self.stages[1:] if stage.first_step > begin and not stage.event]
         if self.schedule.kind == "trapezoid" and late:
             raise MegaloopError(
                 f"growth: to {late[0].plan.layers} layers at step {late[0].first_step}, but the cooldown begins at step "
@@ -405,7 +552,7 @@ class Config(_Section):
             )
         if counts and counts[-1] > self.plan.layers:
             raise MegaloopError(
-                f"growth.topology: an entry for {counts[-1]} layers, but depth is {self.plan.layers}; it is never reached"
+                f"growth.topology: an entry for {counts[-1]} layers, but there are {self.plan.layers}; it is never reached"
             )
 
     def _parallel_at(self, layers: int) -> tuple[int, int, int | None, str]:
@@ -460,11 +607,24 @@ class Config(_Section):
     def check_world(self, world_size: int) -> None:
         """Raise MegaloopError unless every growth stage has a topology on ``world_size`` ranks."""
         for stage in self.stages:
-            self.topology(world_size, stage.plan.layers)
+            pp, _, dp = self.topology(world_size, stage.plan.layers)
+            micro_batches = self.train.global_batch // (self.train.micro_batch * dp)
+            if pp > micro_batches and (self.parallel.rounds > 1 or stage.plan.is_looped):
+                raise MegaloopError(
+                    f"train.global_batch {self.train.global_batch} makes {micro_batches} micro-batches of "
+                    f"{self.train.micro_batch} per step and replica; rounds over {pp} pipeline ranks need {pp} or more: "
+                    "raise train.global_batch, or lower train.micro_batch or pp"
+                )
 
     def to_yaml(self) -> str:
         """The configuration as YAML that :func:`load_config` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _looped_example(plan: DepthPlan) -> str:
+    block = min(4, plan.layers)
+    before = (plan.layers - block) // 2
+    return f"{before}-{block}x2-{plan.layers - block - before}"
 
 
 def _batch_error(train: TrainConfig, dp: int) -> MegaloopError:

@@ -164,7 +164,7 @@ def _stages(*parts: tuple[int, int]) -> list[dict[str, int]]:
         ({"schedule": "prop-9"}, {"train__steps": 20}, "20 steps are too few for 3 stages under prop-9"),
         ({"topology": [{"layers": 8}, {"layers": 4}]}, {}, "layers 8, 4; each must be more than the one before"),
         ({"topology": [{"layers": 4}, {"layers": 4, "pp": 2}]}, {}, "layers 4, 4; each must be more than the one before"),
-        ({"topology": [{"layers": 16}]}, {}, "an entry for 16 layers, but depth is 12; it is never reached"),
+        ({"topology": [{"layers": 16}]}, {}, "an entry for 16 layers, but there are 12; it is never reached"),
         ({"topology": [{"layers": 4, "pp": 6}, {"layers": 8, "pp": 8}]}, {}, "growth.topology.0.pp 6 is more pipeline"),
         ({"topology": [{"layers": 8, "tp": 3}]}, {}, "growth.topology.0.tp 3 does not divide model.num_heads 4"),
         (
@@ -176,7 +176,7 @@ def _stages(*parts: tuple[int, int]) -> list[dict[str, int]]:
             "parallel.sequence_parallel: tp 2 does not divide data.sequence_length 65",
         ),
         ({}, {"parallel__pp": 8}, "parallel.pp 8 is more pipeline ranks than the 4 layers of that growth stage"),
-        ({}, {"depth": "2-4x2-2"}, "depth: 2-4x2-2 runs layers several times"),
+        ({}, {"depth": "(0,1,2,3)x2(4,5,6,7)x2"}, "is more than one loop of neighbouring layers; growth takes one"),
         ({"operator": "lidass"}, {}, "growth.operator: Input should be 'lidas'"),
         ({"blocks": 2}, {}, "unknown key 'growth.blocks'; did you mean 'growth.block'?"),
         ({"topology": [{"layers": 4, "layer": 4}]}, {}, "unknown key 'growth.topology.0.layer'; did you mean 'growth.topology.layers'?"),
@@ -233,6 +233,27 @@ def test_grown_smollms_are_their_baseline_but_for_growth(size: str, operator: st
     assert grown.model_copy(update={"name": baseline.name, "growth": None}) == baseline
     assert grown.growth is not None
     assert (grown.growth.operator, grown.growth.block, grown.growth.start) == (operator, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("looped", "baseline", "depth", "layers"),
+    [
+        ("smollm_360m_looped", "smollm_360m_baseline", "8-8x2-8", 24),
+        ("smollm_360m_looped_4x6", "smollm_360m_baseline", "4-4x6-4", 12),
+        ("smollm_1_7b_looped", "smollm_1_7b_baseline", "4-4x4-4", 12),
+    ],
+)
+def test_looped_smollms_are_their_baseline_but_for_depth(looped: str, baseline: str, depth: str, layers: int) -> None:
+    ours, plain = (load_config(CONFIGS / f"{name}.yaml") for name in (looped, baseline))
+    assert ours.model_copy(update={"name": plain.name, "depth": plain.depth}) == plain
+    assert (ours.depth, ours.plan.layers, ours.plan.depth) == (depth, layers, plain.plan.depth)
+
+
+def test_the_retrofit_is_the_grown_model_but_for_the_loop_in_its_cooldown() -> None:
+    ours, grown = (load_config(CONFIGS / f"smollm_1_7b_{name}.yaml") for name in ("lidas_retrofit", "lidas"))
+    assert ours.model_copy(update={"name": grown.name, "depth_events": ()}) == grown
+    assert ours.stages[-1].first_step == ours.schedule.cooldown_start(ours.train.steps)
+    assert ours.stages[-1].plan.notation == "10-4x2-10"
 
 
 def test_the_7b_grows_on_64_ranks() -> None:

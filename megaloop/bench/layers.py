@@ -11,6 +11,7 @@ import torch
 
 from megaloop.config import Config
 from megaloop.data import embedding_rows, open_sources
+from megaloop.depth import DepthPlan
 from megaloop.model import DecoderStage, choose_kernels, vocab_parallel_cross_entropy
 from megaloop.parallel.engine import local_device
 from megaloop.train.hardware import describe_machine
@@ -47,10 +48,11 @@ def bench_layers(config: Config, rounds: int = 10) -> LayerTimes:
     tokens_BS = torch.randint(0, vocab_size, shape, device=device)
     x_BSD = torch.randn(*shape, config.model.hidden_size, device=device, dtype=dtype)
 
-    def stage(order: tuple[int, ...], first: bool, last: bool) -> DecoderStage:
+    def stage(owned: tuple[int, ...], first: bool, last: bool) -> DecoderStage:
         made = DecoderStage(
-            config.model, vocab_size, order, first=first, last=last, kernels=kernels, recompute=config.train.recompute
-        )
+            config.model, vocab_size, DepthPlan.plain(1),
+            owned=owned, first=first, last=last, kernels=kernels, recompute=config.train.recompute,
+        )  # fmt: skip
         with torch.no_grad():
             for parameter in made.parameters():
                 parameter.normal_(std=0.02)

@@ -32,6 +32,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "depth": "8",
         "model": {"hidden_size": 256, "num_heads": 8, "num_kv_heads": 8, "ffn_size": 688, "vocab_size": 4096},
     },
+    "small": {
+        "depth": "8",
+        "model": {"hidden_size": 512, "num_heads": 8, "num_kv_heads": 8, "ffn_size": 1376, "vocab_size": 4096},
+    },
     "360m": {
         "depth": "32",
         "model": {"hidden_size": 960, "num_heads": 15, "num_kv_heads": 5, "ffn_size": 2560, "vocab_size": 49152},
@@ -41,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model": {"hidden_size": 2048, "num_heads": 32, "num_kv_heads": 32, "ffn_size": 8192, "vocab_size": 49152},
     },
 }
-"""Shapes by name: a small one for CPUs, and SmolLM v1's."""
+"""Shapes by name: two for CPUs, and SmolLM v1's."""
 
 
 @dataclass(frozen=True)

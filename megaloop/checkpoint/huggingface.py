@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from megaloop.checkpoint.resolve import resolve_checkpoint
 from megaloop.checkpoint.tensor_file import LazyTensor
 from megaloop.checkpoint.writer import CheckpointInfo, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, Use, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.model import parameter_specs
 from megaloop.parallel.placement import Box, Piece, StatePiece
@@ -70,23 +70,35 @@ class ImportSummary:
     dtype: str
 
 
-def export_huggingface(checkpoint: Path, out: Path, *, dtype: str | None = None) -> ExportSummary:
+def export_huggingface(
+    checkpoint: Path, out: Path, *, dtype: str | None = None, depth: str | None = None
+) -> ExportSummary:
     """Write a directory that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
-    A looped plan is written unrolled: each use of a layer becomes a layer. Takes the memory of one tensor.
+    A looped plan is written unrolled: each use of a layer becomes a layer; residuals scaled by 1/k become smaller matrices.
+    Takes the memory of one tensor.
 
     Args:
         checkpoint: a checkpoint, or a run (its newest).
         out: must not exist, or be empty.
         dtype: ``fp32`` (the masters) or ``bf16``; default: the dtype it was trained in.
+        depth: run the layers in this order, such as ``10-4x3-10``; default: as trained.
 
     Raises:
-        MegaloopError: a damaged checkpoint (the file is named), an output that is not empty, a full disk.
+        MegaloopError: a damaged checkpoint (the file is named), a loop that is more than layers in a row, an output that is not empty, a full disk.
     """
     with Checkpoint.open(resolve_checkpoint(checkpoint), verify="checksums") as source, OutputDirectory(out) as folder:
         manifest = source.manifest
         model = ModelConfig.model_validate(manifest.model)
-        plan = DepthPlan.from_json(manifest.plan)
+        plan, times = DepthPlan.from_json(manifest.plan), None
+        if plan.style.injection != "none" or plan.style.norm:
+            raise MegaloopError(
+                f"checkpoint {source.path}: its loop has an injection or a norm, which a Llama decoder has no place for; "
+                "only loops of plain composition (and residual_scale) can be exported"
+            )
+        if depth is not None:
+            plan, times = at_depth(plan, depth)
+        uses = plan.uses(times)
         name = dtype or manifest.precision
         kind = "master" if name == "fp32" and source.names("master") else "model"
         length = _sequence_length(manifest)
@@ -95,9 +107,15 @@ def export_huggingface(checkpoint: Path, out: Path, *, dtype: str | None = None)
                 raise MegaloopError(
                     f"checkpoint {source.path}: {kind} of {ours} is {found}, its model makes it {spec.shape}"
                 )
+        scales = _scales(plan, uses)
         tensors = [
-            LazyTensor(theirs, source.shape(kind, ours), _DTYPES[name], partial(_read, source, kind, ours, name))
-            for theirs, ours in _exported_names(plan, model.tied_embeddings)
+            LazyTensor(
+                theirs,
+                source.shape(kind, ours),
+                _DTYPES[name],
+                partial(_read, source, kind, ours, name, scales.get(theirs, 1)),
+            )
+            for theirs, ours in _exported_names(uses, model.tied_embeddings)
         ]
         files, size = write_weights(tensors, folder)
         tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
@@ -107,14 +125,28 @@ def export_huggingface(checkpoint: Path, out: Path, *, dtype: str | None = None)
 
             tokenizer = Tokenizer.load(source.tokenizer)
             tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_json(folder / "config.json", _their_config(model, plan, name, length) | tokens)
+        write_json(folder / "config.json", _their_config(model, len(uses), name, length) | tokens)
         write_json(folder / "generation_config.json", tokens)
     count = sum(prod(each.shape) for each in tensors)
     return ExportSummary(str(out), manifest.step, count, size, name, files)
 
 
-def _read(source: Checkpoint, kind: str, name: str, dtype: str) -> Tensor:
-    return source.read(kind, name).to(_DTYPES[dtype])
+def _read(source: Checkpoint, kind: str, name: str, dtype: str, divisor: int) -> Tensor:
+    values = source.read(kind, name)
+    return (values / divisor if divisor > 1 else values).to(_DTYPES[dtype])
+
+
+def _scales(plan: DepthPlan, uses: Sequence[Use]) -> dict[str, int]:
+    """By their names, what the matrices that write to the residual stream are divided by in looped layers."""
+    if plan.style.residual_scale == "none":
+        return {}
+    times = sum(use.begins for use in uses)
+    return {
+        f"model.layers.{position}.{_LAYER[name]}.weight": times
+        for position, use in enumerate(uses)
+        if use.time is not None
+        for name in ("attention.wo", "mlp.w_down")
+    }
 
 
 def _sequence_length(manifest: Manifest) -> int:
@@ -162,7 +194,7 @@ def _read_weights(
 ) -> list[tuple[Piece, Tensor]]:
     """Every parameter with its values, mapped from the files; refuses what does not fit by name."""
     specs = parameter_specs(model, plan, model.vocab_size or 0)
-    wanted = dict(_exported_names(plan, model.tied_embeddings))
+    wanted = dict(_exported_names(plan.uses(), model.tied_embeddings))
     ignored = {"lm_head.weight"} if model.tied_embeddings else set()
     unknown = [name for name in sorted(stored.keys() - wanted.keys() - ignored) if not name.endswith(".inv_freq")]
     if unknown:
@@ -189,24 +221,24 @@ def _read_weights(
 # --- names and settings ---
 
 
-def _exported_names(plan: DepthPlan, tied: bool) -> Iterator[tuple[str, str]]:
+def _exported_names(uses: Sequence[Use], tied: bool) -> Iterator[tuple[str, str]]:
     """(their name, our name) of every tensor; a looped layer occurs once per use."""
     yield _ENDS["embedding.weight"], "embedding.weight"
-    for position, layer_id in enumerate(plan.order):
+    for position, use in enumerate(uses):
         for ours, theirs in _LAYER.items():
-            yield f"model.layers.{position}.{theirs}.weight", f"layers.{layer_id}.{ours}.weight"
+            yield f"model.layers.{position}.{theirs}.weight", f"layers.{use.layer_id}.{ours}.weight"
     yield _ENDS["norm.weight"], "norm.weight"
     if not tied:
         yield _ENDS["head.weight"], "head.weight"
 
 
-def _their_config(model: ModelConfig, plan: DepthPlan, dtype: str, length: int) -> dict[str, Any]:
+def _their_config(model: ModelConfig, layers: int, dtype: str, length: int) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_size,
-        "num_hidden_layers": plan.depth,
+        "num_hidden_layers": layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_size,

@@ -46,6 +46,7 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
+    depth: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> GenerationResult:
     """Continue ``prompt`` with the model of a checkpoint.
@@ -55,12 +56,13 @@ def generate_text(
         temperature: 0 is greedy.
         top_k: sample from the k likeliest tokens; 0: all.
         top_p: sample from the likeliest tokens that together have this probability.
+        depth: run the layers in this order, such as ``10-4x3-10``; default: as trained.
         on_text: called with each piece of text as it comes.
 
     Raises:
         MegaloopError: a damaged checkpoint, or one without a tokenizer.
     """
-    model, opened = load_decoder(checkpoint, precision=precision)
+    model, opened = load_decoder(checkpoint, precision=precision, depth=depth)
     if opened.tokenizer is None:
         raise MegaloopError(f"checkpoint {opened.path} holds no tokenizer.model; it can't turn text into tokens")
     tokenizer = Tokenizer.load(opened.tokenizer)

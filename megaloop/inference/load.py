@@ -9,7 +9,7 @@ import torch
 
 from megaloop.checkpoint import Checkpoint, resolve_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.model import Decoder, choose_kernels
 from megaloop.parallel.engine import local_device
@@ -18,29 +18,36 @@ __all__ = ["load_decoder"]
 
 
 def load_decoder(
-    path: Path, *, precision: Literal["fp32", "bf16"] = "fp32", device: torch.device | None = None
+    path: Path,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: torch.device | None = None,
+    depth: str | None = None,
 ) -> tuple[Decoder, Checkpoint]:
     """Build the decoder of a checkpoint (or of a run's newest) and fill it, tensor by tensor.
 
     Args:
         precision: fp32 takes the fp32 masters where there are some; bf16 the training copy, or rounds.
+        depth: run the layers in this order, whatever they were trained in: ``10-4x3-10``; default: as trained.
 
     Returns:
         The decoder in evaluation mode, and the opened checkpoint.
 
     Raises:
-        MegaloopError: no whole checkpoint there, or one that is damaged (the file is named).
+        MegaloopError: no whole checkpoint there, or one that is damaged (the file is named); a depth that does not fit it.
     """
     checkpoint = Checkpoint.open(resolve_checkpoint(path), verify="checksums")
     manifest = checkpoint.manifest
     config = ModelConfig.model_validate(manifest.model)
     if config.vocab_size is None:
         raise MegaloopError(f"checkpoint {path}: its manifest lacks the vocabulary's size")
+    plan, times = DepthPlan.from_json(manifest.plan), None
+    if depth is not None:
+        plan, times = at_depth(plan, depth)
     device = device or local_device()
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    model = Decoder(
-        config, config.vocab_size, DepthPlan.from_json(manifest.plan), kernels=choose_kernels(device, dtype)
-    ).to(device, dtype)
+    model = Decoder(config, config.vocab_size, plan, kernels=choose_kernels(device, dtype)).to(device, dtype)
+    model.times = times
     kind = "master" if precision == "fp32" and checkpoint.names("master") else "model"
     model.fill(lambda name, spec: checkpoint.read(kind, name))
     return model.eval(), checkpoint

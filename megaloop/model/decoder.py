@@ -1,12 +1,14 @@
 """The decoder: all of it on one process, or one pipeline stage of it.
 
-A stage is a run of layer ids, with the embedding before the first and norm and head after the last. The
+A stage holds some layers of a plan, with the embedding before the first and norm and head after the last. The
 unpipelined decoder is the stage that holds everything, so both execute the same code and share names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,39 +17,57 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, Use
 from megaloop.model.kernels import Kernels
-from megaloop.model.layers import AttentionContext, DecoderLayer, KeyValueCache, RMSNorm, rotary_tables
-from megaloop.model.parameters import initial_values, parameter_specs
+from megaloop.model.layers import AttentionContext, DecoderLayer, KeyValueCache, LoopAdapter, RMSNorm, rotary_tables
+from megaloop.model.parameters import initial_values, loop_ends, parameter_specs
 from megaloop.model.tensor_parallel import ColumnParallelLinear, TensorParallel, VocabParallelEmbedding
 
-__all__ = ["Decoder", "DecoderStage", "Recompute"]
+__all__ = ["Decoder", "DecoderStage", "LoopEntry", "Recompute"]
 
 Recompute = Literal["none", "full", "selective"]
 
 
-class DecoderStage(nn.Module):
-    """A run of layers, with the decoder's ends where they belong.
+@dataclass
+class LoopEntry:
+    """The state with which a micro-batch entered the loop, kept for the times that inject it.
 
-    Parameters carry canonical names: ``embedding.weight``, ``layers.<id>.…``, ``norm.weight``, ``head.weight``.
+    Attributes:
+        state: [B, S, D]; None before the loop, or where nothing is injected.
+    """
+
+    state: Tensor | None = None
+
+
+class DecoderStage(nn.Module):
+    """Some layers of a plan, with the decoder's ends where they belong.
+
+    Parameters carry canonical names: ``embedding.weight``, ``layers.<id>.…``, ``norm.weight``, ``head.weight``, and of a
+    loop that has them ``loop.adapter.weight`` (with its first layer) and ``loop.norm.weight`` (with its last).
 
     Args:
         config: shape of the model.
         vocab_size: rows of the embedding.
-        order: the layer ids that this stage executes, in order; an id may occur again (a loop).
+        plan: the whole model's order of layers.
+        owned: ids of the layers that the stage holds; default: all.
         first: the stage begins with the embedding and takes token ids.
         last: the stage ends with norm and head and gives logits (this rank's part of the vocabulary).
         tp: the tensor-parallel ranks.
         kernels: which kernels to use.
         recompute: activation checkpointing per layer.
+
+    Attributes:
+        times: how often the loop runs from now on; None: as often as the plan says.
+        backprop: gradients pass only through the last so many times of the loop; None: through all.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         vocab_size: int,
-        order: Sequence[int],
+        plan: DepthPlan,
         *,
+        owned: Sequence[int] | None = None,
         first: bool = True,
         last: bool = True,
         tp: TensorParallel | None = None,
@@ -55,23 +75,39 @@ class DecoderStage(nn.Module):
         recompute: Recompute = "none",
     ):
         super().__init__()
-        self.config = config
-        self.order = tuple(order)
+        self.config, self.plan = config, plan
         self.first, self.last = first, last
         self.tp = tp or TensorParallel()
         self.recompute = recompute
+        self.times: int | None = None
+        self.backprop: int | None = None
         kernels = kernels or Kernels()
         self.use_flash = kernels.attention == "flash-attn"
         if first or (last and config.tied_embeddings):
             self.embedding = VocabParallelEmbedding(vocab_size, config.hidden_size, self.tp)
         self.layers = nn.ModuleDict(
-            {str(layer_id): DecoderLayer(config, self.tp, kernels) for layer_id in dict.fromkeys(self.order)}
+            {
+                str(layer_id): DecoderLayer(config, self.tp, kernels)
+                for layer_id in dict.fromkeys(plan.ids if owned is None else owned)
+            }
         )
+        self._build_loop(kernels)
         if last:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.tp, kernels)
             if not config.tied_embeddings:
                 self.head = ColumnParallelLinear(config.hidden_size, vocab_size, self.tp)
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def _build_loop(self, kernels: Kernels) -> None:
+        """What the loop has besides its layers, as far as this stage holds the layer that it belongs to."""
+        parts: dict[str, nn.Module] = {}
+        first, last = loop_ends(self.plan)
+        if self.plan.style.injection == "concat" and str(first) in self.layers:
+            parts["adapter"] = LoopAdapter(self.config.hidden_size, self.tp)
+        if self.plan.style.norm and str(last) in self.layers:
+            parts["norm"] = RMSNorm(self.config.hidden_size, self.config.norm_eps, self.tp, kernels)
+        if parts:
+            self.loop = nn.ModuleDict(parts)
 
     def forward(
         self,
@@ -85,17 +121,65 @@ class DecoderStage(nn.Module):
             documents_BS: index of each token's document within its sample; attention stays inside documents.
             caches: one per executed layer, for generation; x then holds the tokens after the cached ones.
         """
-        length = x.shape[1] if self.first or not self.tp.sequence_parallel else x.shape[1] * self.tp.size
+        uses = [use for use in self.plan.uses(self.times) if str(use.layer_id) in self.layers]
+        return self.run(x, uses, documents_BS, caches, first=self.first, last=self.last)
+
+    def run(
+        self,
+        x: Tensor,
+        uses: Sequence[Use],
+        documents_BS: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+        *,
+        first: bool,
+        last: bool,
+        entry: LoopEntry | None = None,
+    ) -> Tensor:
+        """Some uses of the stage's layers, after the embedding if ``first``, before norm and head if ``last``.
+
+        Args:
+            entry: what the loop was entered with, where that was in an earlier call; where it is in this one, it is kept there.
+        """
+        length = x.shape[1] if first or not self.tp.sequence_parallel else x.shape[1] * self.tp.size
         context = self._context(length, caches[0].length if caches else 0, documents_BS, x.device)
-        if self.first:
+        if first:
             x = self.embedding(x)
-        for position, layer_id in enumerate(self.order):
-            layer = self.layers[str(layer_id)]
-            if self.recompute != "none" and torch.is_grad_enabled():
-                x = self._checkpointed(layer, x, context)
-            else:
-                x = layer(x, context, caches[position] if caches else None)
-        return self._logits(self.norm(x)) if self.last else x
+        entry = entry or LoopEntry()
+        scale = 1.0 if self.plan.style.residual_scale == "none" else 1.0 / (self._count or 1)
+        for index, use in enumerate(uses):
+            if use.begins and use.time == 0 and self.plan.style.injection != "none":
+                entry.state = x
+            with torch.no_grad() if self.is_frozen(use) else nullcontext():
+                if use.begins:
+                    x = self._inject(x, use, entry)
+                layer = self.layers[str(use.layer_id)]
+                if self.recompute != "none" and torch.is_grad_enabled():
+                    x = self._checkpointed(layer, x, context, 1.0 if use.time is None else scale)
+                else:
+                    x = layer(x, context, caches[index] if caches else None, 1.0 if use.time is None else scale)
+                if use.ends and self.plan.style.norm:
+                    x = self.loop["norm"](x)
+        return self._logits(self.norm(x)) if last else x
+
+    @property
+    def _count(self) -> int | None:
+        """How often the loop runs; None without one."""
+        return self.plan.loop.times if self.plan.loop is not None and self.times is None else self.times
+
+    def is_frozen(self, use: Use) -> bool:
+        """No gradient passes through this use (``backprop``)."""
+        return use.is_frozen(self._count, self.backprop)
+
+    def _inject(self, x: Tensor, use: Use, entry: LoopEntry) -> Tensor:
+        """The state with which a time of the loop begins."""
+        injection = self.plan.style.injection
+        if injection == "none" or (injection == "add" and use.time == 0):
+            return x
+        assert entry.state is not None
+        if injection == "add":
+            return x + entry.state
+        out: Tensor = self.loop["adapter"](x, entry.state)
+        return out
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
         if self.config.tied_embeddings:
@@ -103,11 +187,11 @@ class DecoderStage(nn.Module):
         logits: Tensor = self.head(self.tp.enter(x_BSD))
         return logits
 
-    def _checkpointed(self, layer: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
+    def _checkpointed(self, layer: nn.Module, x: Tensor, context: AttentionContext, scale: float) -> Tensor:
         options: dict[str, Any] = {}
         if self.recompute == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-        out: Tensor = checkpoint(layer, x, context, use_reentrant=False, **options)
+        out: Tensor = checkpoint(layer, x, context, None, scale, use_reentrant=False, **options)
         return out
 
     def _context(self, length: int, start: int, documents_BS: Tensor | None, device: torch.device) -> AttentionContext:
@@ -147,8 +231,7 @@ class Decoder(DecoderStage):
         kernels: Kernels | None = None,
         recompute: Recompute = "none",
     ):
-        super().__init__(config, vocab_size, plan.order, tp=tp, kernels=kernels, recompute=recompute)
-        self.plan = plan
+        super().__init__(config, vocab_size, plan, tp=tp, kernels=kernels, recompute=recompute)
         self.vocab_size = vocab_size
 
     @torch.no_grad()
@@ -169,7 +252,7 @@ class Decoder(DecoderStage):
         kv_heads, head_size = self.config.num_kv_heads // self.tp.size, self.config.head_size
         return [
             KeyValueCache(batch, kv_heads, max_length, head_size, parameter.dtype, parameter.device)
-            for _ in self.plan.order
+            for _ in self.plan.uses(self.times)
         ]
 
 

@@ -18,7 +18,7 @@ from megaloop.config import ModelConfig
 from megaloop.model.kernels import Kernels
 from megaloop.model.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
-__all__ = ["AttentionContext", "DecoderLayer", "KeyValueCache", "RMSNorm", "rotary_tables"]
+__all__ = ["AttentionContext", "DecoderLayer", "KeyValueCache", "LoopAdapter", "RMSNorm", "rotary_tables"]
 
 
 class KeyValueCache:
@@ -210,7 +210,28 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, kernels)
         self.mlp = MLP(config, tp)
 
-    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
-        """Residual stream in, residual stream out; [B, S, D], S split over ranks under sequence parallelism."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD))
+    def forward(
+        self, x_BSD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """Residual stream in, residual stream out; [B, S, D], S split over ranks under sequence parallelism.
+
+        Args:
+            scale: factor of what attention and MLP add.
+        """
+        x_BSD = torch.add(x_BSD, self.attention(self.attention_norm(x_BSD), context, cache), alpha=scale)
+        return torch.add(x_BSD, self.mlp(self.mlp_norm(x_BSD)), alpha=scale)
+
+
+class LoopAdapter(nn.Module):
+    """``W [x; e]``: the state of a loop and the state that entered it, made one (arXiv 2502.05171, section 3.1).
+
+    Every tensor-parallel rank holds all of W: the product is small beside a layer's.
+    """
+
+    def __init__(self, size: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(size, 2 * size))
+
+    def forward(self, x_BSD: Tensor, entered_BSD: Tensor) -> Tensor:
+        return F.linear(torch.cat([x_BSD, entered_BSD], dim=-1), self.tp.replicated(self.weight))

@@ -17,7 +17,10 @@ from torch import Tensor
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth
 
-__all__ = ["ParameterSpec", "grown_from", "initial_values", "parameter_specs"]
+__all__ = ["LOOP_ADAPTER", "LOOP_NORM", "ParameterSpec", "grown_from", "initial_values", "loop_ends", "parameter_specs"]
+
+LOOP_ADAPTER, LOOP_NORM = "loop.adapter.weight", "loop.norm.weight"
+"""What a loop may have besides its layers (:class:`megaloop.depth.LoopStyle`)."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,24 @@ class ParameterSpec:
     Attributes:
         shape: of the whole parameter.
         shard_dim: the dimension that tensor parallelism splits; None: every rank holds all of it.
-        init_std: standard deviation of the initial values; None: ones (a norm's gain).
+        init_std: standard deviation of the initial values; None: ones (a norm's gain), or the identity.
         decay: AdamW's weight decay applies (matrices; not norms, not embeddings).
+        identity: the initial values are ones where row and column are the same, zeros elsewhere.
     """
 
     shape: tuple[int, ...]
     shard_dim: int | None
     init_std: float | None
     decay: bool
+    identity: bool = False
 
 
 def parameter_specs(config: ModelConfig, plan: DepthPlan, vocab_size: int) -> dict[str, ParameterSpec]:
     """Every parameter by canonical name, in order of execution; a looped layer occurs once.
 
     The two matrices that write to the residual stream start as small as the others: SmolLM v1 scales none by depth.
+    A loop's adapter begins by passing its state on as it is: a loop put into a trained model starts as plain composition.
+    Weight decay would pull it from there towards nothing, so it has none.
     """
     hidden, ffn = config.hidden_size, config.ffn_size
     heads, kv_heads = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
@@ -63,15 +70,28 @@ def parameter_specs(config: ModelConfig, plan: DepthPlan, vocab_size: int) -> di
     specs = {"embedding.weight": ParameterSpec((vocab_size, hidden), 0, config.init_std, decay=False)}
     for layer_id in plan.ids:
         specs |= {f"layers.{layer_id}.{name}": spec for name, spec in layer.items()}
+    if plan.style.injection == "concat":
+        specs[LOOP_ADAPTER] = ParameterSpec((hidden, 2 * hidden), None, None, decay=False, identity=True)
+    if plan.style.norm:
+        specs[LOOP_NORM] = norm
     specs["norm.weight"] = norm
     if not config.tied_embeddings:
         specs["head.weight"] = matrix(vocab_size, hidden, 0)
     return specs
 
 
+def loop_ends(plan: DepthPlan) -> tuple[int | None, int | None]:
+    """Ids of the first and the last looped layer, which a loop's adapter and norm go along with; None without a loop."""
+    if plan.loop is None:
+        return None, None
+    return plan.order[plan.loop.start], plan.order[plan.loop.start + plan.loop.block - 1]
+
+
 def grown_from(name: str, growth: Growth) -> str | None:
     """The parameter of the plan before whose state a parameter takes in a growth; None: fresh values."""
     section, _, rest = name.partition(".")
+    if section == "loop" and growth.new_loop:
+        return None
     if section != "layers":
         return name
     layer_id, _, rest = rest.partition(".")
@@ -90,6 +110,8 @@ def initial_values(
     Args:
         offset, shape: the box.
     """
+    if spec.identity:
+        return torch.eye(*spec.shape)[offset[0] : offset[0] + shape[0], offset[1] : offset[1] + shape[1]]
     if spec.init_std is None:
         return torch.ones(shape)
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()

@@ -23,7 +23,9 @@ from megaloop.model.activations import (
     stream_bytes,
 )
 from megaloop.model.parameters import ParameterSpec
+from megaloop.parallel.partition import Slices, owned_layers, slices_for
 from megaloop.parallel.reshard import local_box, stage_parameters, zero_share
+from megaloop.parallel.rounds import Rounds
 from megaloop.parallel.topology import Topology
 
 __all__ = ["RankBudget", "in_flight", "rank_budgets"]
@@ -62,23 +64,24 @@ def rank_budgets(
     specs: Mapping[str, ParameterSpec],
     plan: DepthPlan,
     topology: Topology,
-    stages: tuple[tuple[int, int], ...],
+    slices: Slices,
 ) -> tuple[RankBudget, ...]:
     """What a rank of each pipeline stage holds during training.
 
     Args:
         specs: every parameter of the plan, as :func:`megaloop.model.parameter_specs` lists them.
-        stages: [start, stop) positions of the plan per pipeline stage.
+        slices: which pipeline rank runs what in which round.
     """
-    return tuple(_rank_budget(config, specs, plan, topology, stages, pp) for pp in range(topology.pp))
+    return tuple(_rank_budget(config, specs, plan, topology, slices, pp) for pp in range(topology.pp))
 
 
-def in_flight(pp: int, pipeline_stages: int, micro_batches: int) -> int:
-    """Micro-batches that pipeline stage ``pp`` has run forward and not yet backward, at most.
-
-    Under 1F1B (arXiv 1806.03377), as DeepSpeed's TrainSchedule runs it, the first stage has the most.
-    """
-    return min(pipeline_stages - pp, micro_batches)
+def in_flight(rounds: Rounds, pp: int) -> int:
+    """Slices, of whatever micro-batch and round, whose activations a pipeline rank holds at a time, at most."""
+    held = most = 0
+    for work in rounds.passes(pp):
+        held += -1 if work.backward else 1
+        most = max(most, held)
+    return most
 
 
 def _rank_budget(
@@ -86,10 +89,10 @@ def _rank_budget(
     specs: Mapping[str, ParameterSpec],
     plan: DepthPlan,
     topology: Topology,
-    stages: tuple[tuple[int, int], ...],
+    slices: Slices,
     pp: int,
 ) -> RankBudget:
-    sizes = {name: local_box(specs[name], 0, topology.tp).numel for name in stage_parameters(specs, plan, stages, pp)}
+    sizes = {name: local_box(specs[name], 0, topology.tp).numel for name in stage_parameters(specs, plan, slices, pp)}
     share = sum(
         zero_share(sum(size for name, size in sizes.items() if specs[name].decay == decay), topology.dp)
         for decay in (True, False)
@@ -97,43 +100,59 @@ def _rank_budget(
     parameters, padded = sum(sizes.values()), share * topology.dp
     micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
     return RankBudget(
-        layers=plan.order[slice(*stages[pp])],
+        layers=owned_layers(plan, slices, pp),
         parameters=parameters,
         weights=element_bytes(config) * padded,
         # the fp32 sums of bf16 gradients are a flat buffer, padded like the weights; otherwise each is its own tensor
         gradients=4 * padded + 2 * parameters if config.train.precision == "bf16" else 4 * parameters,
         optimizer=12 * share,
-        activations=_activations(config, topology, stages, pp, specs["embedding.weight"].shape[0]),
-        micro_batches=in_flight(pp, topology.pp, micro_batches),
+        activations=_activations(config, plan, topology, slices, pp, specs["embedding.weight"].shape[0]),
+        micro_batches=in_flight(Rounds(topology.pp, micro_batches, len(slices)), pp),
     )
 
 
-def _activations(
-    config: Config, topology: Topology, stages: tuple[tuple[int, int], ...], pp: int, vocab_size: int
-) -> int:
-    """Bytes of activations at their most: all micro-batches in flight, and the backward pass of one at work."""
-    first, last = pp == 0, pp == topology.pp - 1
-    start, stop = stages[pp]
+def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Slices, pp: int, vocab_size: int) -> int:
+    """Bytes of activations at their most: all slices in flight, and the backward pass of one at work.
+
+    A loop that runs differently often is counted at its most.
+    """
+    times = None if plan.loop is None else config.loop_counts.of(plan.loop.times).largest
+    if times is not None:
+        slices = slices_for(plan, slices, times)
+    uses = plan.uses(times)
     length = config.data.sequence_length
     tokens = config.train.micro_batch * length
     micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+    rounds = Rounds(topology.pp, micro_batches, len(slices))
     layer, stream = layer_activations(config, topology.tp), stream_bytes(config, topology.tp)
+    head = head_activations(config, topology.tp, vocab_size)
+    last = pp == topology.pp - 1
 
-    # DeepSpeed keeps a micro-batch's input (token ids: 8 bytes) and works on a copy of it
-    kept = (stop - start) * layer.kept + (2 * 8 * tokens if first else stream)
-    if config.train.recompute != "none" and mask_bytes(config):
-        kept += tokens * length  # the boolean mask waits for the layers to run again
-    working = layer.working
+    def kept(number: int) -> int:
+        """Of one micro-batch, from its forward pass through the rank's slice of a round to its backward pass."""
+        begins, ends = pp == 0 and number == 0, last and number == len(slices) - 1
+        live = [use for use in uses[slice(*slices[number][pp])] if not use.is_frozen(times, config.loop.backprop)]
+        # DeepSpeed keeps a micro-batch's input (token ids: 8 bytes) and works on a copy of it
+        size = len(live) * layer.kept + (2 * 8 * tokens if begins else stream)
+        for use in live:  # a loop's adapter keeps both of its inputs, its norm keeps one
+            size += 2 * stream * (use.begins and plan.style.injection == "concat")
+            size += stream * (use.ends and plan.style.norm)
+        if config.train.recompute != "none" and mask_bytes(config):
+            size += tokens * length  # the boolean mask waits for the layers to run again
+        return size + (head.kept + 8 * tokens if ends else stream)  # and the targets; or the output
+
+    held = most = 0
+    sizes = [kept(number) for number in range(len(slices))]
+    for work in rounds.passes(pp):
+        held += -sizes[work.round] if work.backward else sizes[work.round]
+        most = max(most, held)
+    working = max(layer.working, head.working) if last else layer.working
     fixed = length * config.model.head_size * element_bytes(config)  # rotary tables
-    if not first:
+    if pp > 0 or len(slices) > 1:
         fixed += stream  # where activations are received
     if last:
-        head = head_activations(config, topology.tp, vocab_size)
-        kept += head.kept + 8 * tokens  # and the targets
-        working = max(working, head.working)
         # DeepSpeed drops the logits of a micro-batch when those of the next but one take their place
         fixed += min(2, micro_batches) * logits_bytes(config, topology.tp, vocab_size)
-    else:
-        kept += stream  # the output
+    if not last or len(slices) > 1:
         fixed += stream  # where gradients are received
-    return in_flight(pp, topology.pp, micro_batches) * kept + working + fixed
+    return most + working + fixed

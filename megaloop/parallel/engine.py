@@ -20,10 +20,11 @@ from torch import Tensor
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
 from megaloop.model import Kernels, build_adamw, choose_kernels, parameter_specs
-from megaloop.parallel.partition import LayerCosts, estimated_costs, partition
+from megaloop.parallel.partition import LayerCosts, Slices, estimated_costs, slice_rounds
 from megaloop.parallel.placement import StatePiece
 from megaloop.parallel.replicas import differing_replicas
 from megaloop.parallel.reshard import SHARE_UNIT, Placement
+from megaloop.parallel.rounds_engine import RoundsEngine
 from megaloop.parallel.state import (
     LocalParameter,
     StateSource,
@@ -34,7 +35,17 @@ from megaloop.parallel.state import (
 )
 from megaloop.parallel.topology import Coordinate, Topology
 
-__all__ = ["StepResult", "TrainingEngine", "join_ranks", "local_device", "split_stages"]
+__all__ = [
+    "Batch",
+    "StepResult",
+    "TrainingEngine",
+    "align_shares",
+    "deepspeed_config",
+    "join_ranks",
+    "local_device",
+    "quietly",
+    "split_rounds",
+]
 
 Batch = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
 """(tokens [b, S], or (tokens, document indices)) and targets [b, S]."""
@@ -57,7 +68,7 @@ def join_ranks() -> int:
     warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
     # and calls collectives by names that torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-    with _quietly():
+    with quietly():
         import deepspeed
 
         device = local_device()
@@ -100,7 +111,7 @@ class TrainingEngine:
         step: optimizer steps that the state has behind it.
 
     Attributes:
-        stages: [start, stop) positions of the plan per pipeline stage.
+        slices: which pipeline rank runs which positions of the plan in which round.
         placement: which rank holds what.
         kernels: the kernels in use.
         coordinate: this rank's place.
@@ -121,10 +132,11 @@ class TrainingEngine:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.kernels: Kernels = choose_kernels(self.device, dtype)
         self.specs = parameter_specs(config.model, plan, vocab_size)
-        self.stages = split_stages(config, plan, topology, vocab_size)
-        self.placement = Placement.of(self.specs, plan, topology, self.stages)
+        self.slices = split_rounds(config, plan, topology, vocab_size)
+        self.placement = Placement.of(self.specs, plan, topology, self.slices)
         groups_before = set(_process_groups())
         self._engine = self._build()
+        self._rounds = self._open_rounds() if len(self.slices) > 1 else None
         self._groups = [group for group in _process_groups() if group not in groups_before]
         prime_moments(self._engine.optimizer, step)
         self.parameters: list[LocalParameter] = list(
@@ -143,19 +155,19 @@ class TrainingEngine:
             raise RuntimeError(f"DeepSpeed holds {differing[0]} and {len(differing) - 1} more otherwise than planned")
 
     def _build(self) -> Any:
-        with _quietly():
+        with quietly():
             import deepspeed
 
             from megaloop.parallel.pipeline import PipelinedDecoder
 
             config = self.config
-            _align_shares()
+            align_shares()
             module = PipelinedDecoder(
                 config.model,
                 self.vocab_size,
                 self.plan,
                 self.topology,
-                self.stages,
+                self.slices,
                 sequence_parallel=config.parallel.sequence_parallel,
                 kernels=self.kernels,
                 recompute=config.train.recompute,
@@ -172,26 +184,23 @@ class TrainingEngine:
             optimizer = build_adamw(
                 groups, self.kernels, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps
             )
-            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._deepspeed_config())
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=deepspeed_config(config, self.micro_batches)
+            )
         return engine
 
-    def _deepspeed_config(self) -> dict[str, Any]:
-        train = self.config.train
-        bf16 = train.precision == "bf16"
-        return {
-            "train_batch_size": train.global_batch,
-            "train_micro_batch_size_per_gpu": train.micro_batch,
-            "gradient_accumulation_steps": self.micro_batches,
-            "gradient_clipping": self.config.optimizer.clip,
-            # without contiguous buffers gradients are reduced from where they are, a copy less
-            "zero_optimization": {"stage": 1, "contiguous_gradients": False},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": bf16},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            # activations of tensor-parallel ranks are whole (or split by sequence parallelism): send them as they are
-            "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-            "steps_per_print": 1 << 40,
-        }
+    def _open_rounds(self) -> RoundsEngine:
+        train, length = self.config.train, self.config.data.sequence_length
+        local = length // self.topology.tp if self.config.parallel.sequence_parallel else length
+        return RoundsEngine(
+            self._engine,
+            self.plan,
+            self.slices,
+            self.topology,
+            self.coordinate,
+            (train.micro_batch, local, self.config.model.hidden_size),
+            (train.micro_batch, length) if self.config.model.document_masking else None,
+        )
 
     @property
     def micro_batches(self) -> int:
@@ -203,15 +212,27 @@ class TrainingEngine:
         """This rank reads micro-batches: it holds an end of the pipeline."""
         return self.coordinate.pp in (0, self.topology.pp - 1)
 
-    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
-        """One optimizer step over ``micro_batches`` items of ``batches`` (ignored where ``needs_data`` is False)."""
+    def train_step(self, batches: Iterator[Batch], lr: float, times: int | None = None) -> StepResult:
+        """One optimizer step over ``micro_batches`` items of ``batches`` (ignored where ``needs_data`` is False).
+
+        Args:
+            times: how often the loop runs, the same on every rank; None: as often as the plan says.
+        """
+        stage = self._engine.module.stage
+        stage.times, stage.backprop = times, self.config.loop.backprop
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._engine.train_batch(data_iter=batches)
+        if self._rounds is not None:
+            loss = self._rounds.train(batches, self.micro_batches)
+        else:
+            loss = self._engine.train_batch(data_iter=batches)
         return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
 
     def evaluate(self, batches: Iterable[Batch], count: int) -> float:
-        """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank; no gradients."""
+        """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank, at the plan's depth; no gradients."""
+        self._engine.module.stage.times = None
+        if self._rounds is not None:
+            return float(self._rounds.evaluate(iter(batches), count))
         loss = self._engine.eval_batch(iter(batches), num_micro_batches=count)
         return float(loss)
 
@@ -231,9 +252,10 @@ class TrainingEngine:
         from deepspeed import comm
 
         # hooks on the last losses refer to the engine: a circle through autograd's graph, which no garbage collector sees
+        self._rounds = None
         self._engine.loss = None
         self._engine.pipe_buffers = {key: [None] * len(slots) for key, slots in self._engine.pipe_buffers.items()}
-        with _quietly():
+        with quietly():
             self._engine.destroy()
             for group in self._groups:
                 comm.destroy_process_group(group)
@@ -242,7 +264,30 @@ class TrainingEngine:
         gc.collect()  # DeepSpeed's engine and its optimizer refer to each other
 
 
-def _align_shares() -> None:
+def deepspeed_config(config: Config, micro_batches: int) -> dict[str, Any]:
+    """What DeepSpeed is told.
+
+    Args:
+        micro_batches: per optimizer step and data-parallel rank.
+    """
+    train = config.train
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": config.optimizer.clip,
+        # without contiguous buffers gradients are reduced from where they are, a copy less
+        "zero_optimization": {"stage": 1, "contiguous_gradients": False},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # activations of tensor-parallel ranks are whole (or split by sequence parallelism): send them as they are
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        "steps_per_print": 1 << 40,
+    }
+
+
+def align_shares() -> None:
     """Make ZeRO's shares whole vectors of the CPU: 16 elements, where DeepSpeed makes them multiples of 2.
 
     torch's fused Adam computes what is left over at the end of a share by other instructions, which may round otherwise.
@@ -256,14 +301,15 @@ def _align_shares() -> None:
         optimizer.nccl_start_alignment_factor = property(lambda self: SHARE_UNIT, lambda self, value: None)
 
 
-def split_stages(config: Config, plan: DepthPlan, topology: Topology, vocab_size: int) -> tuple[tuple[int, int], ...]:
-    """[start, stop) positions of the plan per pipeline stage, by measured or estimated costs."""
+def split_rounds(config: Config, plan: DepthPlan, topology: Topology, vocab_size: int) -> Slices:
+    """Which pipeline rank runs which positions of the plan in which round, by measured or estimated costs."""
     costs = (
         LayerCosts(*config.parallel.layer_costs)
         if config.parallel.layer_costs
         else estimated_costs(config.model, vocab_size, config.data.sequence_length)
     )
-    return partition(plan, topology.pp, costs)
+    micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+    return slice_rounds(plan, topology.pp, config.parallel.rounds, micro_batches, costs)
 
 
 def _process_groups() -> list[Any]:
@@ -272,7 +318,7 @@ def _process_groups() -> list[Any]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Silence the engine's start-up chatter (prints, log lines, deprecation warnings); errors pass."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

@@ -6,6 +6,7 @@ engine expects; which layers a stage holds and how they run is ours (:class:`meg
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -16,6 +17,7 @@ from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.model import DecoderStage, Kernels, TensorParallel, vocab_parallel_cross_entropy
 from megaloop.model.decoder import Recompute
+from megaloop.parallel.partition import Slices, owned_layers
 from megaloop.parallel.topology import Topology
 
 __all__ = ["PipelinedDecoder"]
@@ -29,7 +31,7 @@ class PipelinedDecoder(PipelineModule):
     Args:
         config, vocab_size, plan: the model.
         topology: ranks of the run; torch.distributed must be initialised with as many.
-        stages: [start, stop) positions of the plan per pipeline stage.
+        slices: which rank runs what in which round.
         sequence_parallel, kernels, recompute: see :class:`megaloop.model.DecoderStage`.
 
     Attributes:
@@ -43,7 +45,7 @@ class PipelinedDecoder(PipelineModule):
         vocab_size: int,
         plan: DepthPlan,
         topology: Topology,
-        stages: tuple[tuple[int, int], ...],
+        slices: Slices,
         *,
         sequence_parallel: bool = False,
         kernels: Kernels | None = None,
@@ -51,14 +53,15 @@ class PipelinedDecoder(PipelineModule):
     ):
         # PipelineModule's constructor calls back into _partition_layers and _build, before nn.Module's own
         # attribute handling is of use: plain values are set aside for them here
-        object.__setattr__(self, "_stages", stages)
+        object.__setattr__(self, "_slices", slices)
+        object.__setattr__(self, "_plan", plan)
         object.__setattr__(
             self, "_build_arguments", (config, vocab_size, plan, sequence_parallel, kernels or Kernels(), recompute)
         )
         end: Any = TiedLayerSpec if config.tied_embeddings else LayerSpec
         key = (_TIE,) if config.tied_embeddings else ()
         # stand-ins that tell PipelineModule what is tied to what; _build makes the real thing
-        specs = [end(*key, nn.Module), *(LayerSpec(nn.Module) for _ in plan.order), end(*key, nn.Module)]
+        specs = [end(*key, nn.Module), *(LayerSpec(nn.Module) for _ in plan.ids), end(*key, nn.Module)]
         super().__init__(
             layers=specs,
             topology=PipeModelDataParallelTopology(num_pp=topology.pp, num_mp=topology.tp, num_dp=topology.dp),
@@ -67,7 +70,9 @@ class PipelinedDecoder(PipelineModule):
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """Our partition, in PipelineModule's numbering (embedding is item 0, head the last)."""
-        cuts = [0, *(stop + 1 for _, stop in self._stages)]
+        # with several rounds a rank's layers do not follow one another; the numbers then only say who has the ends
+        owned = [len(owned_layers(self._plan, self._slices, rank)) for rank in range(self.num_stages)]
+        cuts = [0, *(1 + layers for layers in accumulate(owned))]
         cuts[-1] += 1
         self.parts = cuts
         stage_id = self._topo.get_coord(self.global_rank).pipe
@@ -77,10 +82,9 @@ class PipelinedDecoder(PipelineModule):
         config, vocab_size, plan, sequence_parallel, kernels, recompute = self._build_arguments
         stage_id = self._topo.get_coord(self.global_rank).pipe
         first, last = stage_id == 0, stage_id == self.num_stages - 1
-        start, stop = self._stages[stage_id]
         self.tp = TensorParallel.over(self._grid.get_slice_parallel_group(), sequence_parallel)
         self.stage = DecoderStage(
-            config, vocab_size, plan.order[start:stop],
+            config, vocab_size, plan, owned=owned_layers(plan, self._slices, stage_id),
             first=first, last=last, tp=self.tp, kernels=kernels, recompute=recompute,
         )  # fmt: skip
         self.forward_funcs.append(self.stage)

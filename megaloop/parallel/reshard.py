@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megaloop.depth import DepthPlan, Growth
-from megaloop.model.parameters import ParameterSpec, grown_from
+from megaloop.model.parameters import LOOP_ADAPTER, LOOP_NORM, ParameterSpec, grown_from, loop_ends
+from megaloop.parallel.partition import Slices, owned_layers
 from megaloop.parallel.placement import KINDS, Box, Piece
 from megaloop.parallel.topology import Coordinate, Topology
 
@@ -48,14 +49,14 @@ class Placement:
 
     Attributes:
         plan, topology: whose placement it is.
-        stages: [start, stop) positions of the plan per pipeline stage.
+        slices: which rank runs what in which round.
         holders: by (kind, name): who holds what of it. Weights lie whole (a rank's tensor-parallel box) on all
             data-parallel ranks; of masters and moments each data-parallel rank holds a fragment of the box (ZeRO-1).
     """
 
     plan: DepthPlan
     topology: Topology
-    stages: tuple[tuple[int, int], ...]
+    slices: Slices
     holders: Mapping[_Slot, tuple[Holder, ...]]
 
     @classmethod
@@ -64,7 +65,7 @@ class Placement:
         specs: Mapping[str, ParameterSpec],
         plan: DepthPlan,
         topology: Topology,
-        stages: tuple[tuple[int, int], ...],
+        slices: Slices,
     ) -> Placement:
         """The placement that DeepSpeed's ZeRO-1 makes of a plan on a topology.
 
@@ -73,7 +74,7 @@ class Placement:
         """
         holders: dict[_Slot, list[Holder]] = defaultdict(list)
         for pp in range(topology.pp):
-            names = stage_parameters(specs, plan, stages, pp)
+            names = stage_parameters(specs, plan, slices, pp)
             fragments = _fragments(names, specs, topology)
             for name in names:
                 spec = specs[name]
@@ -90,7 +91,7 @@ class Placement:
                         )
                         for kind in KINDS[1:]:
                             holders[kind, name].append(holder)
-        return cls(plan, topology, stages, {slot: tuple(each) for slot, each in holders.items()})
+        return cls(plan, topology, slices, {slot: tuple(each) for slot, each in holders.items()})
 
     def held_by(self, rank: int) -> Iterator[tuple[str, Piece]]:
         """(kind, piece) of everything that a rank holds."""
@@ -100,15 +101,19 @@ class Placement:
                     yield kind, holder.piece
 
 
-def stage_parameters(
-    specs: Mapping[str, ParameterSpec], plan: DepthPlan, stages: Sequence[tuple[int, int]], pp: int
-) -> list[str]:
+def stage_parameters(specs: Mapping[str, ParameterSpec], plan: DepthPlan, slices: Slices, pp: int) -> list[str]:
     """Names of a pipeline stage's parameters, in the order in which it holds them."""
-    first, last = pp == 0, pp == len(stages) - 1
+    first, last = pp == 0, pp == len(slices[0]) - 1
     tied = "head.weight" not in specs
-    inside = {str(layer_id) for layer_id in plan.order[slice(*stages[pp])]}
+    inside = {str(layer_id) for layer_id in owned_layers(plan, slices, pp)}
     names = ["embedding.weight"] if first or (last and tied) else []
     names += [name for name in specs if name.startswith("layers.") and name.split(".", 2)[1] in inside]
+    begins, ends = loop_ends(plan)
+    names += [
+        name
+        for name, layer_id in ((LOOP_ADAPTER, begins), (LOOP_NORM, ends))
+        if name in specs and str(layer_id) in inside
+    ]
     return names + [name for name in ("norm.weight", "head.weight") if last and name in specs]
 
 

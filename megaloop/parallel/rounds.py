@@ -47,8 +47,9 @@ class Rounds:
 
     Attributes:
         ranks: pipeline ranks, P.
-        rounds: times that each micro-batch goes round, v.
         micro_batches: per step, m; at least P where there are several rounds.
+        rounds: times that each micro-batch goes round, v.
+        forward_only: no backward passes (then any m will do).
 
     Raises:
         MegaloopError: too few micro-batches.
@@ -57,9 +58,10 @@ class Rounds:
     ranks: int
     micro_batches: int
     rounds: int = 1
+    forward_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.rounds > 1 and self.micro_batches < self.ranks:
+        if self.rounds > 1 and self.micro_batches < self.ranks and not self.forward_only:
             raise MegaloopError(
                 f"pipeline: {self.rounds} rounds over {self.ranks} ranks need {self.ranks} micro-batches or more per step "
                 f"and replica; there are {self.micro_batches}: raise train.global_batch, or lower train.micro_batch or pp"
@@ -75,6 +77,8 @@ class Rounds:
     def passes(self, rank: int) -> tuple[Pass, ...]:
         """What a rank does, in order: forward passes to warm up, then one forward and one backward in turn, then the rest."""
         forward, backward = tuple(self._sorted(False)), tuple(self._sorted(True))
+        if self.forward_only:
+            return forward
         warm_up = self.ranks - rank - 1
         if self.rounds > 1:
             warm_up = 2 * warm_up + (self.rounds - 1) * self.groups[0]

@@ -20,7 +20,7 @@ from megaloop.data import (
     usable_validation,
     validation_batches,
 )
-from megaloop.depth import GrowthStage
+from megaloop.depth import GrowthStage, stage_at
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
@@ -105,11 +105,12 @@ class _Run:
     def _grow_into(self, stage: GrowthStage) -> None:
         """Reshard into the next stage. Nothing on disk changes: a rank that dies here leaves the last checkpoint."""
         growth = self._config.growth
-        assert growth is not None
-        if growth.save_before and self.saved != self.at.step:
+        if growth is not None and growth.save_before and not stage.event and self.saved != self.at.step:
             self._save()
         before, (loss_before, _) = self.engine.plan, self.validation.run()
-        resharded = reshard(self.engine, stage.growth, self._topology(stage), self.at.step, moments=growth.moments)
+        resharded = reshard(
+            self.engine, stage.growth, self._topology(stage), self.at.step, moments=growth.moments if growth else "copy"
+        )
         self.engine = resharded.engine
         self.validation = self._open_validation()
         loss_after, _ = self.validation.run()
@@ -121,13 +122,13 @@ class _Run:
         loader = self._open_loader()
         try:
             for step in range(self.at.step, stage.stop):
-                lr = self._learning_rate(step)
+                lr, times = self._learning_rate(step), config.loop_times(stage.plan, step)
                 began = time.perf_counter()
-                result = self.engine.train_step(_engine_batches(config, loader), lr)
-                self.at = self.at.after(config, self._reporter.flops_per_step)
+                result = self.engine.train_step(_engine_batches(config, loader), lr, times)
+                self.at = self.at.after(config, self._reporter.step_flops(times))
                 seconds = time.perf_counter() - began
                 validated = self.validation.run() if _due(self.at.step, config.validation.every, total) else None
-                self._reporter.stepped(self.at, result, lr, seconds, validated)
+                self._reporter.stepped(self.at, result, lr, seconds, validated, times)
                 if config.train.check_replicas and self.at.step % config.train.check_replicas == 0:
                     _check_replicas(self.engine, self.at.step)
                 if _due(self.at.step, config.checkpoint.every, total):
@@ -146,7 +147,7 @@ class _Run:
             config.train.steps,
             config.optimizer.lr,
             config.schedule,
-            growth_steps=[stage.first_step for stage in self._start.stages[1:]],
+            growth_steps=[stage.first_step for stage in self._start.stages[1:] if not stage.event],
             growth_warmup=config.growth.warmup_steps if config.growth else 0,
         )
 
@@ -173,8 +174,9 @@ class _Run:
         config, engine, at = self._config, self.engine, self.at
         topology, growth = engine.topology, None
         if config.growth is not None:
-            plans = [stage.plan for stage in self._start.stages]
-            growth = GrowthEntry(operator=config.growth.operator, stage=plans.index(engine.plan), stages=len(plans))
+            stages = self._start.stages
+            index = stages.index(stage_at(stages, max(at.step - 1, 0)))
+            growth = GrowthEntry(operator=config.growth.operator, stage=index, stages=len(stages))
         info = CheckpointInfo(
             step=at.step,
             tokens=at.tokens,

@@ -13,13 +13,14 @@ from rich.text import Text
 
 from megaloop.config import Config
 from megaloop.data.sources import embedding_rows, open_sources
-from megaloop.depth import GrowthStage, run_flops
-from megaloop.depth.flops import flops_per_token, head_flops, layer_flops, parameters
+from megaloop.depth import DepthPlan, GrowthStage, run_flops
+from megaloop.depth.flops import head_flops, layer_flops, parameters
 from megaloop.errors import MegaloopError
 from megaloop.model.activations import element_bytes
 from megaloop.model.parameters import parameter_specs
 from megaloop.parallel.budget import RankBudget, rank_budgets
-from megaloop.parallel.engine import split_stages
+from megaloop.parallel.engine import split_rounds
+from megaloop.parallel.partition import Slices
 from megaloop.parallel.reshard import Placement, Reshard, transfers
 from megaloop.parallel.rounds import Rounds
 from megaloop.parallel.topology import Topology
@@ -55,32 +56,38 @@ class StagePreview:
 
     Attributes:
         first_step, stop: the optimizer steps, [first_step, stop), counted from 0.
+        depth: layers and loop, by places: 24, or 4-4x4-4.
         layers: ids in the order in which they run.
+        mean_times: how often the loop runs on average, as far as it is drawn; None otherwise.
         parameters: of the whole model.
         micro_batches: per step and data-parallel rank.
-        bubble: fraction of a step in which a pipeline stage waits.
-        flops_per_step: model FLOPs, forward and backward, over all ranks.
-        boundary: what moves at the growth into the stage; None for the first.
-        forward_flops: of one micro-batch's forward pass, by pipeline stage.
+        bubble: fraction of a step in which a pipeline stage waits, if all slices take equally long.
+        waiting: fraction in which it waits with the slices as they are.
+        flops_per_step: model FLOPs, forward and backward, over all ranks; on average, where the loop's count is drawn.
+        flops: of all the stage's steps.
+        grows: it has more layers than the stage before.
+        boundary: what moves at the change into the stage; None for the first.
+        forward_flops, backward_flops: of one micro-batch's passes, by round and pipeline rank.
         ranks: what a rank of each pipeline stage holds.
     """
 
     first_step: int
     stop: int
+    depth: str
     layers: tuple[int, ...]
+    mean_times: float | None
     parameters: int
     topology: Topology
     micro_batches: int
     bubble: float
+    waiting: float
     flops_per_step: int
+    flops: int
+    grows: bool
     boundary: Boundary | None
-    forward_flops: tuple[int, ...]
+    forward_flops: tuple[tuple[int, ...], ...]
+    backward_flops: tuple[tuple[int, ...], ...]
     ranks: tuple[RankBudget, ...]
-
-    @property
-    def flops(self) -> int:
-        """Of all the stage's steps."""
-        return self.flops_per_step * (self.stop - self.first_step)
 
     @property
     def worst(self) -> RankBudget:
@@ -97,8 +104,8 @@ class RunPreview:
         assumed: nobody said how many, and the configuration leaves dp open: the fewest on which it fits.
         vocab_size: rows of the embedding.
         tokens: predicted, over all steps.
-        full_depth_flops: what as many steps at the last stage's depth would cost.
-        matched_steps: steps at the last stage's depth that cost as much as this run.
+        full_depth_flops: what as many steps at the depth that the run grows to would cost.
+        matched_steps: steps at that depth that cost as much as this run.
     """
 
     name: str
@@ -133,7 +140,6 @@ class RunPreview:
         for stage, written in zip(self.stages, values["stages"], strict=True):
             for rank, each in zip(stage.ranks, written["ranks"], strict=True):
                 each["total"] = rank.total
-            written["flops"] = stage.flops
             written["worst_rank"] = {
                 "pipeline_rank": stage.ranks.index(stage.worst),
                 **asdict(stage.worst),
@@ -152,7 +158,15 @@ def preview(config: Config, ranks: int | None = None) -> RunPreview:
     config.check_world(world_size)
     vocab_size = _vocab_size(config)
     tokens_per_step = config.train.global_batch * config.data.sequence_length
-    costs = run_flops(config.stages, config.model, config.data.sequence_length, tokens_per_step, vocab_size=vocab_size)
+    costs = run_flops(
+        config.stages,
+        config.model,
+        config.data.sequence_length,
+        tokens_per_step,
+        vocab_size=vocab_size,
+        counts=config.loop_counts,
+        backprop=config.loop.backprop,
+    )
     return RunPreview(
         name=config.name,
         precision=config.train.precision,
@@ -163,7 +177,7 @@ def preview(config: Config, ranks: int | None = None) -> RunPreview:
         tokens=config.train.steps * tokens_per_step,
         full_depth_flops=costs.full_depth,
         matched_steps=costs.matched_steps,
-        stages=tuple(_stages(config, world_size, vocab_size)),
+        stages=tuple(_stages(config, world_size, vocab_size, costs.stages)),
     )
 
 
@@ -179,52 +193,73 @@ def _vocab_size(config: Config) -> int:
     return embedding_rows(config, sources)
 
 
-def _stages(config: Config, world_size: int, vocab_size: int) -> Iterator[StagePreview]:
+def _stages(config: Config, world_size: int, vocab_size: int, costs: Sequence[int]) -> Iterator[StagePreview]:
     before: Placement | None = None
-    for stage in config.stages:
-        topology = Topology(*config.topology(world_size, stage.plan.layers))
-        specs = parameter_specs(config.model, stage.plan, vocab_size)
-        split = split_stages(config, stage.plan, topology, vocab_size)
-        placement = Placement.of(specs, stage.plan, topology, split)
-        micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+    for stage, flops in zip(config.stages, costs, strict=True):
+        plan = stage.plan
+        topology = Topology(*config.topology(world_size, plan.layers))
+        specs = parameter_specs(config.model, plan, vocab_size)
+        split = split_rounds(config, plan, topology, vocab_size)
+        placement = Placement.of(specs, plan, topology, split)
+        rounds = Rounds(
+            topology.pp, config.train.global_batch // (config.train.micro_batch * topology.dp), len(split)
+        )  # fmt: skip
+        forward, backward = _pass_flops(config, plan, split, vocab_size)
         yield StagePreview(
             first_step=stage.first_step,
             stop=stage.stop,
-            layers=stage.plan.order,
-            parameters=parameters(stage.plan, config.model, vocab_size=vocab_size),
+            depth=plan.notation,
+            layers=plan.order,
+            mean_times=_mean_times(config, stage),
+            parameters=parameters(plan, config.model, vocab_size=vocab_size),
             topology=topology,
-            micro_batches=micro_batches,
-            bubble=Rounds(topology.pp, micro_batches).bubble,
-            flops_per_step=_flops_per_step(config, stage, vocab_size),
-            forward_flops=tuple(_forward_flops(config, split, vocab_size)),
+            micro_batches=rounds.micro_batches,
+            bubble=rounds.bubble,
+            waiting=StepPicture("", rounds, forward, backward).waiting if topology.pp > 1 else 0.0,
+            flops_per_step=round(flops / stage.steps),
+            flops=flops,
+            grows=before is not None and plan.layers > before.plan.layers,
+            forward_flops=forward,
+            backward_flops=backward,
             boundary=None if before is None else _boundary(config, before, placement, stage),
-            ranks=rank_budgets(config, specs, stage.plan, topology, split),
+            ranks=rank_budgets(config, specs, plan, topology, split),
         )
         before = placement
 
 
-def _flops_per_step(config: Config, stage: GrowthStage, vocab_size: int) -> int:
-    length = config.data.sequence_length
-    per_token = flops_per_token(stage.plan, config.model, length, vocab_size=vocab_size)
-    return per_token.total * config.train.global_batch * length
+def _mean_times(config: Config, stage: GrowthStage) -> float | None:
+    """How often a stage's loop runs on average, where that is drawn."""
+    if stage.plan.loop is None or config.loop_times(stage.plan, stage.first_step) is None:
+        return None
+    drawn = config.loop_counts.of(stage.plan.loop.times).drawn(stage.first_step, stage.stop)
+    return sum(times * steps for times, steps in drawn.items()) / stage.steps
 
 
-def _forward_flops(config: Config, stages: Sequence[tuple[int, int]], vocab_size: int) -> Iterator[int]:
-    """FLOPs of one micro-batch's forward pass, by pipeline stage; the last has the head."""
+def _pass_flops(
+    config: Config, plan: DepthPlan, slices: Slices, vocab_size: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """FLOPs of one micro-batch's forward and backward passes, by round and pipeline rank; the last has the head."""
     tokens = config.train.micro_batch * config.data.sequence_length
-    for number, (start, stop) in enumerate(stages, 1):
-        head = head_flops(config.model, vocab_size) if number == len(stages) else 0
-        yield tokens * ((stop - start) * layer_flops(config.model, config.data.sequence_length) + head)
+    layer = tokens * layer_flops(config.model, config.data.sequence_length)
+    head = tokens * head_flops(config.model, vocab_size)
+    uses, times = plan.uses(), plan.loop.times if plan.loop else None
+    live = [not use.is_frozen(times, config.loop.backprop) for use in uses]
+    forward = [[(stop - start) * layer for start, stop in each] for each in slices]
+    again = 3 if config.train.recompute == "full" else 2
+    backward = [[sum(live[start:stop]) * layer * again for start, stop in each] for each in slices]
+    forward[-1][-1] += head
+    backward[-1][-1] += 2 * head
+    return tuple(map(tuple, forward)), tuple(map(tuple, backward))
 
 
 def pictures(run: RunPreview) -> list[StepPicture]:
     """A step of each growth stage that has a pipeline."""
     return [
         StepPicture(
-            f"Stage {number}: {_count(len(stage.layers), 'layer')}, {stage.topology}",
-            Rounds(stage.topology.pp, stage.micro_batches),
-            tuple(map(float, stage.forward_flops)),
-            run.recompute == "full",
+            f"Stage {number}: {_depth(stage)}, {stage.topology}",
+            Rounds(stage.topology.pp, stage.micro_batches, len(stage.forward_flops)),
+            stage.forward_flops,
+            stage.backward_flops,
         )
         for number, stage in enumerate(run.stages, 1)
         if stage.topology.pp > 1
@@ -267,22 +302,47 @@ def _headline(run: RunPreview) -> RenderableType:
 def _stage(number: int, stage: StagePreview, run: RunPreview) -> RenderableType:
     title = Text(f"Stage {number} of {len(run.stages)}", "bold")
     title.append(
-        f"  steps [{stage.first_step:,}, {stage.stop:,})  {_count(len(stage.layers), 'layer')}  "
-        f"{_short(stage.parameters)} parameters",
+        f"  steps [{stage.first_step:,}, {stage.stop:,})  {_depth(stage)}  {_short(stage.parameters)} parameters",
         "not bold",
     )
-    waits = f", bubble {stage.bubble:.1%}" if stage.topology.pp > 1 else ""
+    rounds = len(stage.forward_flops)
+    waits = f", {_count(rounds, 'round')}" if rounds > 1 else ""
+    waits += f", bubble {stage.bubble:.1%}" if stage.topology.pp > 1 else ""
     facts = [
         f"{stage.topology}; {_count(stage.micro_batches, 'micro-batch', 'micro-batches')} per step and dp rank{waits}",
         f"{_flops(stage.flops_per_step)} per step, {_flops(stage.flops)} in the stage",
     ]
+    if stage.mean_times is not None:
+        facts.append(f"the loop runs {stage.mean_times:.2f} times on average, as drawn for these steps")
     if stage.boundary is not None:
         facts.append(
-            f"growth moves {format_bytes(stage.boundary.moved)}, "
+            f"{'growth' if stage.grows else 'the change of depth'} moves {format_bytes(stage.boundary.moved)}, "
             f"{format_bytes(stage.boundary.largest_receive)} at most to a rank; "
             f"{format_bytes(stage.boundary.in_place)} in place"
         )
-    return Group(title, *(Text(f"  {fact}") for fact in facts), Padding(_memory(stage), (0, 0, 0, 2), expand=False))
+    lines = [Text(f"  {fact}") for fact in facts]
+    if stage.waiting > stage.bubble + 0.1:
+        lines.append(Text(f"  {_uneven(stage)}", "yellow"))
+    return Group(title, *lines, Padding(_memory(stage), (0, 0, 0, 2), expand=False))
+
+
+def _uneven(stage: StagePreview) -> str:
+    """What slices that are not even cost, and what to choose instead."""
+    line = f"slices are uneven: ranks wait {stage.waiting:.0%} of a step, with even ones {stage.bubble:.0%}; "
+    loop = DepthPlan.parse(stage.depth).loop
+    if loop is not None and loop.block < stage.topology.pp:
+        return line + (
+            f"the loop has {_count(loop.block, 'layer')} for {stage.topology.pp} pipeline ranks: "
+            f"use pp {loop.block} and more dp, or loop more layers"
+        )
+    return line + "fewer pipeline ranks and more dp would balance better"
+
+
+def _depth(stage: StagePreview) -> str:
+    """24 layers, or 4-4x4-4 (12 layers, 24 deep)."""
+    layers = len(set(stage.layers))
+    looped = len(stage.layers) > layers
+    return f"{stage.depth} ({_count(layers, 'layer')}, {len(stage.layers)} deep)" if looped else _count(layers, "layer")
 
 
 def _memory(stage: StagePreview) -> Table:

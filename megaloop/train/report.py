@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.console import Console
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
 from megaloop.depth.flops import flops_per_token, parameters
+from megaloop.depth.schedule import full_depth
 from megaloop.parallel.engine import StepResult, TrainingEngine, local_device
 from megaloop.parallel.live import Resharded
 from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
@@ -108,15 +109,18 @@ class RunReporter:
         count = parameters(plan, config.model, vocab_size=self._vocab_size)
         self._progress.message(f"run {self._directory.path}  on {describe_machine()}")
         self._progress.message(
-            f"model {count / 1e6:.1f}M parameters, depth {plan.layers if plan.lineage else plan}, "
+            f"model {count / 1e6:.1f}M parameters, {_depth(plan)}, "
             f"vocabulary {self._vocab_size}, {config.train.precision}"
         )
         self._progress.message(self._layout(engine))
         self._progress.message(f"kernels: {engine.kernels}")
         self._progress.message(sources.describe())
         if config.growth is not None:
-            to_come = ", ".join(f"{stage.plan.layers} layers until step {stage.stop}" for stage in config.stages)
+            to_come = ", ".join(f"{_depth(stage.plan)} until step {stage.stop}" for stage in config.stages)
             self._progress.message(f"growth {config.growth.operator}: {to_come}")
+        elif len(config.stages) > 1:
+            to_come = ", ".join(f"{_depth(stage.plan)} until step {stage.stop}" for stage in config.stages)
+            self._progress.message(f"depth: {to_come}")
         if checkpoint is not None:
             self._progress.message(f"resuming {checkpoint} at step {self._start.step}")
         self._metrics.event(
@@ -136,14 +140,29 @@ class RunReporter:
 
     def _use(self, engine: TrainingEngine) -> None:
         """From here on, steps are of this engine's plan, on its topology."""
-        config = self._config
         self._plan, self._topology = engine.plan, engine.topology
-        per_token = flops_per_token(engine.plan, config.model, config.data.sequence_length, vocab_size=self._vocab_size)
-        self.flops_per_step = per_token.total * self._tokens_per_step
+        self.flops_per_step = self.step_flops(None)
+
+    def step_flops(self, times: int | None) -> int:
+        """Model FLOPs of one optimizer step over all ranks, with the loop so often (None: as the plan says)."""
+        return self._flops_of(self._plan, times)
+
+    def _flops_of(self, plan: DepthPlan, times: int | None) -> int:
+        config = self._config
+        per_token = flops_per_token(
+            plan,
+            config.model,
+            config.data.sequence_length,
+            vocab_size=self._vocab_size,
+            times=times,
+            backprop=config.loop.backprop,
+        )
+        return per_token.total * self._tokens_per_step
 
     def _layout(self, engine: TrainingEngine) -> str:
         ranks = f"{engine.topology.world_size} rank{'s' if engine.topology.world_size > 1 else ''}"
-        stages = ", ".join(f"{stop - start}" for start, stop in engine.stages)
+        by_rank = zip(*engine.slices, strict=True)  # more rounds than one: 2+2+1
+        stages = ", ".join("+".join(f"{stop - start}" for start, stop in each) for each in by_rank)
         return (
             f"{ranks}: {engine.topology}, layers per stage {stages}, "
             f"{engine.micro_batches} micro-batches of {self._config.train.micro_batch}"
@@ -158,7 +177,7 @@ class RunReporter:
             return
         moved, in_place = plan.received(), plan.in_place
         self._metrics.event(
-            "grow",
+            _kind(before, engine.plan),
             step,
             seconds=resharded.seconds,
             bytes=sum(moved),
@@ -175,7 +194,7 @@ class RunReporter:
             loss_after=loss_after,
         )
         self._progress.message(
-            f"step {step}  grown from {before.layers} to {engine.plan.layers} layers in {resharded.seconds:.2f} s, "
+            f"step {step}  {_change(before, engine.plan)} in {resharded.seconds:.2f} s, "
             f"{format_bytes(sum(moved))} moved, {format_bytes(sum(in_place))} in place; "
             f"validation loss {loss_before:.4f} -> {loss_after:.4f}"
         )
@@ -186,7 +205,7 @@ class RunReporter:
         if self._directory is None:
             return
         self._metrics.event(
-            "grow",
+            _kind(before, engine.plan),
             step,
             live=False,
             plan_before=before.to_json(),
@@ -194,18 +213,27 @@ class RunReporter:
             loss_after=loss_after,
         )
         self._progress.message(
-            f"step {step}  grown from {before.layers} to {engine.plan.layers} layers while loading; "
-            f"validation loss {loss_after:.4f}"
+            f"step {step}  {_change(before, engine.plan)} while loading; validation loss {loss_after:.4f}"
         )
 
     def stepped(
-        self, at: Position, result: StepResult, lr: float, seconds: float, validated: tuple[float, float] | None
+        self,
+        at: Position,
+        result: StepResult,
+        lr: float,
+        seconds: float,
+        validated: tuple[float, float] | None,
+        times: int | None = None,
     ) -> None:
-        """Record a step; ``validated`` is (nats per token, bits per byte) where validation followed it."""
+        """Record a step; ``validated`` is (nats per token, bits per byte) where validation followed it.
+
+        Args:
+            times: how often the loop ran, where that was drawn.
+        """
         self._done = at
         if self._directory is None:
             return
-        tflops = self.flops_per_step / seconds / self._topology.world_size / 1e12
+        tflops = self.step_flops(times) / seconds / self._topology.world_size / 1e12
         record = StepRecord(
             step=at.step,
             tokens=at.tokens,
@@ -213,7 +241,7 @@ class RunReporter:
             lr=lr,
             grad_norm=result.grad_norm,
             layers=self._plan.layers,
-            depth=self._plan.depth,
+            depth=len(self._plan.uses(times)),
             flops=at.flops,
             tokens_per_second=self._tokens_per_step / seconds,
             tflops=tflops,
@@ -236,8 +264,9 @@ class RunReporter:
         if self._directory is None or self._config.growth is None:
             return
         done = self._done
-        full = self.flops_per_step * done.step  # the run ends at full depth
-        steps = round((full - done.flops) / self.flops_per_step)
+        per_step = self._flops_of(full_depth(self._config.stages), None)
+        full = per_step * done.step
+        steps = round((full - done.flops) / per_step)
         self._progress.message(
             f"{done.flops:.3g} FLOPs, {done.flops / full:.1%} of what {done.step} steps at full depth cost: "
             f"growing saved {1 - done.flops / full:.1%}, as much as {steps} step{'s' if steps != 1 else ''} at full depth"
@@ -248,3 +277,22 @@ class RunReporter:
         if self._directory is not None:
             self._metrics.event("save", step, seconds=seconds, bytes=size, path=str(path))
             self._progress.saved(step, path, seconds=seconds, bytes=size)
+
+
+def _depth(plan: DepthPlan) -> str:
+    """24 layers, or 4-4x4-4 (12 layers, 24 deep)."""
+    if plan.is_looped:
+        return f"{plan.notation} ({plan.layers} layers, {plan.depth} deep)"
+    return f"{plan.layers} layer{'s' if plan.layers > 1 else ''}"
+
+
+def _kind(before: DepthPlan, after: DepthPlan) -> Literal["grow", "loop"]:
+    """The event's name: layers were added, or only their order changed."""
+    return "grow" if after.layers > before.layers else "loop"
+
+
+def _change(before: DepthPlan, after: DepthPlan) -> str:
+    if before.is_looped or after.is_looped:
+        word = "grown" if after.layers > before.layers else "changed"
+        return f"{word} from {_depth(before)} to {_depth(after)}"
+    return f"grown from {before.layers} to {after.layers} layers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megaloop.checkpoint import Checkpoint, check_same_model, list_checkpoints, resolve_checkpoint
 from megaloop.config import Config
 from megaloop.data import Sources
-from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, before_growth, grow, stage_at
+from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, before_growth, grow, stage_at, unloop
 from megaloop.errors import MegaloopError
 from megaloop.model import parameter_specs
 from megaloop.parallel.placement import Piece
@@ -32,7 +32,7 @@ class Start:
         stages: the stages of the whole run.
         source: the state of the stage that the run begins in.
         checkpoint: the checkpoint that it resumes, None for a new run.
-        grown_from: the checkpoint's plan, where it is shallower than the stage that the run begins in.
+        grown_from: the checkpoint's plan, where it is another than that of the stage that the run begins in.
     """
 
     position: Position
@@ -110,10 +110,11 @@ def _begin(
         growth = catch_up(config, stages, saved, position.step)
     except MegaloopError as error:
         raise MegaloopError(f"checkpoint {checkpoint.path}: {error}") from None
-    # without growth, a checkpoint of another depth is refused here, like any other shape
-    check_same_model(checkpoint.manifest, config.model, saved if growth.lineage else growth.plan, vocab_size)
+    # a checkpoint of another number of layers that nothing made grow is refused here, like any other shape
+    refused = growth.plan.layers != saved.layers and not growth.lineage
+    check_same_model(checkpoint.manifest, config.model, growth.plan if refused else saved, vocab_size)
     checkpoint.check_tensors(parameter_specs(config.model, saved, vocab_size))
-    if not growth.lineage:
+    if growth.plan == saved:
         return Start(position, stages, state, resumed)
     moments = "copy" if config.growth is None else config.growth.moments
     grown = GrownState(state, growth, InitialValues(config.model, config.seed, growth.plan, vocab_size), moments)
@@ -126,16 +127,17 @@ def stages_from(config: Config, saved: DepthPlan) -> tuple[GrowthStage, ...]:
     The first stage has the layers, with their ids and lineage, that the plan had when it was as shallow: so a run may
     begin with a model that was grown before. A run that does not grow takes any plan that is as deep as it asks for.
     """
+    count = config.stages[0].plan.layers
+    layers = unloop(saved)
     if config.growth is None:
-        stage = config.stages[0]
-        fits = saved.layers == stage.plan.layers and not saved.is_looped
-        return (replace(stage, plan=saved, growth=Growth.none(saved)),) if fits else config.stages
+        unties = any(event.untie for event in config.depth_events)
+        if saved.layers != count and not (unties and saved.layers > count):
+            return config.stages
+        return config.stages_from(before_growth(layers, count))
     growth = config.growth
-    if saved.layers >= growth.start:
-        first = before_growth(saved, growth.start)
-    else:
-        first = grow(saved, growth.operator, growth.start, growth.block, insert_at=growth.insert_at).plan
-    return growth.stages(config.plan.layers, config.train.steps, first)
+    if saved.layers >= count:
+        return config.stages_from(before_growth(layers, count))
+    return config.stages_from(grow(layers, growth.operator, count, growth.block, insert_at=growth.insert_at).plan)
 
 
 def catch_up(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan, step: int) -> Growth:
@@ -145,6 +147,20 @@ def catch_up(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan, st
         MegaloopError: the checkpoint is deeper, or its lineage is another than the run's growth makes.
     """
     stage = stage_at(stages, step)
+    position = stages.index(stage)
+    for index in range(position, -1, -1):
+        if stages[index].plan == saved:
+            made = Growth.none(saved)
+            for later in stages[index + 1 : position + 1]:
+                made = made.then(later.growth)
+            return made
+    if unloop(saved) == unloop(stage.plan):  # only the order differs: loops come and go on load as well
+        if saved.is_looped and stage.plan.is_looped and saved.style != stage.plan.style:
+            raise MegaloopError(
+                f"its loop has {_style(saved)}, but the configuration says {_style(stage.plan)}; "
+                "set loop.injection, loop.residual_scale and loop.norm as it was trained"
+            )
+        return Growth.reordered(saved, stage.plan)
     growth = config.growth
     if growth is None:
         return Growth.none(stage.plan)
@@ -153,26 +169,31 @@ def catch_up(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan, st
             f"it has {saved.layers} layers, but at step {step} the growth schedule is at {stage.plan.layers}; growth "
             "never shrinks: keep the schedule (and train.steps, which prop schedules divide) of the run that saved it"
         )
-    for index, earlier in enumerate(stages):
-        if earlier.plan == saved:
-            made = Growth.none(saved)
-            for later in stages[index + 1 : stages.index(stage) + 1]:
-                made = made.then(later.growth)
-            return made
+    if saved.is_looped and not stage.plan.is_looped:
+        raise MegaloopError(
+            f"its plan {saved.notation} is looped, but at step {step} the run has {stage.plan.layers} layers without a loop; "
+            "make one change at a time: take the loop away first (megaloop loop --depth), or spell it in depth"
+        )
     if saved.layers < stage.plan.layers:
-        made = grow(saved, growth.operator, stage.plan.layers, growth.block, insert_at=growth.insert_at)
-        if made.plan == stage.plan:
-            return made
+        made = grow(unloop(saved), growth.operator, stage.plan.layers, growth.block, insert_at=growth.insert_at)
+        if made.plan == unloop(stage.plan):
+            return Growth(stage.plan, made.lineage, new_loop=not saved.is_looped)
     raise MegaloopError(
         f"the lineage of its {saved.layers} layers is {_made_by(config, saved)}, but growth.operator is "
         f"{growth.operator} (block {growth.block}, insert_at {growth.insert_at}); go on with the operator it was grown with"
     )
 
 
+def _style(plan: DepthPlan) -> str:
+    style = plan.style
+    return f"injection {style.injection}, residual_scale {style.residual_scale}, norm {str(style.norm).lower()}"
+
+
 def _made_by(config: Config, saved: DepthPlan) -> str:
     """Which operator makes such a lineage, as far as this run's stages allow to say."""
     growth = config.growth
     assert growth is not None
+    saved = unloop(saved)
     if not saved.lineage:
         return f"that of fresh layers (growth.start={saved.layers} would begin with them)"
     first = before_growth(saved, growth.start)

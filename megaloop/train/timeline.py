@@ -24,21 +24,20 @@ class StepPicture:
     Attributes:
         title: what it is of.
         rounds: the order of work.
-        forward: time of a forward pass of one micro-batch through each pipeline rank's slice (only ratios matter).
-        recompute: the backward pass runs the forward pass once more.
+        forward, backward: time of a pass of one micro-batch, by round and pipeline rank (only ratios matter).
     """
 
     title: str
     rounds: Rounds
-    forward: tuple[float, ...]
-    recompute: bool = False
+    forward: Sequence[Sequence[float]]
+    backward: Sequence[Sequence[float]]
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
-        """When each rank does what: a backward pass takes twice its forward pass, messages take no time."""
+        """When each rank does what; messages take no time."""
         return self.rounds.timeline(self._seconds)
 
     def _seconds(self, rank: int, work: Pass) -> float:
-        return self.forward[rank] * ((3.0 if self.recompute else 2.0) if work.backward else 1.0)
+        return (self.backward if work.backward else self.forward)[work.round][rank]
 
     @property
     def waiting(self) -> float:
@@ -59,7 +58,7 @@ def draw_text(picture: StepPicture, width: int) -> Text:
         width: columns at most. Where the step is too long for it, the beginning is shown.
     """
     spans = picture.spans()
-    tick = min(picture.forward)
+    tick = min(seconds for each in picture.forward for seconds in each if seconds)
     label = len(str(len(spans) - 1)) + 2
     columns = min(round(_end(spans) / tick), max(width - label - 4, 10))
     lines = Text(f"{picture.title}  ranks wait {picture.waiting:.1%} of a step\n", no_wrap=True)

@@ -19,7 +19,7 @@ from megaloop.checkpoint import Checkpoint, CheckpointInfo, save_checkpoint
 from megaloop.checkpoint.huggingface import export_huggingface, import_huggingface
 from megaloop.checkpoint.huggingface_tokenizer import write_tokenizer
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, LoopStyle
 from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model import initial_values, parameter_specs, vocab_parallel_cross_entropy
@@ -109,10 +109,16 @@ def test_a_large_model_is_exported_in_several_files(
     assert Checkpoint.open(tmp_path / "again").names("model") == Checkpoint.open(tmp_path / "ours").names("model")
 
 
-def _checkpoint(directory: Path, depth: str, tokenizer: Path | None = None, vocab_size: int = 128) -> Path:
+def _checkpoint(
+    directory: Path,
+    depth: str,
+    tokenizer: Path | None = None,
+    vocab_size: int = 128,
+    style: LoopStyle = LoopStyle(),
+) -> Path:
     """A checkpoint of initial values."""
     model = ModelConfig(hidden_size=48, num_heads=6, num_kv_heads=2, ffn_size=80, vocab_size=vocab_size)
-    plan = DepthPlan.parse(depth)
+    plan = DepthPlan(DepthPlan.parse(depth).order, style=style)
     pieces = []
     for name, spec in parameter_specs(model, plan, vocab_size).items():
         piece = Piece(name, spec.shape, Box.whole(spec.shape))
@@ -126,15 +132,36 @@ def _checkpoint(directory: Path, depth: str, tokenizer: Path | None = None, voca
     return directory
 
 
-def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("depth", "style", "layers"),
+    [
+        (None, LoopStyle(), 8),
+        ("1-2x5-1", LoopStyle(), 12),
+        ("0-4x2-0", LoopStyle(), 8),
+        ("4", LoopStyle(), 4),
+        (None, LoopStyle(residual_scale="1/k"), 8),
+        ("1-2x5-1", LoopStyle(residual_scale="1/k"), 12),
+    ],
+)
+def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path, depth: str | None, style: LoopStyle, layers: int) -> None:
     from transformers import AutoModelForCausalLM
 
-    checkpoint = _checkpoint(tmp_path / "looped", "1-2x3-1")
-    export_huggingface(checkpoint, tmp_path / "out", dtype="fp32")
+    checkpoint = _checkpoint(tmp_path / "looped", "1-2x3-1", style=style)
+    export_huggingface(checkpoint, tmp_path / "out", dtype="fp32", depth=depth)
     unrolled = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert unrolled.config.num_hidden_layers == 8
-    ours, _ = load_decoder(checkpoint)
+    assert unrolled.config.num_hidden_layers == layers
+    ours, _ = load_decoder(checkpoint, depth=depth)
     assert torch.allclose(ours(_tokens()), unrolled(_tokens()).logits, atol=1e-4)
+
+
+def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path / "looped", "1-2x3-1", style=LoopStyle(norm=True))
+    with pytest.raises(
+        MegaloopError, match="its loop has an injection or a norm, which a Llama decoder has no place for"
+    ):
+        export_huggingface(checkpoint, tmp_path / "out")
+    with pytest.raises(MegaloopError, match="stays where it is; choose 1-2xTIMES-1"):
+        load_decoder(checkpoint, depth="4")
 
 
 def test_bf16_exports_the_training_copy_and_fp32_the_masters(tmp_path: Path) -> None:

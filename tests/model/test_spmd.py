@@ -17,6 +17,7 @@ from spmd_types.checker import typecheck
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megaloop.config import ModelConfig
+from megaloop.depth import DepthPlan, LoopStyle
 from megaloop.model import DecoderStage, TensorParallel, vocab_parallel_cross_entropy
 from megaloop.model.tensor_parallel import RowParallelLinear
 
@@ -33,12 +34,15 @@ def mesh() -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def _check(mesh: DeviceMesh, sequence_parallel: bool, *, tied: bool = True, documents: bool = False) -> torch.Tensor:
+def _check(
+    mesh: DeviceMesh, sequence_parallel: bool, *, tied: bool = True, documents: bool = False, looped: bool = False
+) -> torch.Tensor:
     """Type-check a one-layer decoder's forward pass and loss; returns the loss."""
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")
     config = ModelConfig(**MODEL, tied_embeddings=tied)
     parallel = TensorParallel.over(tp, sequence_parallel)
-    stage = DecoderStage(config, 128, (0,), tp=parallel)
+    plan = DepthPlan((0, 0), style=LoopStyle("concat", "1/k", norm=True)) if looped else DepthPlan.plain(1)
+    stage = DecoderStage(config, 128, plan, tp=parallel)
     tokens_BS = torch.randint(0, 128, (2, 16))
     documents_BS = (torch.arange(16) // 5).expand(2, 16) if documents else None
     with spmd.set_current_mesh(mesh), typecheck(local=True):
@@ -65,6 +69,11 @@ def test_every_gradient_is_reduced_exactly_once(mesh: DeviceMesh, sequence_paral
 @pytest.mark.parametrize("sequence_parallel", LAYOUTS)
 def test_document_masking_keeps_gradients_right(mesh: DeviceMesh, sequence_parallel: bool) -> None:
     _check(mesh, sequence_parallel, documents=True)
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS)
+def test_a_loops_adapter_and_norm_are_reduced_like_the_rest(mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    _check(mesh, sequence_parallel, looped=True)
 
 
 def test_the_checker_refuses_a_block_that_forgets_to_enter(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,8 @@ def train_layout(values: dict[str, Any]) -> dict[str, Any]:
     )
     at = engine.coordinate
     batches = micro_batches(config, at.dp, topology.dp)
-    results = [engine.train_step(batches, LR) for _ in range(config.train.steps)]
+    times = [config.loop_times(config.plan, step) for step in range(config.train.steps)]
+    results = [engine.train_step(batches, config.optimizer.lr, each) for each in times]
     evaluated = engine.evaluate(batches, engine.micro_batches)
     differing = engine.differing_replicas()
     engine.close()
@@ -174,13 +175,14 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
         {"params": [masters[n] for n in masters if specs[n].decay], "weight_decay": options.weight_decay},
         {"params": [masters[n] for n in masters if not specs[n].decay], "weight_decay": 0.0},
     ]
-    adam = torch.optim.AdamW(groups, lr=LR, betas=(options.beta1, options.beta2), eps=options.eps)
+    adam = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
     losses, norms = [], []
     for step in range(config.train.steps):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(masters[name])
         tokens, targets, documents = batch(config, step)
+        model.times, model.backprop = config.loop_times(config.plan, step), config.loop.backprop
         logits = model(tokens, documents if config.model.document_masking else None)
         loss = vocab_parallel_cross_entropy(logits, targets, model.tp)
         gradients = torch.autograd.grad(loss, list(parameters.values()))

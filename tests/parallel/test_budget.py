@@ -11,7 +11,7 @@ from megaloop.config import Config
 from megaloop.depth.flops import layer_parameters
 from megaloop.model import parameter_specs
 from megaloop.parallel.budget import RankBudget, in_flight, rank_budgets
-from megaloop.parallel.engine import split_stages
+from megaloop.parallel.engine import split_rounds
 from megaloop.parallel.rounds import Rounds
 from megaloop.parallel.topology import Topology
 from tests.distributed import RankPool
@@ -24,7 +24,7 @@ def budgets(values: dict[str, Any], world_size: int) -> tuple[RankBudget, ...]:
     config = Config.model_validate(values)
     topology = Topology(*config.topology(world_size))
     specs = parameter_specs(config.model, config.plan, VOCAB)
-    return rank_budgets(config, specs, config.plan, topology, split_stages(config, config.plan, topology, VOCAB))
+    return rank_budgets(config, specs, config.plan, topology, split_rounds(config, config.plan, topology, VOCAB))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -98,7 +98,7 @@ def test_micro_batches_in_flight_are_those_of_deepspeeds_schedule(stages: int, m
             for command in commands:
                 running += isinstance(command, ForwardPass) - isinstance(command, BackwardPass)
                 most = max(most, running)
-        assert in_flight(stage, stages, micro_batches) == most
+        assert in_flight(Rounds(stages, micro_batches), stage) == most
 
 
 def test_the_bubble_is_the_schedules_idle_share() -> None:

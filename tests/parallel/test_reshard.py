@@ -39,7 +39,7 @@ def placement(
         hidden_size=2 * heads, num_heads=heads, num_kv_heads=heads, ffn_size=3 * heads, tied_embeddings=tied
     )
     stages = partition(plan, topology.pp, LayerCosts(0.0, 1.0, head))
-    return Placement.of(parameter_specs(model, plan, VOCAB), plan, topology, stages)
+    return Placement.of(parameter_specs(model, plan, VOCAB), plan, topology, (stages,))
 
 
 # --- an independent account, value by value ---
@@ -247,7 +247,7 @@ def test_equal_holders_share_the_sending_evenly(sizes: list[int], count: int, ap
     plan, topology, slot = DepthPlan.plain(1), Topology(dp=count + 1), ("master", "norm.weight")
     senders = [(rank,) for rank in range(count)] if apart else [tuple(range(count))]
     old, new = (
-        Placement(plan, topology, ((0, 1),), {slot: tuple(Holder(*each) for each in product(parts, ranks))})
+        Placement(plan, topology, (((0, 1),),), {slot: tuple(Holder(*each) for each in product(parts, ranks))})
         for ranks in (senders, [(count,)])
     )
     reshard = transfers(old, new, Growth.none(plan), weight_bytes=4)
@@ -261,8 +261,8 @@ def test_a_value_that_nobody_holds_is_a_mistake_of_ours() -> None:
     plan, topology = DepthPlan.plain(1), Topology(dp=2)
     half = Piece("norm.weight", (4,), Box((0,), (2,)))
     whole = Piece("norm.weight", (4,), Box((0,), (4,)))
-    old = Placement(plan, topology, ((0, 1),), {("master", "norm.weight"): (Holder(half, (0,)),)})
-    new = Placement(plan, topology, ((0, 1),), {("master", "norm.weight"): (Holder(whole, (1,)),)})
+    old = Placement(plan, topology, (((0, 1),),), {("master", "norm.weight"): (Holder(half, (0,)),)})
+    new = Placement(plan, topology, (((0, 1),),), {("master", "norm.weight"): (Holder(whole, (1,)),)})
     with pytest.raises(RuntimeError, match="no rank holds"):
         transfers(old, new, Growth.none(plan), weight_bytes=4)
 

@@ -63,7 +63,7 @@ def _digest(folder: Path) -> dict[str, str]:
         (["data.sources.0.path=nowhere"], "data nowhere: no data.json there"),
         (["model.vocab_size=128"], "model.vocab_size 128 is smaller than the data's vocabulary of 400"),
         (["depth=4-4x"], "depth: cannot read '4-4x'"),
-        (["depth=1-2x3-1"], "training loops needs pipeline rounds"),
+        (["depth=1-2x3-1", "loop.backprop=4"], "loop.backprop 4 is more than the 3 times"),
         (["init=nowhere"], "checkpoint nowhere: no such directory"),
     ],
 )

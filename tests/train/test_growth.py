@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from megaloop.checkpoint import Checkpoint
-from megaloop.checkpoint.grow import grow_checkpoint
+from megaloop.checkpoint.depth import grow_checkpoint
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, grow
 from megaloop.depth.flops import flops_per_token

@@ -17,7 +17,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 def test_one_forward_one_backward_as_it_is_known() -> None:
     """Narayanan et al., arXiv 2104.04473, figure 4 in small: 1F1B of 4 micro-batches on 2 ranks."""
-    picture = StepPicture("step", Rounds(2, 4), (1.0, 1.0))
+    picture = StepPicture("step", Rounds(2, 4), ((1.0, 1.0),), ((2.0, 2.0),))
     title, *lines = draw_text(picture, 80).plain.split("\n")
     assert title == "step  ranks wait 20.0% of a step"
     assert lines == ["0  01··aa2bb3cc·dd", "1  ·0aa1bb2cc3dd··"]
@@ -25,22 +25,24 @@ def test_one_forward_one_backward_as_it_is_known() -> None:
 
 
 def test_two_rounds_wait_half_as_long() -> None:
-    once, twice = (StepPicture("step", Rounds(4, 8, rounds), (1.0,) * 4) for rounds in (1, 2))
+    once, twice = (
+        StepPicture("step", Rounds(4, 8, rounds), ((1.0,) * 4,) * rounds, ((2.0,) * 4,) * rounds) for rounds in (1, 2)
+    )
     assert once.waiting == pytest.approx(3 / 11)
     assert twice.waiting == pytest.approx(3 / 19)
 
 
 def test_uneven_slices_and_recomputation_take_their_time() -> None:
-    picture = StepPicture("step", Rounds(2, 2), (2.0, 1.0))
+    picture = StepPicture("step", Rounds(2, 2), ((2.0, 1.0),), ((4.0, 2.0),))
     assert draw_text(picture, 80).plain.split("\n")[1:] == ["0  0011·aaaabbbb", "1  ··0aa1bb·····"]
     assert picture.waiting == pytest.approx(1 - (12 + 6) / (2 * 13))
-    again = StepPicture("step", Rounds(2, 2), (1.0, 1.0), recompute=True)
+    again = StepPicture("step", Rounds(2, 2), ((1.0, 1.0),), ((3.0, 3.0),))
     assert max(span.stop for span in again.spans()[0]) == 4 * 3
     assert again.waiting == pytest.approx(again.rounds.bubble)
 
 
 def test_a_long_step_is_cut_where_the_terminal_ends() -> None:
-    lines = draw_text(StepPicture("step", Rounds(12, 64), (1.0,) * 12), 60).plain.split("\n")[1:]
+    lines = draw_text(StepPicture("step", Rounds(12, 64), ((1.0,) * 12,), ((2.0,) * 12,)), 60).plain.split("\n")[1:]
     assert all(len(line) == 60 and line.endswith(" ...") for line in lines)
     assert lines[11].startswith("11  ···········0aa1bb")
 
@@ -59,4 +61,4 @@ def test_the_command_draws_text_and_png(tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(MegaloopError, match="cannot be written"):
-        draw_png([StepPicture("step", Rounds(2, 4), (1.0, 1.0))], tmp_path / "missing" / "step.png")
+        draw_png([StepPicture("step", Rounds(2, 4), ((1.0, 1.0),), ((2.0, 2.0),))], tmp_path / "missing" / "step.png")

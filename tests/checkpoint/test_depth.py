@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, save_checkpoint
-from megaloop.checkpoint.grow import grow_checkpoint
+from megaloop.checkpoint.depth import grow_checkpoint
 from megaloop.checkpoint.manifest import MANIFEST, Manifest
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth, Operator, grow

@@ -1,0 +1,169 @@
+"""A looped model as stock DeepSpeed runs it: ``TiedLayerSpec``, a copy of a layer on every stage that uses it.
+
+The baseline of ``megaloop bench rounds``. Each use of a layer is an item of DeepSpeed's own ``PipelineModule``; its engine
+runs one round of 1F1B and all-reduces the gradients of copies before the optimizer's step. Layers, loss, optimizer and
+initial values are ours, so that nothing but the pipeline differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megaloop.config import Config, ModelConfig
+from megaloop.depth import DepthPlan, LoopStyle
+from megaloop.errors import MegaloopError
+from megaloop.model import Kernels, TensorParallel, build_adamw, choose_kernels, parameter_specs
+from megaloop.model.layers import AttentionContext, DecoderLayer, RMSNorm, rotary_tables
+from megaloop.model.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megaloop.parallel.engine import Batch, StepResult, align_shares, deepspeed_config, local_device, quietly
+from megaloop.parallel.partition import estimated_costs, partition
+from megaloop.parallel.placement import Box, Piece
+from megaloop.parallel.state import StateSource
+from megaloop.parallel.topology import Topology
+
+__all__ = ["TiedEngine"]
+
+
+class TiedEngine:
+    """A plan on pp x dp ranks, by stock DeepSpeed; takes the calls of :class:`megaloop.parallel.engine.TrainingEngine`.
+
+    Args:
+        config, plan, topology, vocab_size: as there; one tensor-parallel rank, no documents, loops of plain composition.
+        source: where the weights come from.
+
+    Attributes:
+        module: DeepSpeed's module; its parameters are what the rank holds.
+
+    Raises:
+        MegaloopError: what this baseline does not do.
+    """
+
+    def __init__(self, config: Config, plan: DepthPlan, topology: Topology, vocab_size: int, source: StateSource):
+        if topology.tp > 1 or config.model.document_masking or plan.style != LoopStyle():
+            raise MegaloopError("the baseline of tied layers has no tensor parallelism, documents or options of loops")
+        self.topology, self._global_batch = topology, config.train.global_batch
+        self.micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+        device = local_device()
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        kernels = choose_kernels(device, dtype)
+        specs = parameter_specs(config.model, plan, vocab_size)
+        with quietly():
+            import deepspeed
+
+            align_shares()
+            self.module = _TiedDecoder(config, plan, topology, vocab_size, kernels, dtype)
+            named = dict(self.module.canonical_parameters())
+            with torch.no_grad():
+                for name, parameter in named.items():
+                    values = source.read_piece("master", Piece(name, specs[name].shape, Box.whole(specs[name].shape)))
+                    assert values is not None, name
+                    parameter.copy_(values)
+            options = config.optimizer
+            groups = [
+                {"params": [p for name, p in named.items() if specs[name].decay], "weight_decay": options.weight_decay},
+                {"params": [p for name, p in named.items() if not specs[name].decay], "weight_decay": 0.0},
+            ]
+            adam = build_adamw(groups, kernels, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+            self._engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=adam, config=deepspeed_config(config, self.micro_batches)
+            )
+
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
+        """One optimizer step over ``micro_batches`` items of ``batches``."""
+        for group in self._engine.optimizer.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._engine.train_batch(data_iter=batches)
+        return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
+
+    def layer_parameters(self, ids: set[int]) -> Iterator[nn.Parameter]:
+        """The parameters that this rank holds of some layers."""
+        for name, parameter in self.module.canonical_parameters():
+            section, layer_id, *_ = name.split(".")
+            if section == "layers" and int(layer_id) in ids:
+                yield parameter
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._engine.loss = None
+        self._engine.pipe_buffers = {key: [None] * len(slots) for key, slots in self._engine.pipe_buffers.items()}
+        with quietly():
+            self._engine.destroy()
+
+
+class _TiedDecoder(PipelineModule):
+    """The decoder as a list of items: embedding, each use of a layer, norm, head."""
+
+    def __init__(
+        self, config: Config, plan: DepthPlan, topology: Topology, vocab_size: int, kernels: Kernels, dtype: torch.dtype
+    ):
+        model, tp = config.model, TensorParallel()
+        # for _partition_layers, which the constructor calls before nn.Module's own attribute handling is of use
+        costs = estimated_costs(model, vocab_size, config.data.sequence_length)
+        object.__setattr__(self, "_stages", partition(DepthPlan.plain(plan.depth), topology.pp, costs))
+        object.__setattr__(
+            self,
+            "_prefixes",
+            ["embedding", *(f"layers.{layer_id}" for layer_id in plan.order), "norm",
+             "embedding" if model.tied_embeddings else "head"],
+        )  # fmt: skip
+        layer = (model, tp, kernels, config.data.sequence_length, dtype)
+        attributes = [name for name, _ in DecoderLayer(_smallest(model), tp, kernels).named_parameters()]
+        norm = LayerSpec(RMSNorm, model.hidden_size, model.norm_eps, tp, kernels)
+        embedding = (VocabParallelEmbedding, vocab_size, model.hidden_size, tp)
+        items: list[Any] = [TiedLayerSpec("embedding", *embedding) if model.tied_embeddings else LayerSpec(*embedding)]
+        for layer_id in plan.order:
+            if plan.order.count(layer_id) > 1:
+                items.append(TiedLayerSpec(f"layer{layer_id}", _Layer, *layer, tied_weight_attr=attributes))
+            else:
+                items.append(LayerSpec(_Layer, *layer))
+        if model.tied_embeddings:
+            head: Any = TiedLayerSpec("embedding", *embedding, forward_fn=VocabParallelEmbedding.logits)
+        else:
+            head = LayerSpec(ColumnParallelLinear, model.hidden_size, vocab_size, tp)
+        super().__init__(
+            layers=[*items, norm, head],
+            topology=PipeModelDataParallelTopology(num_pp=topology.pp, num_mp=1, num_dp=topology.dp),
+            loss_fn=lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, tp),
+        )
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """As many executed layers on each stage as balances them; the embedding goes to the first, norm and head to the last."""
+        cuts = [0, *(stop + 1 for _, stop in self._stages)]
+        cuts[-1] += 2
+        self.parts = cuts
+        stage_id = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=cuts[stage_id], stop=cuts[stage_id + 1])
+
+    def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters by the names that they have elsewhere, each once."""
+        seen: set[int] = set()
+        for prefix, item in zip(self._prefixes[self._local_start : self._local_stop], self.forward_funcs, strict=True):
+            module = item if isinstance(item, nn.Module) else item.args[0]  # a head that is tied is a partial
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{prefix}.{name}", parameter
+
+
+class _Layer(DecoderLayer):
+    """A layer that makes its own attention context: DeepSpeed's items take one tensor and give one."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels, length: int, dtype: torch.dtype):
+        super().__init__(config, tp, kernels)
+        tables = rotary_tables(length, config.head_size, config.rope_theta, local_device())
+        cos_Sh, sin_Sh = (table.to(dtype) for table in tables)
+        self._context = AttentionContext(cos_Sh, sin_Sh)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x_BSD, self._context)
+
+
+def _smallest(model: ModelConfig) -> ModelConfig:
+    """A model whose layers have parameters of the same names, and hardly any values."""
+    return ModelConfig(hidden_size=2, num_heads=1, num_kv_heads=1, ffn_size=1, norm_eps=model.norm_eps)

@@ -1,0 +1,268 @@
+"""Training and evaluating over several rounds, on DeepSpeed's pipeline engine.
+
+DeepSpeed's engine knows one slice of layers per rank. Here a rank has one per round, and works in the order that
+:class:`megaloop.parallel.rounds.Rounds` gives; a looped layer is held once, by the rank that runs all its uses, and its
+gradients add up there. Reducing gradients over replicas, the tied embedding's exchange and the optimizer's step remain
+DeepSpeed's, once per step.
+
+Activations and gradients go over process groups of their own, one for each pair of neighbours and direction, so that they
+arrive in the order in which they are sent, whatever else the two ranks have to say to each other. (In a ring of two, the
+next rank and the one before are the same.) Receives are posted ahead of need.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaloop.depth import DepthPlan
+from megaloop.model.decoder import LoopEntry
+from megaloop.parallel.partition import Slices
+from megaloop.parallel.rounds import Pass
+from megaloop.parallel.topology import Coordinate, Topology
+from megaloop.parallel.work import RankWork
+
+__all__ = ["RoundsEngine"]
+
+_AHEAD = 2
+"""Receives that are posted before they are needed, per direction."""
+
+
+@dataclass
+class _Message:
+    """Something on its way: the request, and the tensors, which must live until it is done."""
+
+    request: Any
+    tensor: Tensor
+
+
+class RoundsEngine:
+    """Runs the slices of a rank in the order of rounds; for pipelines of two ranks or more.
+
+    Args:
+        engine: DeepSpeed's pipeline engine, whose module is a :class:`megaloop.parallel.pipeline.PipelinedDecoder`.
+        activation: shape of what goes from rank to rank.
+        documents: shape of the document indices that go along, or None.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        plan: DepthPlan,
+        slices: Slices,
+        topology: Topology,
+        at: Coordinate,
+        activation: tuple[int, ...],
+        documents: tuple[int, ...] | None,
+    ):
+        self._engine, self._plan, self._slices, self._rank = engine, plan, slices, at.pp
+        self._activation, self._documents = activation, documents
+        self._ranks = topology.pp
+        self._members = [topology.rank(Coordinate(pp, at.dp, at.tp)) for pp in range(topology.pp)]
+        self._channels = _open_channels(topology, at)
+        weight = next(engine.module.stage.parameters())
+        self._dtype, self._device = weight.dtype, weight.device
+
+    def train(self, batches: Iterator[Any], micro_batches: int) -> Tensor:
+        """One optimizer step, with the loop as often as the module's stage says; the mean loss, on every rank."""
+        engine = self._engine
+        engine.module.train()
+        loss = self._run(batches, micro_batches)
+        engine._exec_reduce_tied_grads()
+        engine._exec_reduce_grads()
+        engine._exec_optimizer_step()
+        return loss
+
+    def evaluate(self, batches: Iterator[Any], micro_batches: int) -> Tensor:
+        """The mean loss over micro-batches, on every rank; no gradients."""
+        self._engine.module.eval()
+        with torch.no_grad():
+            return self._run(batches, micro_batches)
+
+    def _run(self, batches: Iterator[Any], micro_batches: int) -> Tensor:
+        step = _Step(self, batches, micro_batches)
+        step.run()
+        loss = step.total / micro_batches
+        dist.broadcast(loss, self._members[-1], group=self._engine.grid.get_pipe_parallel_group())
+        replicas = self._engine.grid.get_data_parallel_group()
+        if dist.get_world_size(replicas) > 1:
+            dist.all_reduce(loss, group=replicas)
+            loss /= dist.get_world_size(replicas)
+        return loss
+
+
+class _Step:
+    """One step, while it runs: what this rank holds, awaits and has sent."""
+
+    def __init__(self, engine: RoundsEngine, batches: Iterator[Any], micro_batches: int):
+        self._e, self._stage = engine, engine._engine.module.stage
+        self._micro_batches = micro_batches
+        self._work = RankWork.of(
+            engine._plan,
+            engine._slices,
+            engine._rank,
+            micro_batches,
+            times=self._stage.times,
+            backprop=self._stage.backprop,
+            forward_only=not torch.is_grad_enabled(),
+        )
+        self.total = torch.zeros((), device=engine._device)
+        reads = engine._rank in (0, engine._ranks - 1)
+        self._batches = [next(batches) for _ in range(micro_batches)] if reads else []
+        self._inputs: dict[tuple[int, int], Tensor] = {}
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+        self._documents: dict[int, Tensor] = {}
+        # of each micro-batch, what entered the loop: as it came about, and as later rounds take it, on the rank that injects
+        self._entered: dict[int, tuple[Tensor, Tensor]] = {}
+        self._arriving: dict[tuple[Pass, str], _Message] = {}
+        self._sent: deque[_Message] = deque()
+        self._awaited = {
+            backward: deque(
+                work for work in self._work.passes() if work.backward == backward and self._work.receives(work)
+            )
+            for backward in (False, True)
+        }
+        for _ in range(_AHEAD):
+            self._post(False)
+            self._post(True)
+
+    def run(self) -> None:
+        """Do all of this rank's passes, and wait until everything that it sent has gone."""
+        for work in self._work.passes():
+            if work.backward:
+                self._backward(work)
+            else:
+                self._forward(work)
+        for message in self._sent:
+            message.request.wait()
+        self._sent.clear()
+
+    # --- messages ---
+
+    def _post(self, backward: bool) -> None:
+        """Begin to receive the next message of a direction."""
+        if not self._awaited[backward]:
+            return
+        e, work = self._e, self._awaited[backward].popleft()
+        source = (e._rank + (1 if backward else -1)) % e._ranks
+        channel = e._channels[source, backward]
+        values = torch.empty(e._activation, dtype=e._dtype, device=e._device)
+        self._arriving[work, "values"] = _Message(dist.irecv(values, e._members[source], group=channel), values)
+        if e._documents is not None and not backward and work.round == 0:
+            indices = torch.empty(e._documents, dtype=torch.int32, device=e._device)
+            self._arriving[work, "documents"] = _Message(
+                dist.irecv(indices, e._members[source], group=channel), indices
+            )
+
+    def _receive(self, work: Pass) -> Tensor:
+        message = self._arriving.pop((work, "values"))
+        message.request.wait()
+        if (work, "documents") in self._arriving:
+            documents = self._arriving.pop((work, "documents"))
+            documents.request.wait()
+            self._documents[work.micro_batch] = documents.tensor
+        self._post(work.backward)
+        return message.tensor
+
+    def _send(self, values: Tensor, *, backward: bool) -> None:
+        """To the next rank, or with gradients to the one before."""
+        e = self._e
+        values = values.detach().contiguous()
+        target = e._members[(e._rank + (-1 if backward else 1)) % e._ranks]
+        request = dist.isend(values, target, group=e._channels[e._rank, backward])
+        self._sent.append(_Message(request, values))
+        while self._sent and self._sent[0].request.is_completed():
+            self._sent.popleft()
+
+    # --- work ---
+
+    def _forward(self, work: Pass) -> None:
+        e = self._e
+        if self._work.begins(work):
+            inputs = self._batches[work.micro_batch][0]
+            if e._documents is not None:
+                inputs, documents = inputs
+                self._documents[work.micro_batch] = documents.to(e._device)
+            x = inputs.to(e._device)
+        else:
+            x = self._receive(work)
+        out = x if self._work.relays(work) else self._compute(work, x)
+        if not self._work.sends(work):
+            return
+        self._send(out, backward=False)
+        if e._documents is not None and work.round == 0 and e._rank < e._ranks - 1:
+            self._send(self._documents[work.micro_batch], backward=False)
+
+    def _compute(self, work: Pass, x: Tensor) -> Tensor:
+        """Run the slice; its loss, if it ends with it."""
+        e, number, key = self._e, work.micro_batch, (work.round, work.micro_batch)
+        learns = torch.is_grad_enabled() and self._work.learns(work)
+        begins, ends = self._work.begins(work), self._work.ends(work)
+        if not begins:
+            x.requires_grad_(learns)
+        entry = LoopEntry(self._entered[number][1] if number in self._entered else None)
+        with torch.set_grad_enabled(learns):
+            uses = self._work.uses_of(work)
+            out: Tensor = self._stage.run(x, uses, self._documents.get(number), first=begins, last=ends, entry=entry)
+            if self._work.enters_loop(work):
+                assert entry.state is not None
+                self._entered[number] = entry.state, entry.state.detach().requires_grad_(torch.is_grad_enabled())
+            if ends:
+                out = e._engine.module.loss_fn(out, self._batches[number][1].to(e._device))
+                self.total += out.detach().float()
+        if learns:
+            self._inputs[key], self._outputs[key] = x, out
+        return out
+
+    def _backward(self, work: Pass) -> None:
+        gradient = self._receive(work) if self._work.receives(work) else None
+        if not self._work.relays(work):
+            gradient = self._differentiate(work, gradient).grad
+        if self._work.sends(work):
+            assert gradient is not None
+            self._send(gradient, backward=True)
+
+    def _differentiate(self, work: Pass, gradient: Tensor | None) -> Tensor:
+        """Run the slice backward; its input, which has the gradient."""
+        engine, key = self._e._engine, (work.round, work.micro_batch)
+        x, out = self._inputs.pop(key), self._outputs.pop(key)
+        roots: list[tuple[Tensor, Tensor | None]] = []
+        if self._work.ends(work):
+            roots.append((out / self._micro_batches, None))
+        elif gradient is not None:
+            roots.append((out, gradient))
+        if self._work.enters_loop(work):
+            made, taken = self._entered.pop(work.micro_batch)
+            if taken.grad is not None:
+                roots.append((made, taken.grad))
+        bf16 = engine.using_bf16_optimizer
+        if bf16:
+            engine.optimizer.clear_lp_grads()
+        engine._running_engine_backward = True  # DeepSpeed's hooks then know that this is its own doing
+        try:
+            torch.autograd.backward([root for root, _ in roots], [each for _, each in roots])
+        finally:
+            engine._running_engine_backward = False
+        if bf16:
+            engine.optimizer.update_hp_grads(clear_lp_grads=False)
+        return x
+
+
+def _open_channels(topology: Topology, at: Coordinate) -> dict[tuple[int, bool], dist.ProcessGroup]:
+    """By (sending pipeline rank, gradients or not), a process group with who receives; collective over all ranks."""
+    channels: dict[tuple[int, bool], dist.ProcessGroup] = {}
+    for dp in range(topology.dp):
+        for tp in range(topology.tp):
+            for source in range(topology.pp):
+                for backward in (False, True):
+                    target = (source + (-1 if backward else 1)) % topology.pp
+                    group = dist.new_group(sorted(topology.rank(Coordinate(pp, dp, tp)) for pp in (source, target)))
+                    if (dp, tp) == (at.dp, at.tp) and at.pp in (source, target):
+                        channels[source, backward] = group
+    return channels
