@@ -13,8 +13,15 @@ from megaloop.parallel.rounds import Pass, Rounds, Span
 
 __all__ = ["StepPicture", "draw_png", "draw_text"]
 
-_FORWARD, _BACKWARD = ("#1f4e8c", "#4a86c8", "#86b6e8"), ("#8c4a1f", "#c8804a", "#e8b686")
-"""Colours by round (and again from the first)."""
+_FORWARD, _BACKWARD = ("#163a6b", "#86b6e8"), ("#6b3413", "#e8b686")
+"""Colours of the first round and of the last; those between lie between."""
+
+
+def _colour(work: Pass, rounds: int) -> str:
+    first, last = _BACKWARD if work.backward else _FORWARD
+    share = work.round / (rounds - 1) if rounds > 1 else 0.3
+    parts = ((int(first[at : at + 2], 16), int(last[at : at + 2], 16)) for at in (1, 3, 5))
+    return "#" + "".join(f"{round(low + (high - low) * share):02x}" for low, high in parts)
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,9 @@ def draw_text(picture: StepPicture, width: int) -> Text:
             if span is None or span.start > middle:
                 lines.append("·", "dim")
                 continue
-            number, colours = span.work.micro_batch, _BACKWARD if span.work.backward else _FORWARD
+            number = span.work.micro_batch
             character = chr(ord("a") + number % 26) if span.work.backward else str(number % 10)
-            lines.append(character, f"white on {colours[span.work.round % len(colours)]}")
+            lines.append(character, f"white on {_colour(span.work, picture.rounds.rounds)}")
         if columns * tick < _end(spans) - tick / 2:
             lines.append(" ...", "dim")
         if rank < len(spans) - 1:
@@ -99,15 +106,13 @@ def draw_png(pictures: Sequence[StepPicture], path: Path) -> None:
     for picture, axis in zip(pictures, axes, strict=True):
         spans = picture.spans()
         for rank, each in enumerate(spans):
-            for backward, colours in ((False, _FORWARD), (True, _BACKWARD)):
-                chosen = [span for span in each if span.work.backward == backward]
-                axis.broken_barh(
-                    [(span.start, span.stop - span.start) for span in chosen],
-                    (rank - 0.42, 0.84),
-                    facecolors=[colours[span.work.round % len(colours)] for span in chosen],
-                    edgecolor="white",
-                    linewidth=0.5,
-                )
+            axis.broken_barh(
+                [(span.start, span.stop - span.start) for span in each],
+                (rank - 0.42, 0.84),
+                facecolors=[_colour(span.work, picture.rounds.rounds) for span in each],
+                edgecolor="white",
+                linewidth=0.5,
+            )
             if sum(map(len, spans)) <= 600:  # more would be illegible
                 for span in each:
                     axis.text(
@@ -118,7 +123,9 @@ def draw_png(pictures: Sequence[StepPicture], path: Path) -> None:
         axis.set_title(f"{picture.title}: ranks wait {picture.waiting:.1%} of a step", loc="left", fontsize=10)
         axis.set_xticks([])
         axis.spines[["top", "right", "bottom"]].set_visible(False)
-    axes[-1].set_xlabel("time; blue: forward, orange: backward, white: waiting; numbers: micro-batches")
+    axes[-1].set_xlabel(
+        "time; blue: forward, orange: backward, lighter from round to round; white: waiting; numbers: micro-batches"
+    )
     try:
         figure.savefig(path, format="png")
     except OSError as error:
