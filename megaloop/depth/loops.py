@@ -57,14 +57,11 @@ def respell(plan: DepthPlan, depth: str, style: LoopStyle = LoopStyle()) -> Dept
     """
     wanted = DepthPlan.parse(depth)
     if wanted.layers != plan.layers:
+        fewer = f"{plan.layers - wanted.layers} would be dropped, and loops leave the layers as they are"
         raise MegaloopError(
             f"depth {depth} has {wanted.layers} layers of its own, and there are {plan.layers}: "
-            + (
-                f"{plan.layers - wanted.layers} would be dropped; loops leave the layers as they are"
-                if wanted.layers < plan.layers
-                else "loops add none; growth does"
-            )
-            + f", for example {_example(plan.layers)}"
+            f"{fewer if wanted.layers < plan.layers else 'loops add none, growth does'}; "
+            f"of {plan.layers} layers for example {_example(plan.layers)}"
         )
     ids = dict(zip(wanted.ids, plan.ids, strict=True))
     order = tuple(ids[layer_id] for layer_id in wanted.order)

@@ -87,8 +87,11 @@ def test_uses_say_where_each_time_begins_and_ends(each: tuple[DepthPlan, int, in
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        ("10-4x2-9", "depth 10-4x2-9 has 23 layers of its own, and there are 24: 1 would be dropped; loops leave"),
-        ("10-4x2-11", "and there are 24: loops add none; growth does, for example 11-1x2-12"),
+        (
+            "10-4x2-9",
+            "depth 10-4x2-9 has 23 layers of its own, and there are 24: 1 would be dropped, and loops leave the",
+        ),
+        ("10-4x2-11", "and there are 24: loops add none, growth does; of 24 layers for example 11-1x2-12"),
         ("10-0x2-14", "loops 0 layers 2 times"),
         ("ten", "cannot read 'ten'"),
     ],

@@ -206,11 +206,11 @@ def test_a_new_run_loops_a_plain_checkpoint_and_keeps_to_a_trained_style(
     [
         (
             lambda run, out: loop_checkpoint(run, out, "1-2x2-2"),
-            "has 5 layers of its own, and there are 4: loops add none",
+            "has 5 layers of its own, and there are 4: loops add none, growth does",
         ),
         (
             lambda run, out: loop_checkpoint(run, out, "0-2x2-1"),
-            "1 would be dropped; loops leave the layers as they are",
+            "1 would be dropped, and loops leave the layers as they are",
         ),
         (lambda run, out: loop_checkpoint(run, out, "4"), "is 4 already; choose another depth"),
         (lambda run, out: loop_checkpoint(run, out, None), "repeats no layer; there is nothing to untie"),
