@@ -26,6 +26,7 @@ run megaloop train configs/demo.yaml --resume parallel.pp=1 parallel.dp=2 train.
 run megaloop export runs/demo --out demo-export
 run megaloop generate runs/demo --prompt "$PROMPT" --max-tokens 48 --temperature 0.7 --top-p 0.9
 run megaloop generate runs/demo --prompt "$PROMPT" --max-tokens 32 --greedy
+run megaloop generate runs/demo --prompt "$PROMPT" --max-tokens 32 --greedy --depth 4-4x2-4 # the middle block twice
 
 bold '# the same through transformers'
 run python -c "

@@ -308,6 +308,10 @@ def test_a_planted_pickle_never_runs(checkpoint: Path, tmp_path: Path, name: str
         (lambda value: value["plan"].update(order=[]), "a plan needs at least one layer"),
         (lambda value: value["plan"].update(lineage=[3]), "list"),
         (lambda value: value["plan"].pop("order"), "order"),
+        (lambda value: value["plan"].update(order=[0, 0], style={"injection": "often"}), "'often' is none of none"),
+        (lambda value: value["plan"].update(order=[0, 0], style={"colour": "red"}), "colour"),
+        (lambda value: value["plan"].update(order=[0, 0], style=[]), "mapping"),
+        (lambda value: value["plan"].update(style={"norm": True}), "has not one loop"),
     ],
 )
 def test_a_decoder_that_cannot_be_built(checkpoint: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
