@@ -45,9 +45,12 @@ class TiedEngine:
     """
 
     def __init__(self, config: Config, plan: DepthPlan, topology: Topology, vocab_size: int, source: StateSource):
-        if topology.tp > 1 or config.model.document_masking or plan.style != LoopStyle():
-            raise MegaloopError("the baseline of tied layers has no tensor parallelism, documents or options of loops")
-        self.topology, self._global_batch = topology, config.train.global_batch
+        recomputes = config.train.recompute != "none" or config.train.compile
+        if topology.tp > 1 or config.model.document_masking or plan.style != LoopStyle() or recomputes:
+            raise MegaloopError(
+                "the baseline of tied layers has no tensor parallelism, documents, recomputation, compilation or options of loops"
+            )
+        self.topology = topology
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
         device = local_device()
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32

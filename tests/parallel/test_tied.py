@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megaloop.bench.tied import TiedEngine
 from megaloop.config import Config
@@ -24,7 +25,7 @@ def train_tied(values: dict[str, Any]) -> dict[str, Any]:
     engine = TiedEngine(
         config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
     )  # fmt: skip
-    batches = micro_batches(config, 0, topology.dp)
+    batches = micro_batches(config, topology.coordinate(dist.get_rank()).dp, topology.dp)
     results = [engine.train_step(batches, config.optimizer.lr) for _ in range(config.train.steps)]
     engine.close()
     return {"losses": [each.loss for each in results], "norms": [each.grad_norm for each in results]}
