@@ -130,6 +130,13 @@ def test_options_of_loops_do_not_depend_on_the_pipeline(
     _check(request, layout, depth=depth, loop=options)
 
 
+@pytest.mark.parametrize("layout", [(2, 1, 1), (4, 1, 1)], ids=str)
+def test_a_loop_of_one_layer_runs_on_one_rank(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> None:
+    options = (("count", "uniform"), ("injection", "add"), ("backprop", 1), ("norm", True))
+    _check(request, layout, depth="0-1x3-4", loop=options)
+    _check(request, layout, depth="4-1x3-0")
+
+
 @pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])
 def test_adapter_and_norm_under_tensor_parallelism(request: pytest.FixtureRequest, sp: bool) -> None:
     _check(request, (2, 2, 1), sp=sp, depth="1-2x3-1", loop=OPTIONS["everything"])
