@@ -38,7 +38,21 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "prep", "train", "plan", "export", "import", "generate", "bench", "bench step"]
+    "command",
+    [
+        "",
+        "prep",
+        "train",
+        "plan",
+        "grow",
+        "loop",
+        "export",
+        "import",
+        "generate",
+        "bench",
+        "bench step",
+        "bench rounds",
+    ],
 )
 def test_help_answers_without_importing_torch(command: str) -> None:
     program = """
@@ -73,6 +87,26 @@ def test_a_users_error_is_one_line_on_stderr(config_file: Path) -> None:
     assert result.stderr == (
         f"error: configuration {config_file}: unknown key 'train.stpes'; did you mean 'train.steps'?\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loop", "x"], "loop: say which order the layers run in, with --depth, or --untie them"),
+        (["loop", "x", "--depth", "4", "--untie"], "loop: say which order the layers run in"),
+        (["loop", "x", "--untie", "--norm"], "loop: --norm is of loops, and --untie ends them"),
+        (["loop", "x", "--depth", "1-2x2-1"], "checkpoint x: no such directory"),
+        (["grow", "x"], "grow: say what to grow to, with --layers or with --depth"),
+        (["grow", "x", "--layers", "8", "--depth", "8"], "grow: say what to grow to"),
+        (["grow", "x", "--depth", "1-2xx2"], "depth: cannot read '1-2xx2'"),
+    ],
+)
+def test_what_a_change_of_depth_needs(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = megaloop(*arguments, "--out", tmp_path / "out")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("where", [0, 1, 3])

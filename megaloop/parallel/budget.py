@@ -148,11 +148,15 @@ def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Sl
         most = max(most, held)
     working = max(layer.working, head.working) if last else layer.working
     fixed = length * config.model.head_size * element_bytes(config)  # rotary tables
-    if pp > 0 or len(slices) > 1:
+    if len(slices) > 1:
+        # two messages ahead in each direction, and one on its way out; logits go when their loss is known
+        fixed += 6 * stream + (logits_bytes(config, topology.tp, vocab_size) if last else 0)
+        return most + working + fixed
+    if pp > 0:
         fixed += stream  # where activations are received
     if last:
         # DeepSpeed drops the logits of a micro-batch when those of the next but one take their place
         fixed += min(2, micro_batches) * logits_bytes(config, topology.tp, vocab_size)
-    if not last or len(slices) > 1:
+    else:
         fixed += stream  # where gradients are received
     return most + working + fixed

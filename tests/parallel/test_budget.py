@@ -67,6 +67,39 @@ def test_a_step_takes_what_was_budgeted(ranks_1: RankPool, precision: str, recom
     assert found == pytest.approx(planned.activations + gradients + more_on_a_cpu, rel=0.02)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("depth", "rounds"), [("8", 1), ("8", 2), ("2-2x3-0", 1), ("1-2x4-1", 1)])
+def test_a_step_over_rounds_takes_what_was_budgeted(ranks_2: RankPool, depth: str, rounds: int, precision: str) -> None:
+    values = configuration(2, 1, 1, train__precision=precision, depth=depth)
+    values["train"] |= {"global_batch": 16, "micro_batch": 4, "steps": 2}
+    values["data"] |= {"sequence_length": 256}
+    values["model"] |= {"num_kv_heads": 4, "ffn_size": 512}
+    values["parallel"]["rounds"] = rounds
+    config = Config.model_validate(values)
+    slices = split_rounds(config, config.plan, Topology(2), VOCAB)
+    for pp, (planned, found) in enumerate(zip(budgets(values, 2), ranks_2.run(peak_bytes, values), strict=True)):
+        gradients = (2 if precision == "bf16" else 4) * planned.parameters
+        norms = most = 0  # of the layers whose activations are held at a time; a CPU's keep more
+        for work in Rounds(2, 4, len(slices)).passes(pp):
+            start, stop = slices[work.round][pp]
+            norms += 2 * (start - stop if work.backward else stop - start)
+            most = max(most, norms)
+        more_on_a_cpu = most * 4 * 256 * 64 * (6 if precision == "bf16" else 4)
+        assert found == pytest.approx(planned.activations + gradients + more_on_a_cpu, rel=0.04)
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 1, 2)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_looped_engine_holds_what_was_budgeted(
+    ranks_2: RankPool, layout: tuple[int, int, int], precision: str
+) -> None:
+    loop = {"injection": "concat", "norm": True}
+    values = configuration(*layout, train__precision=precision, train__steps=1, depth="1-2x3-1", loop=loop)
+    planned, topology = budgets(values, 2), Topology(*layout)
+    for rank, found in enumerate(ranks_2.run(held_bytes, values)):
+        assert held(planned[topology.coordinate(rank).pp]).items() <= found.items()
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_deepspeed_keeps_the_logits_of_two_micro_batches(ranks_2: RankPool, micro_batches: int) -> None:
     values = configuration(2, 1, 1, train__global_batch=2 * micro_batches, train__steps=1)
