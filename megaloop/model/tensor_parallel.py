@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import spmd_types as spmd
+import spmd_types._collectives
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from spmd_types import rules
 from torch import Tensor, nn
@@ -43,6 +45,47 @@ SEQUENCE_DIM = 1
 
 # spmd_types 0.3 calls two of torch's collectives by names that torch 2.13 has renamed; it would say so at every use
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\._functional_collectives", category=FutureWarning)
+
+
+class _GlooCollectives:
+    """What ``spmd_types`` takes from torch's functional collectives, but over gloo by the plain ones.
+
+    gloo has no reduce-scatter: torch makes one of an all-reduce and work that is done when somebody waits, and gathers
+    through a coalesced all-gather. With these two, and only with them, one of gloo's threads died now and then in the C
+    library's allocator (torch 2.13, sequence parallelism on CPUs, about one run of a hundred). The plain collectives take
+    other ways to the same values. Other backends, and compiled code, use the functional ones.
+    """
+
+    AsyncCollectiveTensor = funcol.AsyncCollectiveTensor
+    all_reduce = staticmethod(funcol.all_reduce)
+
+    @staticmethod
+    def all_gather_tensor(x: Tensor, gather_dim: int, group: dist.ProcessGroup) -> Tensor:
+        """The ranks' tensors, one after another along ``gather_dim``."""
+        if not _is_gloo(group):
+            gathered: Tensor = funcol.all_gather_tensor(x, gather_dim, group)
+            return gathered
+        size = dist.get_world_size(group)
+        out = x.new_empty((size * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out if gather_dim == 0 else torch.cat(out.chunk(size), dim=gather_dim)
+
+    @staticmethod
+    def reduce_scatter_tensor(x: Tensor, operation: str, scatter_dim: int, group: dist.ProcessGroup) -> Tensor:
+        """The ranks' tensors added up, and this rank's part of the sum along ``scatter_dim``."""
+        if operation != "sum" or not _is_gloo(group):
+            scattered: Tensor = funcol.reduce_scatter_tensor(x, operation, scatter_dim, group)
+            return scattered
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.chunk(dist.get_world_size(group), dim=scatter_dim)[dist.get_rank(group)].clone()
+
+
+def _is_gloo(group: dist.ProcessGroup) -> bool:
+    return not torch.compiler.is_compiling() and dist.get_backend(group) == "gloo"
+
+
+spmd_types._collectives.funcol = _GlooCollectives
 
 
 @dataclass(frozen=True)

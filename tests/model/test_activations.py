@@ -131,10 +131,10 @@ def test_document_masking_in_fp32_keeps_a_mask_per_layer(recompute: str) -> None
 def test_the_formulas_are_what_a_tensor_parallel_rank_saves(ranks_2: RankPool, split: bool, recompute: str) -> None:
     config = configuration(train__precision="bf16", train__recompute=recompute, parallel__sequence_parallel=split)
     expected = predicted(config, 2) + more_on_a_cpu(config, 2)
-    # the embedding keeps which tokens are elsewhere, and collectives a copy here and there
-    assert (
-        ranks_2.run(held_in_tensor_parallel, config.model_dump(mode="json")) == [pytest.approx(expected, rel=0.02)] * 2
-    )
+    # the embedding keeps which tokens are elsewhere; a thread of gloo's may not have let go of its last tensors yet
+    copies = 2 * stream_bytes(config, 1)
+    for found in ranks_2.run(held_in_tensor_parallel, config.model_dump(mode="json")):
+        assert 0.98 * expected < found < 1.02 * expected + copies
 
 
 @pytest.mark.gpu

@@ -6,6 +6,8 @@ typed, and refuses any operation after which a gradient would miss a sum or get 
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,3 +98,11 @@ def test_the_checker_refuses_norms_whose_gradient_is_not_summed(
     monkeypatch.setattr(TensorParallel, "replicated", lambda self, weight: weight)
     with pytest.raises(spmd.SpmdTypeError):
         _check(mesh, sequence_parallel=True)
+
+
+def test_all_that_the_library_takes_of_torchs_functional_collectives_is_there() -> None:
+    """It is replaced for gloo (see ``tensor_parallel``): a version that takes more of it must not find it missing."""
+    import spmd_types._collectives as collectives
+
+    used = set(re.findall(r"funcol\.(\w+)", inspect.getsource(collectives)))
+    assert {"all_gather_tensor", "reduce_scatter_tensor"} <= used <= set(vars(collectives.funcol))
