@@ -213,6 +213,8 @@ class _Step:
             if self._work.enters_loop(work):
                 assert entry.state is not None
                 self._entered[number] = entry.state, entry.state.detach().requires_grad_(torch.is_grad_enabled())
+            if self._work.leaves_loop(work) and not learns:
+                self._entered.pop(number, None)  # in validation there is no backward pass that would do it
             if ends:
                 out = e._engine.module.loss_fn(out, self._batches[number][1].to(e._device))
                 self.total += out.detach().float()

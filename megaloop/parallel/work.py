@@ -96,6 +96,10 @@ class RankWork:
         """The slice begins a loop whose later times take up the state that enters it."""
         return self.injects and any(use.begins and use.time == 0 for use in self.uses_of(work))
 
+    def leaves_loop(self, work: Pass) -> bool:
+        """The slice begins the loop's last time, the last to take up the state that entered it."""
+        return self.injects and any(use.begins and use.time == (self.times or 1) - 1 for use in self.uses_of(work))
+
     def learns(self, work: Pass) -> bool:
         """The slice has a backward pass."""
         return self.ends(work) or self._carries(self.slices[work.round][1]) or self.enters_loop(work)

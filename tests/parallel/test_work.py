@@ -113,6 +113,20 @@ def test_times_that_do_not_learn_have_no_backward_pass_and_send_no_gradient() ->
         assert sum(first.receives(each) for each in first.passes() if each.backward) == 4 * (backprop or 4)
 
 
+def test_what_entered_a_loop_is_kept_from_its_first_time_to_its_last() -> None:
+    plan = DepthPlan(DepthPlan.parse("1-2x3-1").order, style=LoopStyle(injection="add"))
+    for pipeline in (2, 4):
+        ranks = _ranks(plan, slice_rounds(plan, pipeline, 1, 4, COSTS), 4, forward_only=True)
+        for micro_batch in range(4):
+            held = [
+                (work.enters_loop(each), work.leaves_loop(each))
+                for work in ranks
+                for each in work.passes()
+                if each.micro_batch == micro_batch and any(use.begins for use in work.uses_of(each))
+            ]
+            assert held == [(True, False), (False, False), (False, True)]
+
+
 def test_the_checker_finds_what_is_wrong() -> None:
     plan = DepthPlan.parse("0-4x4-0")
     ranks = _ranks(plan, slice_rounds(plan, 2, 1, 4, COSTS), 4)
