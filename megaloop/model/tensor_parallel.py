@@ -51,9 +51,9 @@ class _GlooCollectives:
     """What ``spmd_types`` takes from torch's functional collectives, but over gloo by the plain ones.
 
     gloo has no reduce-scatter: torch makes one of an all-reduce and work that is done when somebody waits, and gathers
-    through a coalesced all-gather. With these two, and only with them, one of gloo's threads died now and then in the C
-    library's allocator (torch 2.13, sequence parallelism on CPUs, about one run of a hundred). The plain collectives take
-    other ways to the same values. Other backends, and compiled code, use the functional ones.
+    through a coalesced all-gather. In runs with sequence parallelism, the only ones that need these two, a thread of gloo's
+    died now and then in the C library's allocator (torch 2.13 on CPUs, twice in about a hundred runs; never at will). The
+    plain collectives take other ways to the same values. Other backends, and compiled code, use the functional ones.
     """
 
     AsyncCollectiveTensor = funcol.AsyncCollectiveTensor
