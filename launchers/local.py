@@ -23,13 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launchers.rank import ERROR_FILE, LAUNCHER, STORE_FD
+from launchers.rank import CONTINUE, ERROR_FILE, LAUNCHER, STORE_FD
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
 
 __all__ = ["RankFailed", "gpu_count", "launch", "local_ranks", "rank_environment", "single_rank"]
 
-_ENDS = (signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _TAIL = 30
 """Lines of a failed rank's log to show."""
 
@@ -113,26 +113,34 @@ def launch(command: Sequence[str], ranks: int, log_dir: Path, *, grace: float = 
     Args:
         command: a Python program that calls :func:`launchers.rank.follow_launcher` first and :func:`open_store`
             before it joins the ranks.
-        grace: seconds that ranks get to end by themselves after Ctrl-C, a signal or the failure of one of them.
+        grace: seconds that ranks get to end by themselves after Ctrl-C, a second signal or a user's error.
+
+    A first SIGTERM, SIGHUP or SIGUSR1 is passed on, and the ranks have as long as they need to save and leave. When
+    one has died or failed with a traceback, the others are killed at once: they would wait for it in a collective.
 
     Raises:
         MegaloopError: a rank left an error that the user can mend (exit code 2).
         RankFailed: a rank was killed, or failed with a traceback.
         KeyboardInterrupt: Ctrl-C; the ranks have ended.
-        SystemExit: this process was told to end (SIGTERM, SIGHUP); the signal was passed on and the ranks have ended.
+        SystemExit: a signal was passed on and the ranks have ended: with CONTINUE where they say so, otherwise with
+            128 + the signal's number.
     """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MegaloopError(f"run directory: cannot make {log_dir} ({error.strerror})") from None
-    with tempfile.TemporaryDirectory(prefix="megaloop-") as errors, _raise_on_signals():
+    with tempfile.TemporaryDirectory(prefix="megaloop-") as errors:
         team = _Team(command, ranks, log_dir, Path(errors))
         try:
-            team.start()
-            failed = team.wait()
-            if failed is not None:
-                team.stop(signal.SIGTERM, grace)
-                raise team.failure(*failed)
+            with _passing_on_signals(team):
+                team.start()
+                failed = team.wait()
+                if failed is not None:
+                    if failed[1] == 2:
+                        team.stop(signal.SIGTERM, grace)
+                    raise team.failure(*failed)
+                if team.to_be_continued:
+                    raise SystemExit(CONTINUE)
         except KeyboardInterrupt:
             team.stop(signal.SIGINT, grace)
             raise
@@ -153,6 +161,9 @@ class _Team:
         self.log_starts = [log.stat().st_size if log.exists() else 0 for log in self.logs]
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self.started = False
+        self.signalled = 0
+        self.to_be_continued = False
 
     def start(self) -> None:
         """Start the ranks, and a thread each that waits for its end."""
@@ -164,6 +175,7 @@ class _Team:
             raise MegaloopError(f"cannot start {len(self.logs)} ranks: {error}") from None
         for rank, process in enumerate(self.processes):
             threading.Thread(target=self._follow, args=(rank, process), daemon=True).start()
+        self.started = True
 
     def _start(self, rank: int, listener: socket.socket) -> subprocess.Popen[bytes]:
         environment = os.environ | rank_environment(rank, len(self.logs), listener.getsockname()[1])
@@ -197,15 +209,23 @@ class _Team:
         """Wait until all ranks have succeeded, or for the first that did not: (rank, exit code)."""
         for _ in self.processes:
             rank, code = self.ended.get()
-            if code != 0:
+            if self.signalled and code in (-self.signalled, 128 + self.signalled):  # it has no use for the signal
+                raise _Signalled(self.signalled)
+            if code == CONTINUE:
+                self.to_be_continued = True
+            elif code != 0:
                 return rank, code
         return None
 
-    def stop(self, number: int, grace: float) -> None:
-        """Pass a signal to the ranks that still run, and kill those that have not ended in time."""
+    def pass_on(self, number: int) -> None:
+        """Signal the ranks that still run."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
+
+    def stop(self, number: int, grace: float) -> None:
+        """Pass a signal to the ranks that still run, and kill those that have not ended in time."""
+        self.pass_on(number)
         deadline = time.monotonic() + grace
         try:
             for process in self.processes:
@@ -248,13 +268,16 @@ class _Team:
 
 
 @contextmanager
-def _raise_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception, so that the ranks are ended on the way out."""
+def _passing_on_signals(team: _Team) -> Iterator[None]:
+    """Pass the first signal on to the ranks; raise for a second, or before they have started, so that they are ended."""
 
-    def end(number: int, frame: FrameType | None) -> None:
-        raise _Signalled(number)
+    def handle(number: int, frame: FrameType | None) -> None:
+        if team.signalled or not team.started:
+            raise _Signalled(number)
+        team.signalled = number
+        team.pass_on(number)
 
-    before = {number: signal.signal(number, end) for number in _ENDS}
+    before = {number: signal.signal(number, handle) for number in _PASSED_ON}
     try:
         yield
     finally:

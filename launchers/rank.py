@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "CONTINUE",
     "ERROR_FILE",
     "LAUNCHER",
+    "RESTARTS",
     "STORE_FD",
     "follow_launcher",
     "launched",
@@ -24,10 +26,14 @@ __all__ = [
     "started_by_launcher",
 ]
 
+CONTINUE = 75
+"""Exit code of a run that a signal ended: all is saved, and it wants to be continued (EX_TEMPFAIL of sysexits.h)."""
 ERROR_FILE = "MEGALOOP_ERROR_FILE"
 """Environment: where this rank leaves the line of an error that the user can mend."""
 LAUNCHER = "MEGALOOP_LAUNCHER"
 """Environment: process id of the local launcher."""
+RESTARTS = "MEGALOOP_RESTARTS"
+"""Environment: how often the launcher has started the run again."""
 STORE_FD = "MEGALOOP_STORE_FD"
 """Environment, rank 0: a listening socket for the store through which ranks find each other."""
 

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from launchers.rank import follow_launcher, launched, open_store, report_error, started_by_launcher
+from launchers.rank import CONTINUE, RESTARTS, follow_launcher, launched, open_store, report_error, started_by_launcher
 from megaloop import __version__
 from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
@@ -58,7 +58,8 @@ class Precision(StrEnum):
 def main() -> None:
     """Run the command line; every way out has its exit code.
 
-    0 done · 1 a bug or a rank that died · 2 an error the user can mend, or wrong usage · 130 Ctrl-C.
+    0 done · 1 a bug or a rank that died · 2 an error the user can mend, or wrong usage · 75 a signal ended the run, which
+    has saved and wants to be continued · 130 Ctrl-C.
     """
     follow_launcher()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -156,43 +157,65 @@ def train(
         int | None, typer.Option(min=1, help="Local ranks to start; default: what the topology needs, or all GPUs.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's latest checkpoint.")] = False,
+    stop_at: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", min=1, help="Save and end after this step; --resume goes on from there."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start the ranks again, resuming, so often when one of them dies.")
+    ] = 0,
 ) -> None:
-    """Train a model; starts its own local ranks unless a launcher (torchrun, Slurm) already did."""
+    """Train a model; starts its own local ranks unless a launcher (torchrun, Slurm) already did.
+
+    SIGUSR1, SIGTERM and SIGHUP end the step, save, and leave with exit code 75; a second one leaves at once.
+    """
     from megaloop.config import load_config
 
     values = overrides or []
     configuration = load_config(config, values)
     if started_by_launcher():
-        _train_here(configuration, resume)
+        _train_here(configuration, resume, stop_at)
         return
     from launchers import local
 
     count = local.local_ranks(configuration, ranks)
-    if count == 1:
+    if count == 1 and not max_restarts:
         with local.single_rank():
-            _train_here(configuration, resume)
+            _train_here(configuration, resume, stop_at)
         return
-    command = [sys.executable, "-m", "megaloop", "train", str(config), *values, *(["--resume"] if resume else [])]
-    try:
-        local.launch(command, count, configuration.directory / "logs")
-    except local.RankFailed as error:
-        _print_error(str(error))
-        raise typer.Exit(1) from None
+    command = [sys.executable, "-m", "megaloop", "train", str(config), *values]
+    command += ["--stop-at", str(stop_at)] if stop_at is not None else []
+    for restarts in range(max_restarts + 1):
+        os.environ[RESTARTS] = str(restarts)
+        again = ["--resume"] if resume or restarts else []
+        try:
+            local.launch([*command, *again], count, configuration.directory / "logs")
+            return
+        except local.RankFailed as error:
+            _print_error(str(error))
+            if restarts == max_restarts:
+                raise typer.Exit(1) from None
+            Console(stderr=True).print(f"starting the ranks again, restart {restarts + 1} of {max_restarts}")
 
 
-def _train_here(configuration: Any, resume: bool) -> None:
+def _train_here(configuration: Any, resume: bool, stop_at: int | None) -> None:
     """Be one rank of the run."""
-    store = open_store()
-    try:
-        from megaloop.train.loop import run
+    from megaloop.train.signals import StopSignals
 
-        run(configuration, resume=resume)
-    except KeyboardInterrupt:
-        if launched():
-            _leave(130)
-        raise
-    finally:
-        del store
+    with StopSignals() as signals:
+        store = open_store()
+        try:
+            from megaloop.train.loop import run
+
+            ending = run(configuration, resume=resume, stop_at=stop_at, signals=signals)
+        except KeyboardInterrupt:
+            if launched():
+                _leave(130)
+            raise
+        finally:
+            del store
+    if ending == "signalled":
+        _leave(CONTINUE)
 
 
 @app.command()

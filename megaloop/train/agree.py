@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megaloop.errors import MegaloopError
+from megaloop.parallel.engine import local_device
 
-__all__ = ["all_ranks_agree", "from_rank_0"]
+__all__ = ["all_ranks_agree", "from_rank_0", "highest"]
 
 
 @contextmanager
@@ -36,3 +38,12 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def highest(*values: float) -> tuple[float, ...]:
+    """For each value, the highest that any rank gives: one small all-reduce, cheap enough for every step."""
+    if dist.get_world_size() == 1:
+        return values
+    together = torch.tensor(values, dtype=torch.float64, device=local_device())
+    dist.all_reduce(together, dist.ReduceOp.MAX)
+    return tuple(together.tolist())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -25,20 +26,31 @@ from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
 from megaloop.parallel.topology import Topology
-from megaloop.train.agree import all_ranks_agree
+from megaloop.train.agree import all_ranks_agree, highest
 from megaloop.train.report import RunReporter
 from megaloop.train.rundir import RunDirectory
 from megaloop.train.schedule import learning_rate
+from megaloop.train.signals import StopSignals
 from megaloop.train.start import Start, starting_point
 
-__all__ = ["run"]
+__all__ = ["Ending", "run"]
+
+Ending = Literal["finished", "stopped", "signalled"]
+"""All steps are done; or those until ``stop_at``; or a signal asked to end, and the run wants to be continued."""
 
 
-def run(config: Config, *, resume: bool = False) -> None:
+def run(
+    config: Config, *, resume: bool = False, stop_at: int | None = None, signals: StopSignals | None = None
+) -> Ending:
     """Train as ``config`` says, on the ranks that the launcher started; called by every rank.
 
     Args:
         resume: go on from the newest whole checkpoint of the run's directory (from the beginning, if there is none).
+        stop_at: save and end after this step, as if the rest were to follow later; the schedules are those of all steps.
+        signals: asks to end; looked at after each step.
+
+    Returns:
+        How it ended, the same on every rank. Whatever was trained is saved.
 
     Raises:
         MegaloopError: the same on every rank.
@@ -48,13 +60,15 @@ def run(config: Config, *, resume: bool = False) -> None:
     try:
         with all_ranks_agree():
             config.check_world(world_size)
+            if stop_at is not None and not 0 < stop_at <= config.train.steps:
+                raise MegaloopError(f"--stop-at {stop_at}: expected a step from 1 to train.steps, {config.train.steps}")
             sources = open_sources(config.data)
             vocab_size = embedding_rows(config, sources)
             samples = _validation_samples(config, sources, world_size)
         with _open_directory(config, resume) as directory:
             start = starting_point(config, vocab_size, sources, resume)
             with RunReporter(config, vocab_size, start.position, directory) as reporter:
-                _Run(config, sources, vocab_size, samples, start, reporter).train()
+                return _Run(config, sources, vocab_size, samples, start, reporter, stop_at, signals).train()
     finally:
         if not joined_before:  # whoever made the process group ends it
             dist.destroy_process_group()
@@ -78,7 +92,10 @@ class _Run:
         validation_samples: int,
         start: Start,
         reporter: RunReporter,
+        stop_at: int | None,
+        signals: StopSignals | None,
     ):
+        self._stop_at, self._signals = stop_at, signals
         self._config, self._sources, self._start, self._reporter = config, sources, start, reporter
         self._validation_samples = validation_samples
         self.at = start.position
@@ -88,19 +105,37 @@ class _Run:
         )
         self.validation = self._open_validation()
 
-    def train(self) -> None:
-        """Train through the growth stages that are left, resharding from each to the next."""
+    def train(self) -> Ending:
+        """Train through the growth stages that are left, resharding from each to the next, or until asked to end."""
         start, reporter = self._start, self._reporter
         reporter.begins(self.engine, self._sources, start.checkpoint)
         if start.grown_from is not None:
             loss, _ = self.validation.run()
             reporter.grown_on_load(self.at.step, start.grown_from, self.engine, loss)
+        ending = self._asked_to_end()
         for stage in start.stages[start.stages.index(start.stage) :]:
+            if ending is not None:
+                break
             if stage.plan != self.engine.plan:
                 self._grow_into(stage)
-            self._train_stage(stage)
-        reporter.finished()
+            ending = self._train_stage(stage)
+        if ending is None:
+            reporter.finished()
         self.engine.close()
+        return ending or "finished"
+
+    def _asked_to_end(self) -> Ending | None:
+        """Save and say why, where a signal came to any rank or the step is that of ``stop_at``; collective."""
+        number = int(highest(self._signals.number if self._signals else 0)[0])
+        if self.at.step == self._config.train.steps or (not number and self.at.step < (self._stop_at or math.inf)):
+            return None
+        if number:
+            self._reporter.signalled(self.at.step, signal.Signals(number).name)
+        else:
+            self._reporter.stopped(self.at.step)
+        if self.at.step and self.saved != self.at.step:
+            self._save()
+        return "signalled" if number else "stopped"
 
     def _grow_into(self, stage: GrowthStage) -> None:
         """Reshard into the next stage. Nothing on disk changes: a rank that dies here leaves the last checkpoint."""
@@ -116,8 +151,8 @@ class _Run:
         loss_after, _ = self.validation.run()
         self._reporter.grown(self.at.step, before, resharded, loss_before, loss_after)
 
-    def _train_stage(self, stage: GrowthStage) -> None:
-        """For each step of a stage: train, then validate, check and save where they are due."""
+    def _train_stage(self, stage: GrowthStage) -> Ending | None:
+        """For each step of a stage: train, then validate, check and save where they are due; None at its end."""
         config, total = self._config, self._config.train.steps
         loader = self._open_loader()
         try:
@@ -133,6 +168,9 @@ class _Run:
                     _check_replicas(self.engine, self.at.step)
                 if _due(self.at.step, config.checkpoint.every, total):
                     self._save()
+                if ending := self._asked_to_end():
+                    return ending
+            return None
         finally:
             if loader is not None:
                 loader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 from rich.console import Console
 
+from launchers.rank import RESTARTS
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
 from megaloop.depth.flops import flops_per_token, parameters
@@ -77,6 +79,7 @@ class RunReporter:
         self.flops_per_step = 0
         self._peak = peak_flops(device_name(local_device()), config.train.precision)
         self._done = start
+        self._ending = "finished"
 
     def __enter__(self) -> Self:
         if self._directory is not None:
@@ -95,7 +98,7 @@ class RunReporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._directory is not None:
-            reason = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else f"error: {error}"
+            reason = self._ending if kind is None else "interrupted" if kind is KeyboardInterrupt else f"error: {error}"
             seconds = time.monotonic() - self._began
             self._stack.callback(self._metrics.event, "stop", self._done.step, seconds=seconds, reason=reason)
         self._stack.close()  # the event comes first; the live line ends even where it can't be written
@@ -136,6 +139,8 @@ class RunReporter:
             norm=engine.kernels.norm,
             adam=engine.kernels.adam,
             torch=torch.__version__,
+            ranks=topology.world_size,
+            restarts=int(os.environ.get(RESTARTS, "0")),
         )
 
     def _use(self, engine: TrainingEngine) -> None:
@@ -271,6 +276,19 @@ class RunReporter:
             f"{done.flops:.3g} FLOPs, {done.flops / full:.1%} of what {done.step} steps at full depth cost: "
             f"growing saved {1 - done.flops / full:.1%}, as much as {steps} step{'s' if steps != 1 else ''} at full depth"
         )
+
+    def signalled(self, step: int, name: str) -> None:
+        """Record that a signal asked to end."""
+        self._ending = f"signal {name}"
+        if self._directory is not None:
+            self._metrics.event("signal", step, name=name)
+            self._progress.message(f"step {step}  {name}: saving, then leaving; add --resume to go on")
+
+    def stopped(self, step: int) -> None:
+        """Say that the run ends here because it was started with ``stop_at``."""
+        self._ending = "stop_at"
+        if self._directory is not None:
+            self._progress.message(f"step {step}  stopping here as --stop-at asks; add --resume to go on")
 
     def saved(self, step: int, path: Path, size: int, seconds: float) -> None:
         """Record a checkpoint."""

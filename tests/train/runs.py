@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import yaml
 
 import megaloop.parallel.live as live
 import megaloop.train.loop as loop
@@ -23,11 +27,15 @@ from megaloop.parallel.topology import Topology
 __all__ = [
     "configuration",
     "events",
+    "losses",
     "metrics",
+    "start",
+    "steps_done",
     "train",
     "train_dying_in_growth",
     "train_keeping_growths",
     "train_with_a_drifting_replica",
+    "wait_for",
 ]
 
 
@@ -160,3 +168,36 @@ def events(directory: Path, kind: str) -> list[dict[str, Any]]:
     """The events of a kind of a run."""
     everything = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
     return [event for event in everything if event["event"] == kind]
+
+
+def losses(directory: Path) -> list[float]:
+    """The loss of each step of a run, which its metrics must hold exactly once and in order."""
+    records = metrics(directory)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1)), "each step exactly once"
+    return [record["loss"] for record in records]
+
+
+def start(values: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """``megaloop train``, as a user starts it."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "megaloop", "train", str(path), *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait while the process lives and the condition does not hold."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.02)
+
+
+def steps_done(directory: Path) -> int:
+    """Lines of ``metrics.jsonl``."""
+    path = directory / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

@@ -6,17 +6,22 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.distributed import RankError, RankPool
-from tests.train.runs import configuration, metrics, train, train_with_a_drifting_replica
+from tests.train.runs import (
+    configuration,
+    losses,
+    metrics,
+    start,
+    steps_done,
+    train,
+    train_with_a_drifting_replica,
+    wait_for,
+)
 
 Layout = tuple[int, int, int]
 
@@ -24,12 +29,6 @@ Layout = tuple[int, int, int]
 def _pool(request: pytest.FixtureRequest, layout: Layout) -> RankPool:
     pool: RankPool = request.getfixturevalue(f"ranks_{layout[0] * layout[1] * layout[2]}")
     return pool
-
-
-def _losses(directory: Path) -> list[float]:
-    records = metrics(directory)
-    assert [record["step"] for record in records] == list(range(1, len(records) + 1)), "each step exactly once"
-    return [record["loss"] for record in records]
 
 
 def _validation(directory: Path) -> list[float]:
@@ -67,7 +66,7 @@ def test_resuming_on_the_same_topology_is_bit_identical(
 ) -> None:
     _stop_at_10(straight(layout, precision), tmp_path / "run")
     _pool(request, layout).run(train, configuration(corpus, tmp_path / "run", layout, train__precision=precision), True)
-    assert _losses(tmp_path / "run") == _losses(straight(layout, precision))
+    assert losses(tmp_path / "run") == losses(straight(layout, precision))
     assert _validation(tmp_path / "run") == _validation(straight(layout, precision))
 
 
@@ -96,7 +95,7 @@ def test_resuming_on_another_topology_follows_the_same_curve(
     values["parallel"]["sequence_parallel"] = sequence_parallel
     _pool(request, second).run(train, values, True)
     limit = 2e-5 if first[1] == second[1] else 1e-4
-    assert _losses(tmp_path / "run") == pytest.approx(_losses(straight(first)), rel=limit)
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight(first)), rel=limit)
 
 
 def test_no_sample_is_repeated_or_skipped(ranks_1: RankPool, ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -108,45 +107,22 @@ def test_no_sample_is_repeated_or_skipped(ranks_1: RankPool, ranks_2: RankPool, 
     assert sorted(second[0] + second[1]) == list(range(40, 80))
 
 
-def _start(values: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megaloop", "train", str(path), *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def _wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.02)
-
-
-def _steps(directory: Path) -> int:
-    path = directory / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
     """Real processes, SIGKILL beyond the checkpoint, --resume: the same bits, each step once."""
     changes = {"train__global_batch": 32, "train__steps": 20}
     values = configuration(corpus, tmp_path / "killed", (2, 1, 1), **changes)
-    process = _start(values, tmp_path)
+    process = start(values, tmp_path)
     try:
-        _wait_for(lambda: _steps(tmp_path / "killed") >= 12, process)
+        wait_for(lambda: steps_done(tmp_path / "killed") >= 12, process)
     finally:
         process.send_signal(signal.SIGKILL)  # its ranks die with it
         process.wait()
-    assert 12 <= _steps(tmp_path / "killed") < 20
-    resumed = _start(values, tmp_path, "--resume")
+    assert 12 <= steps_done(tmp_path / "killed") < 20
+    resumed = start(values, tmp_path, "--resume")
     output, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, output.decode()
     ranks_2.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 1), **changes))
-    assert _losses(tmp_path / "killed") == _losses(tmp_path / "straight")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     kinds = [json.loads(line)["event"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
     assert kinds == ["start", "save", "resume", "start", "save", "stop"]
 
@@ -155,9 +131,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(ranks_1: RankPool,
     values = configuration(corpus, tmp_path / "run", train__steps=6, checkpoint__every=0)
     ranks_1.run(train, values)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    before = _losses(tmp_path / "run")
+    before = losses(tmp_path / "run")
     ranks_1.run(train, values, True)
-    assert _losses(tmp_path / "run") == before
+    assert losses(tmp_path / "run") == before
 
 
 def test_old_checkpoints_make_room_for_new_ones(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -169,13 +145,13 @@ def test_old_checkpoints_make_room_for_new_ones(ranks_1: RankPool, corpus: Path,
 def test_a_new_run_starts_from_anothers_weights(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
     ranks_1.run(train, configuration(corpus, tmp_path / "first", train__steps=10))
     ranks_1.run(train, configuration(corpus, tmp_path / "second", train__steps=2, init=str(tmp_path / "first")))
-    assert _losses(tmp_path / "second")[0] < _losses(tmp_path / "first")[0] - 0.1
+    assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0] - 0.1
 
 
 def test_the_replica_check_passes_while_it_trains(ranks_4: RankPool, corpus: Path, tmp_path: Path) -> None:
     values = configuration(corpus, tmp_path / "run", (2, 2, 1), train__steps=4, train__check_replicas=2)
     ranks_4.run(train, values)
-    assert len(_losses(tmp_path / "run")) == 4
+    assert len(losses(tmp_path / "run")) == 4
 
 
 def test_a_drifting_replica_stops_the_run_with_its_name(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -183,4 +159,4 @@ def test_a_drifting_replica_stops_the_run_with_its_name(ranks_2: RankPool, corpu
     name = "layers.1.mlp.w_up.weight"
     with pytest.raises(RankError, match=rf"step 4: ranks that should hold the same bits differ in model {name}"):
         ranks_2.run(train_with_a_drifting_replica, values, name, 4)
-    assert len(_losses(tmp_path / "run")) == 4
+    assert len(losses(tmp_path / "run")) == 4

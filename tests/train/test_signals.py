@@ -1,0 +1,160 @@
+"""Signals end a run in order: real processes, real signals; what follows is the run that was not signalled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.rank import CONTINUE
+from tests.distributed import RankPool
+from tests.train.runs import configuration, events, losses, start, steps_done, train, wait_for
+
+
+def _endless(corpus: Path, directory: Path, layout: tuple[int, int, int]) -> dict[str, Any]:
+    """More steps than any test waits for."""
+    return configuration(
+        corpus, directory, layout, train__steps=100_000, checkpoint__every=0, validation__every=0, schedule__cooldown=0
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1)], ids=str)
+def test_a_signal_ends_the_step_saves_and_asks_to_be_continued(
+    corpus: Path, tmp_path: Path, layout: tuple[int, int, int], number: signal.Signals
+) -> None:
+    process = start(_endless(corpus, tmp_path / "run", layout), tmp_path)
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == CONTINUE, output.decode()
+    done = len(losses(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{done:08d}"]
+    assert [(event["step"], event["name"]) for event in events(tmp_path / "run", "signal")] == [(done, number.name)]
+    assert events(tmp_path / "run", "stop")[0]["reason"] == f"signal {number.name}"
+    assert f"{number.name}: saving, then leaving; add --resume to go on" in output.decode()
+
+
+def test_the_curve_does_not_show_where_a_run_was_signalled(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train__global_batch": 32, "checkpoint__every": 0}
+    values = configuration(corpus, tmp_path / "run", (2, 1, 1), **changes)
+    process = start(values, tmp_path)
+    wait_for(lambda: steps_done(tmp_path / "run") >= 3, process)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == CONTINUE
+    assert 3 <= steps_done(tmp_path / "run") < 20
+    ranks_2.run(train, values, True)
+    ranks_2.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 1), **changes))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_a_signal_to_one_rank_of_several_is_enough(corpus: Path, tmp_path: Path) -> None:
+    """As ``torchrun`` and Slurm start them: nobody passes the signal on."""
+    values = _endless(corpus, tmp_path / "run", (2, 1, 1))
+    process = start(values, tmp_path)
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == CONTINUE, output.decode()
+
+
+def test_a_second_signal_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
+    """Rank 0 is stopped, so that rank 1 sits in a collective and no step ends."""
+    process = start(_endless(corpus, tmp_path / "run", (2, 1, 1)), tmp_path)
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
+    first = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+    os.kill(int(first), signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None, "it waits for the step to end"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output.decode()
+    assert time.monotonic() - began < 20
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_second_signal_works_while_the_main_thread_waits(tmp_path: Path) -> None:
+    """A lock held for ever stands for a collective whose other side is gone."""
+    program = """
+import ctypes
+from megaloop.train.signals import StopSignals
+with StopSignals() as signals:
+    print("ready", flush=True)
+    while True:
+        ctypes.CDLL(None).sleep(600)  # comes back after a signal
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.stderr.read() == "second signal (SIGTERM): leaving without saving\n"
+
+
+def test_stop_at_saves_and_ends_and_the_rest_follows(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train__steps": 8, "checkpoint__every": 0, "validation__every": 0}
+    values = configuration(corpus, tmp_path / "run", **changes)
+    process = start(values, tmp_path, "--stop-at", "5")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output.decode()
+    assert len(losses(tmp_path / "run")) == 5
+    assert events(tmp_path / "run", "stop")[0]["reason"] == "stop_at"
+    again = start(values, tmp_path, "--stop-at", "5", "--resume")
+    assert again.wait(60) == 0
+    assert len(losses(tmp_path / "run")) == 5, "it was there already"
+    ranks_1.run(train, values, True)
+    ranks_1.run(train, configuration(corpus, tmp_path / "straight", **changes))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_stop_at_beyond_the_run_is_refused(corpus: Path, tmp_path: Path) -> None:
+    process = start(configuration(corpus, tmp_path / "run"), tmp_path, "--stop-at", "21")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--stop-at 21: expected a step from 1 to train.steps, 20" in output.decode()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1)], ids=str)
+def test_a_dead_rank_is_started_again_and_the_run_resumes(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path: Path, layout: tuple[int, int, int]
+) -> None:
+    changes: dict[str, Any] = {"train__global_batch": 32, "checkpoint__every": 3}
+    values = configuration(corpus, tmp_path / "run", layout, **changes)
+    process = start(values, tmp_path, "--max-restarts", "1")
+    wait_for(lambda: steps_done(tmp_path / "run") >= 5, process)
+    os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()
+    assert "starting the ranks again, restart 1 of 1" in output.decode()
+    assert [event["restarts"] for event in events(tmp_path / "run", "start")] == [0, 1]
+    pool: RankPool = request.getfixturevalue(f"ranks_{layout[0]}")
+    pool.run(train, configuration(corpus, tmp_path / "straight", layout, **changes))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_more_deaths_than_restarts_end_the_run(corpus: Path, tmp_path: Path) -> None:
+    process = start(_endless(corpus, tmp_path / "run", (2, 1, 1)), tmp_path)
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
+    began = time.monotonic()
+    os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 5, "the others do not wait for it"
+    assert "rank 1 died with SIGKILL" in output.decode()
