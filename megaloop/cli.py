@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launchers.rank import CONTINUE, RESTARTS, follow_launcher, launched, open_store, report_error, started_by_launcher
-from megaloop import __version__
+from megaloop import __version__, run_commands
 from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.command()(run_commands.checkpoints)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[

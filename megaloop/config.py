@@ -342,6 +342,8 @@ class CheckpointConfig(_Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: PositiveInt = 3
     """Newest checkpoints to keep."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that this divides stay for good; 0: none does."""
 
 
 class LoggingConfig(_Section):

@@ -2,7 +2,16 @@
 
 from megaloop.checkpoint.manifest import GrowthEntry, Manifest
 from megaloop.checkpoint.reader import Checkpoint
-from megaloop.checkpoint.resolve import check_same_model, list_checkpoints, prune, resolve_checkpoint
+from megaloop.checkpoint.resolve import (
+    check_same_model,
+    list_checkpoints,
+    list_damaged,
+    list_torn,
+    prune,
+    resolve_checkpoint,
+    set_aside,
+    step_of,
+)
 from megaloop.checkpoint.writer import CheckpointInfo, SaveResult, save_checkpoint
 
 __all__ = [
@@ -13,7 +22,11 @@ __all__ = [
     "SaveResult",
     "check_same_model",
     "list_checkpoints",
+    "list_damaged",
+    "list_torn",
     "prune",
     "resolve_checkpoint",
     "save_checkpoint",
+    "set_aside",
+    "step_of",
 ]

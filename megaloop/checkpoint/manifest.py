@@ -23,7 +23,7 @@ from pydantic import (
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Operator
-from megaloop.errors import MegaloopError
+from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.parallel.placement import Box, Piece
 
 __all__ = [
@@ -200,26 +200,29 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 class _Version(BaseModel):
     format_version: int
+    checksum: str = ""
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and validate a checkpoint's manifest.
 
     Raises:
-        MegaloopError: it is missing, not JSON, of another version, or does not describe a checkpoint of a decoder.
+        DamagedCheckpoint: it is missing, altered, or does not hang together.
+        MegaloopError: it cannot be read, is of another version, or describes a decoder that is not known here.
     """
     path = directory / MANIFEST
     try:
         text = _read_text(directory, path)
-        version = _Version.model_validate_json(text).format_version
-        if version != FORMAT_VERSION:
+        version = _Version.model_validate_json(text)
+        if version.format_version != FORMAT_VERSION:
+            _check_checksum(directory, text, version.checksum)  # a flipped bit may look like another version
             raise MegaloopError(
-                f"checkpoint {directory}: {MANIFEST} is of format version {version}, "
+                f"checkpoint {directory}: {MANIFEST} is of format version {version.format_version}, "
                 f"this megaloop reads {FORMAT_VERSION}; use the megaloop that wrote it"
             )
         manifest = Manifest.model_validate_json(text)
     except FileNotFoundError:
-        raise MegaloopError(
+        raise DamagedCheckpoint(
             f"checkpoint {directory}: no {MANIFEST}; it is no checkpoint, or one whose saving never finished"
         ) from None
     except OSError as error:
@@ -228,15 +231,21 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "content"
         what = " ".join(f"{where}: {first['msg'].removeprefix('Value error, ')}".split())
-        raise MegaloopError(f"checkpoint {directory}: {MANIFEST} is damaged ({what}); use another checkpoint") from None
-    blank = text.replace(manifest.checksum.encode(), _NO_CHECKSUM.encode(), 1)
-    if (found := xxhash.xxh3_128_hexdigest(blank)) != manifest.checksum:
-        raise MegaloopError(
-            f"checkpoint {directory}: {MANIFEST} is altered: its checksum is {found}, "
-            f"expected {manifest.checksum}; use another checkpoint"
-        )
+        raise DamagedCheckpoint(
+            f"checkpoint {directory}: {MANIFEST} is damaged ({what}); use another checkpoint"
+        ) from None
+    _check_checksum(directory, text, manifest.checksum)
     _check_decoder(directory, manifest)
     return manifest
+
+
+def _check_checksum(directory: Path, text: bytes, expected: str) -> None:
+    blank = text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)
+    if (found := xxhash.xxh3_128_hexdigest(blank)) != expected:
+        raise DamagedCheckpoint(
+            f"checkpoint {directory}: {MANIFEST} is altered: its checksum is {found}, "
+            f"expected {expected}; use another checkpoint"
+        )
 
 
 def _check_decoder(directory: Path, manifest: Manifest) -> None:
@@ -261,7 +270,9 @@ def _read_text(directory: Path, path: Path) -> bytes:
     if not path.exists():
         raise FileNotFoundError
     if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
-        raise MegaloopError(f"checkpoint {directory}: {MANIFEST} is no file of the checkpoint; use another checkpoint")
+        raise DamagedCheckpoint(
+            f"checkpoint {directory}: {MANIFEST} is no file of the checkpoint; use another checkpoint"
+        )
     if path.stat().st_size > _LARGEST:
-        raise MegaloopError(f"checkpoint {directory}: {MANIFEST} is implausibly large; it is no manifest")
+        raise DamagedCheckpoint(f"checkpoint {directory}: {MANIFEST} is implausibly large; it is no manifest")
     return path.read_bytes()

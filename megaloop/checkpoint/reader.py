@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megaloop.checkpoint.manifest import FileEntry, Manifest, PieceEntry, TensorEntry, read_manifest
 from megaloop.checkpoint.tensor_file import DTYPE_CODES
-from megaloop.errors import MegaloopError
+from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.model import ParameterSpec
 from megaloop.parallel.placement import Box, Piece
 
@@ -48,21 +49,28 @@ class Checkpoint:
             verify: ``checksums`` reads every byte of every file; ``sizes`` only looks at their sizes.
 
         Raises:
-            MegaloopError: no checkpoint, or a file that is missing, truncated, altered or outside (it is named).
+            DamagedCheckpoint: a file that is missing, truncated, altered or outside (it is named).
+            MegaloopError: no checkpoint, or one that cannot be read.
         """
         checkpoint = cls(path, read_manifest(path))
         for entry in checkpoint.manifest.files:
             _check_file(path, entry, verify)
         return checkpoint
 
-    def verify(self, on_bytes: Callable[[int, int], None]) -> None:
+    def verify(
+        self, on_bytes: Callable[[int, int], None] = lambda done, total: None, share: int = 0, of: int = 1
+    ) -> None:
         """Read every byte of every file and compare the checksums; tells (bytes done, bytes in all).
 
+        Args:
+            share, of: read only every ``of``-th file, from number ``share`` on: ranks together read all.
+
         Raises:
-            MegaloopError: as :meth:`open` with ``verify="checksums"``.
+            DamagedCheckpoint, MegaloopError: as :meth:`open` with ``verify="checksums"``.
         """
-        done, total = 0, sum(entry.bytes for entry in self.manifest.files)
-        for entry in self.manifest.files:
+        files = self.manifest.files[share::of]
+        done, total = 0, sum(entry.bytes for entry in files)
+        for entry in files:
             _check_file(self.path, entry, "checksums", partial(_advance, on_bytes, done, total))
             done += entry.bytes
 
@@ -193,22 +201,25 @@ def _check_file(
     what = f"checkpoint {path}: {entry.path}"
     try:
         if not file.resolve(strict=True).is_relative_to(path.resolve()):
-            raise MegaloopError(f"{what} points outside the checkpoint; use another checkpoint")
+            raise DamagedCheckpoint(f"{what} points outside the checkpoint; use another checkpoint")
         if not file.is_file():
-            raise MegaloopError(f"{what} is no file; use another checkpoint")
+            raise DamagedCheckpoint(f"{what} is no file; use another checkpoint")
         size = file.stat().st_size
         if size != entry.bytes:
             how = "truncated" if size < entry.bytes else "altered"
-            raise MegaloopError(f"{what} is {how}: {size} bytes, expected {entry.bytes}; use another checkpoint")
+            raise DamagedCheckpoint(f"{what} is {how}: {size} bytes, expected {entry.bytes}; use another checkpoint")
         if verify == "checksums" and (found := file_checksum(file, on_bytes)) != entry.checksum:
-            raise MegaloopError(
+            raise DamagedCheckpoint(
                 f"{what} is altered: its checksum is {found}, expected {entry.checksum}; use another checkpoint"
             )
     except FileNotFoundError:
-        raise MegaloopError(f"{what} is missing; use another checkpoint") from None
-    except (OSError, RuntimeError) as error:  # pathlib reports a circle of links as a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MegaloopError(f"{what} cannot be read ({reason}); use another checkpoint") from None
+        raise DamagedCheckpoint(f"{what} is missing; use another checkpoint") from None
+    except RuntimeError as error:  # so pathlib reports a circle of links
+        raise DamagedCheckpoint(f"{what} cannot be read ({error}); use another checkpoint") from None
+    except OSError as error:
+        # a disk that gives its bytes back no more is damage; one that may not be read is for its owner to mend
+        kind = DamagedCheckpoint if error.errno in (errno.EIO, errno.ENOTDIR, errno.ELOOP) else MegaloopError
+        raise kind(f"{what} cannot be read ({error.strerror}); use another checkpoint") from None
 
 
 def file_checksum(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:

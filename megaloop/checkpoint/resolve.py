@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, which is the newest, and which may go."""
+"""Which checkpoints a run has, which is the newest, which may go, and which were set aside as damaged."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 
-__all__ = ["check_same_model", "is_step_name", "list_checkpoints", "prune", "remove_checkpoint", "resolve_checkpoint"]
+__all__ = [
+    "DAMAGED",
+    "check_same_model",
+    "is_step_name",
+    "list_checkpoints",
+    "list_damaged",
+    "list_torn",
+    "prune",
+    "remove_checkpoint",
+    "resolve_checkpoint",
+    "set_aside",
+    "step_of",
+]
 
+DAMAGED = ".damaged"
+"""What a damaged checkpoint's name ends in once a run has passed it over; nothing takes it for a checkpoint."""
 _NAME = re.compile(r"step-([0-9]+)")
 
 
@@ -21,19 +35,49 @@ def is_step_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a run's checkpoint, set aside or not."""
+    match = _NAME.fullmatch(path.name.removesuffix(DAMAGED))
+    assert match is not None
+    return int(match[1])
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """The whole checkpoints (those with a manifest) of ``RUN/checkpoints``, oldest first."""
+    return [path for path in _list(directory) if (path / MANIFEST).is_file()]
+
+
+def list_torn(directory: Path) -> list[Path]:
+    """Those that have lost their manifest: by damage, or because deleting them was interrupted; oldest first."""
+    return [path for path in _list(directory) if not (path / MANIFEST).is_file()]
+
+
+def list_damaged(directory: Path) -> list[Path]:
+    """Those that :func:`set_aside` has renamed, oldest first."""
+    return _list(directory, DAMAGED)
+
+
+def _list(directory: Path, suffix: str = "") -> list[Path]:
     try:
         if not directory.is_dir():
             return []
-        found = [
-            (int(match[1]), entry)
-            for entry in directory.iterdir()
-            if (match := _NAME.fullmatch(entry.name)) and (entry / MANIFEST).is_file()
-        ]
+        named = [path for path in directory.iterdir() if path.name.endswith(suffix) and path.is_dir()]
     except OSError as error:
         raise MegaloopError(f"checkpoints in {directory} cannot be listed: {error.strerror}") from None
-    return [entry for _, entry in sorted(found)]
+    return sorted((path for path in named if is_step_name(path.name.removesuffix(suffix))), key=step_of)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is passed over from now on but may still be looked at."""
+    aside = path.with_name(path.name + DAMAGED)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        return path.rename(aside)
+    except OSError as error:
+        raise MegaloopError(
+            f"damaged checkpoint {path} cannot be set aside as {aside.name}: {error.strerror}"
+        ) from None
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -58,15 +102,22 @@ def resolve_checkpoint(path: Path) -> Path:
     )
 
 
-def prune(directory: Path, keep: int) -> list[Path]:
+def prune(directory: Path, keep: int, every: int = 0) -> list[Path]:
     """Delete all but the newest ``keep`` (at least 1) checkpoints of ``RUN/checkpoints``; returns what was deleted.
+
+    What was set aside as damaged goes too, once there is a newer checkpoint.
+
+    Args:
+        every: checkpoints of steps that this divides stay for good; 0: none does.
 
     Raises:
         MegaloopError: one cannot be deleted.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, found {keep}")
-    gone = list_checkpoints(directory)[:-keep]
+    whole = list_checkpoints(directory)
+    gone = [path for path in whole[:-keep] if not (every and step_of(path) % every == 0)]
+    gone += [path for path in list_damaged(directory) if whole and step_of(whole[-1]) >= step_of(path)]
     for path in gone:
         try:
             remove_checkpoint(path)

@@ -109,6 +109,7 @@ class _Run:
         """Train through the growth stages that are left, resharding from each to the next, or until asked to end."""
         start, reporter = self._start, self._reporter
         reporter.begins(self.engine, self._sources, start.checkpoint)
+        reporter.passed_over(start.damaged)
         if start.grown_from is not None:
             loss, _ = self.validation.run()
             reporter.grown_on_load(self.at.step, start.grown_from, self.engine, loss)
@@ -234,7 +235,7 @@ class _Run:
         )
         with all_ranks_agree():
             if dist.get_rank() == 0:
-                prune(checkpoints, config.checkpoint.keep)
+                prune(checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
         self.saved = at.step
         self._reporter.saved(at.step, result.path, result.bytes, result.seconds)
 

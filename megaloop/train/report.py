@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from megaloop.train.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from megaloop.data import Sources
+    from megaloop.train.start import Damage
 
 __all__ = ["Position", "RunReporter"]
 
@@ -142,6 +144,16 @@ class RunReporter:
             ranks=topology.world_size,
             restarts=int(os.environ.get(RESTARTS, "0")),
         )
+
+    def passed_over(self, damaged: Sequence[Damage]) -> None:
+        """Record that the run goes on from an earlier checkpoint than its newest, and why."""
+        if self._directory is None:
+            return
+        for each in damaged:
+            self._metrics.event("rollback", self._start.step, step_before=each.step, reason=each.reason)
+            self._progress.message(
+                f"checkpoint of step {each.step} is damaged ({each.reason}); going back to step {self._start.step}"
+            )
 
     def _use(self, engine: TrainingEngine) -> None:
         """From here on, steps are of this engine's plan, on its topology."""

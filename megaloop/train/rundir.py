@@ -8,8 +8,10 @@ import json
 import os
 import re
 import socket
+import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +21,14 @@ from megaloop.config import Config
 from megaloop.errors import MegaloopError
 from megaloop.train.metrics import METRICS, write_event
 
-__all__ = ["CONFIG", "DISCARDED", "LOCK", "Resumed", "RunDirectory"]
+__all__ = ["CONFIG", "DISCARDED", "LOCK", "Resumed", "RunDirectory", "held"]
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
 DISCARDED = "metrics.discarded.jsonl"
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
+_PATIENCE = 1.0
+"""Seconds to wait for a lock: a launcher starts ranks again right after it has killed the last ones."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -161,11 +165,26 @@ class RunDirectory:
         _replace(path, text.encode())
 
 
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the directory of a run that is not alive.
+
+    Raises:
+        MegaloopError: it is alive, or the directory cannot be used.
+    """
+    try:
+        directory = RunDirectory(path, _lock(path))
+    except OSError as error:
+        raise MegaloopError(f"run directory {path}: cannot be used ({error.strerror or error})") from None
+    with directory:
+        yield
+
+
 def _lock(path: Path) -> int | None:
     """Take the directory's lock, and write into it who holds it."""
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(descriptor)
     except BlockingIOError:
         holder = _holder(os.pread(descriptor, 4096, 0))
         os.close(descriptor)
@@ -184,6 +203,18 @@ def _lock(path: Path) -> int | None:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _flock(descriptor: int) -> None:
+    """Lock, or say that another has it; what a process that was just killed has not yet let go of is waited for."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _holder(text: bytes) -> str:

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import torch
 import torch.distributed as dist
 
-from megaloop.checkpoint import Checkpoint, check_same_model, list_checkpoints, resolve_checkpoint
+from megaloop.checkpoint import (
+    Checkpoint,
+    check_same_model,
+    list_checkpoints,
+    list_torn,
+    resolve_checkpoint,
+    set_aside,
+    step_of,
+)
 from megaloop.config import Config
 from megaloop.data import Sources
 from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, before_growth, grow, stage_at, unloop
-from megaloop.errors import MegaloopError
+from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.model import parameter_specs
 from megaloop.parallel.placement import Piece
 from megaloop.parallel.state import GrownState, InitialValues, StateSource
 from megaloop.train.agree import all_ranks_agree, from_rank_0
 from megaloop.train.report import Position
 
-__all__ = ["Start", "catch_up", "stages_from", "starting_point"]
+__all__ = ["Damage", "Start", "catch_up", "stages_from", "starting_point"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A checkpoint that was passed over: its step, and what is wrong with it."""
+
+    step: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class Start:
         source: the state of the stage that the run begins in.
         checkpoint: the checkpoint that it resumes, None for a new run.
         grown_from: the checkpoint's plan, where it is another than that of the stage that the run begins in.
+        damaged: newer checkpoints that could not be resumed, newest first.
     """
 
     position: Position
@@ -40,6 +57,7 @@ class Start:
     source: StateSource
     checkpoint: Path | None = None
     grown_from: DepthPlan | None = None
+    damaged: tuple[Damage, ...] = ()
 
     @property
     def stage(self) -> GrowthStage:
@@ -60,23 +78,68 @@ class _WeightsOnly:
 def starting_point(config: Config, vocab_size: int, sources: Sources, resume: bool) -> Start:
     """A new run's first step, or where the newest whole checkpoint left off; collective.
 
+    Checkpoints that are damaged are passed over and renamed, so that none is tried twice.
+
     Raises:
-        MegaloopError: on every rank: a checkpoint is damaged, of another shape, or was grown in another way.
+        MegaloopError: on every rank: all checkpoints are damaged (none is renamed then), or the newest whole one is of
+            another shape, or was grown in another way.
     """
-    path: Path | None = None
-    with all_ranks_agree():
-        if resume and dist.get_rank() == 0 and list_checkpoints(config.directory / "checkpoints"):
-            path = resolve_checkpoint(config.directory)
-            Checkpoint.open(path, verify="checksums").close()  # once, not by every rank
-    path = from_rank_0(path)
+    path, damaged = _newest_whole(config.directory / "checkpoints") if resume else (None, ())
     with all_ranks_agree():
         if path is not None:
             checkpoint = Checkpoint.open(path, verify="sizes")
-            return _begin(config, vocab_size, checkpoint, checkpoint, _position(config, sources, checkpoint), path)
+            start = _begin(config, vocab_size, checkpoint, checkpoint, _position(config, sources, checkpoint), path)
+            return replace(start, damaged=damaged)
         if config.init is not None:
             checkpoint = Checkpoint.open(resolve_checkpoint(config.init), verify="sizes")
             return _begin(config, vocab_size, checkpoint, _WeightsOnly(checkpoint), Position())
     return Start(Position(), config.stages, InitialValues(config.model, config.seed, config.stages[0].plan, vocab_size))
+
+
+def _newest_whole(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
+    """The newest checkpoint of which every byte is as it was saved, and those after it; None if there is none at all."""
+    candidates: list[Path] = []
+    torn: list[Path] = []
+    with all_ranks_agree():
+        if dist.get_rank() == 0:
+            candidates, torn = list_checkpoints(directory), list_torn(directory)
+    damaged: dict[Path, str] = {}
+    whole: Path | None = None
+    for path in reversed(from_rank_0(candidates)):
+        problem = _damage(path)
+        if problem is None:
+            whole = path
+            break
+        damaged[path] = problem
+    if whole is None and damaged:
+        newest, problem = next(iter(damaged.items()))
+        raise MegaloopError(
+            f"no checkpoint in {directory} is whole ({len(damaged)} damaged); of the newest, {newest.name}: {problem}; "
+            "restore one from a copy, or start again in another run_dir"
+        )
+    if whole is not None:
+        # older ones without a manifest are what is left of a deletion; a newer one had a manifest once
+        damaged |= {path: "no manifest.json" for path in from_rank_0(torn) if step_of(path) > step_of(whole)}
+        with all_ranks_agree():
+            if dist.get_rank() == 0:
+                for path in damaged:
+                    set_aside(path)
+    found = [Damage(step_of(path), problem) for path, problem in damaged.items()]
+    return whole, tuple(sorted(found, key=lambda each: -each.step))
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes, None where they are whole; each rank reads a share of the files."""
+    problem: str | None = None
+    with all_ranks_agree():
+        try:
+            with Checkpoint.open(path, verify="sizes") as checkpoint:
+                checkpoint.verify(share=dist.get_rank(), of=dist.get_world_size())
+        except DamagedCheckpoint as error:
+            problem = str(error).removeprefix(f"checkpoint {path}: ").removesuffix("; use another checkpoint")
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((each for each in problems if each is not None), None)
 
 
 def _position(config: Config, sources: Sources, checkpoint: Checkpoint) -> Position:

@@ -1,0 +1,157 @@
+"""Commands that look at a run's directory, live or not: what is there, whether it is whole, what happened."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megaloop.errors import DamagedCheckpoint, MegaloopError
+
+__all__ = ["checkpoints"]
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/demo.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One checkpoint; what its manifest would say is None where that cannot be read."""
+
+    name: str
+    state: str
+    step: int
+    bytes: int | None = None
+    created: str | None = None
+    depth: str | None = None
+    topology: dict[str, int] | None = None
+    precision: str | None = None
+    problem: str | None = None
+
+
+def checkpoints(
+    run: Run,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare the checksums.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete what checkpoint.keep and keep_every of the run do not keep.")
+    ] = False,
+    keep: Annotated[int | None, typer.Option(min=1, help="With --prune: how many of the newest stay.")] = None,
+    json: Json = False,
+) -> None:
+    """List a run's checkpoints; verify them, or delete the older ones. Exit code 2 if one is damaged."""
+    from megaloop.checkpoint import list_checkpoints, list_damaged, list_torn
+
+    if keep is not None and not prune:
+        raise MegaloopError("--keep says how many --prune leaves; add --prune")
+    directory = run / "checkpoints"
+    if not directory.is_dir():
+        raise MegaloopError(f"{run}: no run with checkpoints; expected a directory with checkpoints/ in it")
+    gone = _prune(run, keep) if prune else []
+    rows = [_describe(path, verify) for path in list_checkpoints(directory)]
+    rows += [_Row(path.name, "no manifest", _step(path)) for path in list_torn(directory)]
+    rows += [_Row(path.name, "set aside", _step(path)) for path in list_damaged(directory)]
+    rows.sort(key=lambda row: row.step)
+    if json:
+        values = {"checkpoints": [asdict(row) for row in rows], "deleted": [path.name for path in gone]}
+        typer.echo(json_format.dumps(values, indent=2))
+    else:
+        _show(run, rows, gone)
+    if any(row.state == "damaged" for row in rows):
+        raise typer.Exit(2)
+
+
+def _step(path: Path) -> int:
+    from megaloop.checkpoint import step_of
+
+    return step_of(path)
+
+
+def _prune(run: Path, keep: int | None) -> list[Path]:
+    """Delete what the run's own configuration does not keep; not while it is alive, as it does so itself."""
+    from megaloop.checkpoint import prune
+    from megaloop.config import load_config
+    from megaloop.train.rundir import CONFIG, held
+
+    with held(run):
+        policy = load_config(run / CONFIG, []).checkpoint
+        return prune(run / "checkpoints", keep or policy.keep, policy.keep_every)
+
+
+def _describe(path: Path, verify: bool) -> _Row:
+    from megaloop.checkpoint import Checkpoint
+    from megaloop.depth import DepthPlan
+
+    try:
+        with Checkpoint.open(path) as checkpoint, _bar(path.name, verify) as show:
+            if verify:
+                checkpoint.verify(show)
+            manifest = checkpoint.manifest
+            return _Row(
+                name=path.name,
+                state="whole" if verify else "complete",
+                step=manifest.step,
+                bytes=sum(entry.bytes for entry in manifest.files),
+                created=manifest.created,
+                depth=DepthPlan.from_json(manifest.plan).notation,
+                topology=manifest.topology,
+                precision=manifest.precision,
+            )
+    except DamagedCheckpoint as error:
+        reason = str(error).removeprefix(f"checkpoint {path}: ").removesuffix("; use another checkpoint")
+        return _Row(path.name, "damaged", _step(path), problem=reason)
+
+
+class _bar:
+    """A progress bar on stderr, where that is a terminal and there is something to wait for."""
+
+    def __init__(self, what: str, wanted: bool):
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+        hidden = not (wanted and sys.stderr.isatty())
+        self._progress = Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True)
+        self._task = self._progress.add_task(f"reading {what}")
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._progress.start()
+        return lambda done, total: self._progress.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.stop()
+
+
+def _show(run: Path, rows: list[_Row], gone: list[Path]) -> None:
+    from megaloop.train.progress import format_bytes
+
+    console = Console(highlight=False)
+    for path in gone:
+        console.print(f"deleted {path.name}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for header in ("step", "state", "size", "depth", "pp x tp x dp", "precision", "saved (UTC)"):
+        table.add_column(header, justify="right" if header in ("step", "size") else "left", no_wrap=header != "depth")
+    for row in rows:
+        topology = " x ".join(str(row.topology[key]) for key in ("pp", "tp", "dp")) if row.topology else ""
+        size = "" if row.bytes is None else format_bytes(row.bytes)
+        table.add_row(
+            str(row.step),
+            row.state,
+            size,
+            row.depth,
+            topology,
+            row.precision,
+            (row.created or "").removesuffix("+00:00"),
+        )
+    if rows:
+        console.print(table)
+    else:
+        console.print(f"{run} has no checkpoints yet")
+    for row in rows:
+        if row.problem:
+            console.print(f"{row.name}: {row.problem}", soft_wrap=True, style="bold red")
