@@ -344,6 +344,8 @@ class CheckpointConfig(_Section):
     """Newest checkpoints to keep."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of steps that this divides stay for good; 0: none does."""
+    asynchronous: bool = True
+    """Train on while a copy of the state is written; the copy takes as much main memory as the state."""
 
 
 class LoggingConfig(_Section):

@@ -1,5 +1,6 @@
 """Sharded checkpoints: every rank writes what it owns, any topology reads it, nothing is ever unpickled."""
 
+from megaloop.checkpoint.background import BackgroundSaver
 from megaloop.checkpoint.manifest import GrowthEntry, Manifest
 from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import (
@@ -15,6 +16,7 @@ from megaloop.checkpoint.resolve import (
 from megaloop.checkpoint.writer import CheckpointInfo, SaveResult, save_checkpoint
 
 __all__ = [
+    "BackgroundSaver",
     "Checkpoint",
     "CheckpointInfo",
     "GrowthEntry",

@@ -103,7 +103,13 @@ _Index = tuple[list[FileEntry], list[tuple[str, str, list[int], str, PieceEntry]
 
 
 def save_checkpoint(
-    directory: Path, pieces: Iterable[StatePiece | LazyPiece], info: CheckpointInfo, tokenizer: Path | None = None
+    directory: Path,
+    pieces: Iterable[StatePiece | LazyPiece],
+    info: CheckpointInfo,
+    tokenizer: Path | None = None,
+    *,
+    then: Callable[[], object] = lambda: None,
+    group: dist.ProcessGroup | None = None,
 ) -> SaveResult:
     """Save a checkpoint; collective over all ranks where torch.distributed is initialised.
 
@@ -116,9 +122,11 @@ def save_checkpoint(
         directory: the final name, on a file system that all ranks share.
         pieces: this rank's state; those without ``writes`` are left to other ranks.
         tokenizer: a sentencepiece model to keep with it.
+        then: called by rank 0 once the checkpoint has its name; for what that makes superfluous.
+        group: the ranks; None: all, over the default process group.
 
     Raises:
-        MegaloopError: on every rank, if any rank cannot write; nothing is left behind.
+        MegaloopError: on every rank, if any rank cannot write; nothing is left behind. Or from ``then``.
         RuntimeError: on every rank, if one fails otherwise, or if the pieces of all ranks leave a value out
             or hold it twice.
     """
@@ -126,15 +134,16 @@ def save_checkpoint(
     rank = dist.get_rank() if dist.is_initialized() else 0
     partial = _beside(directory, "partial")
     try:
-        _together(directory, lambda: _begin(directory, partial) if rank == 0 else None)
-        indices = _together(directory, lambda: _write_rank(partial, pieces, rank))
+        _together(directory, lambda: _begin(directory, partial) if rank == 0 else None, group)
+        indices = _together(directory, lambda: _write_rank(partial, pieces, rank), group)
         manifest = _together(
-            directory, lambda: _finish(partial, directory, indices, info, tokenizer) if rank == 0 else None
+            directory, lambda: _finish(partial, directory, indices, info, tokenizer) if rank == 0 else None, group
         )
     except Exception:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    _together(directory, lambda: then() if rank == 0 else None, group, "saved, but older ones are in the way")
     return SaveResult(directory, manifest[0], time.perf_counter() - began)
 
 
@@ -146,7 +155,9 @@ class _Failure:
     expected: bool
 
 
-def _together(directory: Path, work: Callable[[], Any]) -> list[Any]:
+def _together(
+    directory: Path, work: Callable[[], Any], group: dist.ProcessGroup | None, outcome: str = "not saved"
+) -> list[Any]:
     """Run ``work`` on every rank; its results by rank, or the same error on all of them."""
     result: Any = None
     cause: Exception | None = None
@@ -161,16 +172,16 @@ def _together(directory: Path, work: Callable[[], Any]) -> list[Any]:
     outcomes: list[Any] = [result]
     if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, result)
-    for rank, outcome in enumerate(outcomes):
-        if isinstance(outcome, _Failure) and not outcome.expected:
-            raise RuntimeError(f"checkpoint {directory} not saved: rank {rank}: {outcome.text}") from cause
-    failed = {rank: outcome.text for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)}
+        dist.all_gather_object(outcomes, result, group=group)
+    for rank, each in enumerate(outcomes):
+        if isinstance(each, _Failure) and not each.expected:
+            raise RuntimeError(f"checkpoint {directory} {outcome}: rank {rank}: {each.text}") from cause
+    failed = {rank: each.text for rank, each in enumerate(outcomes) if isinstance(each, _Failure)}
     if failed:
         whole = list_checkpoints(directory.parent)
         last = f"the last whole checkpoint is {whole[-1].name}" if whole else "there is no earlier checkpoint"
         raise MegaloopError(
-            f"checkpoint {directory} not saved: {next(iter(failed.values()))} ({_ranks(list(failed))}); {last}; "
+            f"checkpoint {directory} {outcome}: {next(iter(failed.values()))} ({_ranks(list(failed))}); {last}; "
             "make room or mend the permissions, then go on with --resume"
         ) from cause
     return outcomes

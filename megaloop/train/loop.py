@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megaloop.checkpoint import CheckpointInfo, GrowthEntry, prune, save_checkpoint
+from megaloop.checkpoint import CheckpointInfo, GrowthEntry
 from megaloop.config import Config
 from megaloop.data import (
     BatchLoader,
@@ -29,6 +29,7 @@ from megaloop.parallel.topology import Topology
 from megaloop.train.agree import all_ranks_agree, highest
 from megaloop.train.report import RunReporter
 from megaloop.train.rundir import RunDirectory
+from megaloop.train.saving import Saver
 from megaloop.train.schedule import learning_rate
 from megaloop.train.signals import StopSignals
 from megaloop.train.start import Start, starting_point
@@ -81,7 +82,7 @@ class _Run:
         at: how far it is.
         engine: of the stage that it is in.
         validation: on that engine.
-        saved: the step of its newest checkpoint, None if it has saved none yet.
+        saver: of its checkpoints.
     """
 
     def __init__(
@@ -99,55 +100,76 @@ class _Run:
         self._config, self._sources, self._start, self._reporter = config, sources, start, reporter
         self._validation_samples = validation_samples
         self.at = start.position
-        self.saved: int | None = None if start.checkpoint is None else start.position.step
         self.engine = TrainingEngine(
             config, start.stage.plan, self._topology(start.stage), vocab_size, start.source, start.position.step
         )
         self.validation = self._open_validation()
+        self.saver = Saver(
+            config.directory / "checkpoints",
+            config.checkpoint,
+            reporter,
+            None if start.checkpoint is None else start.position.step,
+        )
+        self.saver.prepare(self.engine.pieces())
 
     def train(self) -> Ending:
         """Train through the growth stages that are left, resharding from each to the next, or until asked to end."""
+        try:
+            ending = self._train()
+        except Exception:
+            self.saver.close(patience=60)  # what is being written is whole, whatever went wrong after it
+            raise
+        self.saver.close()
+        return ending
+
+    def _train(self) -> Ending:
         start, reporter = self._start, self._reporter
         reporter.begins(self.engine, self._sources, start.checkpoint)
         reporter.passed_over(start.damaged)
         if start.grown_from is not None:
             loss, _ = self.validation.run()
             reporter.grown_on_load(self.at.step, start.grown_from, self.engine, loss)
-        ending = self._asked_to_end()
+        ending = self._after_step()
         for stage in start.stages[start.stages.index(start.stage) :]:
             if ending is not None:
                 break
             if stage.plan != self.engine.plan:
                 self._grow_into(stage)
             ending = self._train_stage(stage)
+        if self.at.step:
+            self.saver.finish(self.at.step, self.engine.pieces(), self._checkpoint_info(), self._sources.tokenizer)
         if ending is None:
             reporter.finished()
         self.engine.close()
         return ending or "finished"
 
-    def _asked_to_end(self) -> Ending | None:
-        """Save and say why, where a signal came to any rank or the step is that of ``stop_at``; collective."""
-        number = int(highest(self._signals.number if self._signals else 0)[0])
+    def _after_step(self) -> Ending | None:
+        """What ranks agree on between two steps: whether to end, and what of the checkpoint under way; collective."""
+        signalled = self._signals.number if self._signals else 0
+        number, busy, again = highest(signalled, self.saver.busy, self.saver.wants_again)
+        if not busy:
+            self.saver.collect()
+        if again:
+            self._save()
         if self.at.step == self._config.train.steps or (not number and self.at.step < (self._stop_at or math.inf)):
             return None
         if number:
-            self._reporter.signalled(self.at.step, signal.Signals(number).name)
-        else:
-            self._reporter.stopped(self.at.step)
-        if self.at.step and self.saved != self.at.step:
-            self._save()
-        return "signalled" if number else "stopped"
+            self._reporter.signalled(self.at.step, signal.Signals(int(number)).name)
+            return "signalled"
+        self._reporter.stopped(self.at.step)
+        return "stopped"
 
     def _grow_into(self, stage: GrowthStage) -> None:
         """Reshard into the next stage. Nothing on disk changes: a rank that dies here leaves the last checkpoint."""
         growth = self._config.growth
-        if growth is not None and growth.save_before and not stage.event and self.saved != self.at.step:
+        if growth is not None and growth.save_before and not stage.event and self.saver.saved != self.at.step:
             self._save()
         before, (loss_before, _) = self.engine.plan, self.validation.run()
         resharded = reshard(
             self.engine, stage.growth, self._topology(stage), self.at.step, moments=growth.moments if growth else "copy"
         )
         self.engine = resharded.engine
+        self.saver.prepare(self.engine.pieces())
         self.validation = self._open_validation()
         loss_after, _ = self.validation.run()
         self._reporter.grown(self.at.step, before, resharded, loss_before, loss_after)
@@ -167,9 +189,9 @@ class _Run:
                 self._reporter.stepped(self.at, result, lr, seconds, validated, times)
                 if config.train.check_replicas and self.at.step % config.train.check_replicas == 0:
                     _check_replicas(self.engine, self.at.step)
-                if _due(self.at.step, config.checkpoint.every, total):
+                if config.checkpoint.every and self.at.step % config.checkpoint.every == 0:
                     self._save()
-                if ending := self._asked_to_end():
+                if ending := self._after_step():
                     return ending
             return None
         finally:
@@ -210,13 +232,16 @@ class _Run:
         )
 
     def _save(self) -> None:
+        self.saver.save(self.engine.pieces(), self._checkpoint_info(), self._sources.tokenizer)
+
+    def _checkpoint_info(self) -> CheckpointInfo:
         config, engine, at = self._config, self.engine, self.at
         topology, growth = engine.topology, None
         if config.growth is not None:
             stages = self._start.stages
             index = stages.index(stage_at(stages, max(at.step - 1, 0)))
             growth = GrowthEntry(operator=config.growth.operator, stage=index, stages=len(stages))
-        info = CheckpointInfo(
+        return CheckpointInfo(
             step=at.step,
             tokens=at.tokens,
             samples=at.samples,
@@ -229,15 +254,6 @@ class _Run:
             config=config.model_dump(mode="json"),
             growth=growth,
         )
-        checkpoints = config.directory / "checkpoints"
-        result = save_checkpoint(
-            checkpoints / f"step-{at.step:08d}", engine.pieces(), info, tokenizer=self._sources.tokenizer
-        )
-        with all_ranks_agree():
-            if dist.get_rank() == 0:
-                prune(checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
-        self.saved = at.step
-        self._reporter.saved(at.step, result.path, result.bytes, result.seconds)
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
 
-EventKind = Literal["start", "resume", "grow", "loop", "reshard", "save", "signal", "rollback", "stop"]
+EventKind = Literal["start", "resume", "grow", "loop", "reshard", "save", "save_failed", "signal", "rollback", "stop"]
 
 
 @dataclass(frozen=True)

@@ -302,10 +302,21 @@ class RunReporter:
         if self._directory is not None:
             self._progress.message(f"step {step}  stopping here as --stop-at asks; add --resume to go on")
 
-    def saved(self, step: int, path: Path, size: int, seconds: float) -> None:
-        """Record a checkpoint."""
+    def not_saved(self, step: int, reason: str) -> None:
+        """Warn that a checkpoint could not be written; the run goes on."""
         if self._directory is not None:
-            self._metrics.event("save", step, seconds=seconds, bytes=size, path=str(path))
+            self._metrics.event("save_failed", step, reason=reason)
+            self._progress.message(f"step {step}  warning: {reason.removesuffix(', then go on with --resume')}")
+
+    def saved(self, step: int, path: Path, size: int, seconds: float, stall: float) -> None:
+        """Record a checkpoint.
+
+        Args:
+            seconds: until it was whole.
+            stall: how long training stood still for it.
+        """
+        if self._directory is not None:
+            self._metrics.event("save", step, seconds=seconds, bytes=size, path=str(path), stall_seconds=stall)
             self._progress.saved(step, path, seconds=seconds, bytes=size)
 
 
