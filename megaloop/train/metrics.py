@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +25,8 @@ __all__ = ["EVENTS", "METRICS", "TENSORBOARD", "EventKind", "JsonLines", "Metric
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 EventKind = Literal["start", "resume", "grow", "loop", "reshard", "save", "save_failed", "signal", "rollback", "stop"]
 
@@ -78,31 +84,53 @@ class StepRecord:
 class JsonLines:
     """A file of one JSON object per line, appended to line by line; every line is whole and written at once.
 
+    Lines that find no room on the disk wait in memory, and are written, in order, before the next that finds some.
+
     Raises:
-        MegaloopError: the file cannot be written (a full disk); what it held is left as it was.
+        MegaloopError: the file cannot be written; what it held is left as it was.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self._waiting: deque[bytes] = deque()
         try:
             self._file = path.open("ab", buffering=0)
             _drop_torn_line(path)
         except OSError as error:
             raise _cannot_write(path, error) from None
 
+    @property
+    def waiting(self) -> int:
+        """How many lines wait for room on the disk."""
+        return len(self._waiting)
+
     def append(self, value: dict[str, Any]) -> None:
-        line = json.dumps(value, allow_nan=False).encode() + b"\n"
-        size = os.fstat(self._file.fileno()).st_size
+        self._waiting.append(json.dumps(value, allow_nan=False).encode() + b"\n")
         try:
-            written = 0
-            while written < len(line):
-                written += self._file.write(line[written:])
+            self._write_waiting()
         except OSError as error:
-            os.ftruncate(self._file.fileno(), size)
-            raise _cannot_write(self.path, error) from None
+            if error.errno not in _NO_ROOM:
+                raise _cannot_write(self.path, error) from None
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            line, size, written = self._waiting[0], os.fstat(self._file.fileno()).st_size, 0
+            try:
+                while written < len(line):
+                    written += self._file.write(line[written:])
+            except OSError:
+                os.ftruncate(self._file.fileno(), size)
+                raise
+            self._waiting.popleft()
 
     def close(self) -> None:
-        self._file.close()
+        """Write what waits, and close the file."""
+        try:
+            self._write_waiting()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+        finally:
+            self._file.close()
 
 
 class MetricsWriter:
@@ -114,7 +142,7 @@ class MetricsWriter:
         start_step: optimizer steps already done; TensorBoard hides what a killed run wrote after it.
 
     Raises:
-        MegaloopError: TensorBoard is wanted but not installed; a full disk.
+        MegaloopError: TensorBoard is wanted but not installed; a file cannot be written.
     """
 
     def __init__(self, run_dir: Path, tensorboard: bool, *, start_step: int = 0):
@@ -125,8 +153,9 @@ class MetricsWriter:
     def step(self, record: StepRecord) -> None:
         """Record a step: one line of ``metrics.jsonl``, and TensorBoard's scalars."""
         self._metrics.append(record.to_json())
-        if self._tensorboard is not None:
-            _write_scalars(self._tensorboard, record)
+        with self._tensorboard_may_fail():
+            if self._tensorboard is not None:
+                _write_scalars(self._tensorboard, record)
 
     def event(
         self, kind: EventKind, step: int, *, seconds: float | None = None, bytes: int | None = None, **fields: Any
@@ -139,14 +168,30 @@ class MetricsWriter:
             fields: what else there is to say of it; values that JSON can hold.
         """
         self._events.append(_event(kind, step, seconds, bytes, fields))
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        with self._tensorboard_may_fail():
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
+
+    @property
+    def waiting(self) -> int:
+        """How many lines wait for room on the disk."""
+        return self._metrics.waiting + self._events.waiting
 
     def close(self) -> None:
-        self._metrics.close()
-        self._events.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with ExitStack() as stack:  # each is closed, whatever happens to the others
+            stack.callback(self._events.close)
+            stack.callback(self._metrics.close)
+            with self._tensorboard_may_fail():
+                if self._tensorboard is not None:
+                    self._tensorboard.close()
+
+    @contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """Its writer does not survive a full disk; the run does, and has the same values in ``metrics.jsonl``."""
+        try:
+            yield
+        except OSError:
+            self._tensorboard = None
 
     def __enter__(self) -> Self:
         return self

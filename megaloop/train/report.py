@@ -271,7 +271,10 @@ class RunReporter:
         )
         if validated is not None:
             record = replace(record, val_loss=validated[0], val_bits_per_byte=validated[1])
+        waited = self._metrics.waiting
         self._metrics.step(record)
+        if self._metrics.waiting and not waited:
+            self._progress.message(f"step {at.step}  warning: no room on the disk; metrics and events wait in memory")
         self._progress.step(record)
         if validated is not None:
             self._progress.validation(at.step, *validated)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import signal
 import subprocess
@@ -159,27 +158,6 @@ def test_a_live_run_keeps_its_directory(corpus: Path, tmp_path: Path) -> None:
     finally:
         live.send_signal(signal.SIGKILL)
         live.wait()
-
-
-def test_a_full_disk_while_saving_keeps_the_last_checkpoint(corpus: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(small)], capture_output=True
-    ).returncode:
-        pytest.skip("a small file system can't be mounted here (not root)")
-    try:
-        values = configuration(corpus, small / "run", (1, 1, 2), train__steps=6, checkpoint__every=2)
-        error = _refused(_train(tmp_path, values))
-        assert "step-00000004 not saved: " in error
-        assert "the last whole checkpoint is step-00000002" in error
-        assert os.listdir(small / "run" / "checkpoints") == ["step-00000002"]
-        shutil.copytree(small / "run", tmp_path / "run")
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
-    result = _train(tmp_path, configuration(corpus, tmp_path / "run", (1, 1, 2), train__steps=6), "--resume")
-    assert result.returncode == 0, result.stderr
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("command", ["generate", "export"])
