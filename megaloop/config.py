@@ -38,6 +38,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DepthEventConfig",
+    "FaultsConfig",
     "GrowthConfig",
     "GrowthTopologyConfig",
     "LoggingConfig",
@@ -348,6 +349,25 @@ class CheckpointConfig(_Section):
     """Train on while a copy of the state is written; the copy takes as much main memory as the state."""
 
 
+class FaultsConfig(_Section):
+    """What happens when training goes wrong: docs/FAULTS.md."""
+
+    max_skipped: int = Field(default=10, ge=0)
+    """Steps in a row without a finite gradient (each is skipped) that roll the run back; 0: never."""
+    spike_deviations: float = Field(default=8.0, ge=0)
+    """A loss so many deviations above the median of the window is a spike; 0: none is."""
+    spike_window: PositiveInt = 100
+    """Losses by which a spike is measured."""
+    spike_rollback: bool = False
+    """Roll back at a spike; otherwise it is only recorded."""
+    margin: int = Field(default=0, ge=0)
+    """Steps before the first bad one whose samples are passed over with it, after rolling back."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Rolling back more often ends the run."""
+    step_limit: float = Field(default=1500.0, ge=0)
+    """Seconds that a step (or a validation, a growth, a save) may take before the ranks end, with their stacks; 0: any."""
+
+
 class LoggingConfig(_Section):
     """What the run writes while it trains."""
 
@@ -378,6 +398,7 @@ class Config(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
     growth: GrowthConfig | None = None
     """Growth during the run; empty: no layers are added."""

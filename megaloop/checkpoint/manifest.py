@@ -122,6 +122,7 @@ class Manifest(_Model):
     samples: NonNegativeInt
     tokens: NonNegativeInt
     flops: NonNegativeInt
+    skipped: NonNegativeInt = 0
     plan: dict[str, Any]
     growth: GrowthEntry | None
     model: dict[str, Any]

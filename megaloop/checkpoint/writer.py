@@ -58,6 +58,7 @@ class CheckpointInfo:
     precision: Literal["fp32", "bf16"]
     config: dict[str, Any]
     growth: GrowthEntry | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,7 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         samples=info.samples,
         tokens=info.tokens,
         flops=info.flops,
+        skipped=info.skipped,
         plan=info.plan.to_json(),
         growth=info.growth,
         model=info.model.model_dump(mode="json"),

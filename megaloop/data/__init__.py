@@ -1,6 +1,7 @@
 """Reading token shards in a global order that no topology changes."""
 
 from megaloop.data.dataset import DataSet, Sample
+from megaloop.data.holes import Holes, past_holes
 from megaloop.data.loader import BatchLoader, MicroBatch, usable_validation, validation_batches
 from megaloop.data.order import SampleOrder
 from megaloop.data.sources import Sources, embedding_rows, open_sources
@@ -9,6 +10,7 @@ from megaloop.data.tokenizer import Tokenizer
 __all__ = [
     "BatchLoader",
     "DataSet",
+    "Holes",
     "MicroBatch",
     "Sample",
     "SampleOrder",
@@ -16,6 +18,7 @@ __all__ = [
     "Tokenizer",
     "embedding_rows",
     "open_sources",
+    "past_holes",
     "usable_validation",
     "validation_batches",
 ]

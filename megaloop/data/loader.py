@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megaloop.data.dataset import DataSet, Sample
+from megaloop.data.holes import Holes, past_holes
 from megaloop.data.order import SampleOrder
 from megaloop.errors import MegaloopError
 
@@ -55,6 +56,7 @@ class BatchLoader:
         dp_rank, dp_size: this rank's slice of each global batch.
         start_sample: the first global sample of the first step.
         prefetch: micro-batches to read ahead; 0: read when asked.
+        holes: samples that no global batch takes.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class BatchLoader:
         dp_size: int = 1,
         start_sample: int = 0,
         prefetch: int = 4,
+        holes: Holes = (),
     ):
         self._splits = [dataset.split("train") for dataset in datasets]
         self._order = order
-        self._numbers = _slices(start_sample, global_batch, micro_batch, dp_rank, dp_size)
+        self._numbers = _slices(start_sample, global_batch, micro_batch, dp_rank, dp_size, holes)
         self._stop = threading.Event()
         self._queue: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=max(prefetch, 1))
         self._thread: threading.Thread | None = None
@@ -169,10 +172,13 @@ def usable_validation(datasets: Sequence[DataSet], *, samples: int, micro_batch:
     return found // together * together or found
 
 
-def _slices(start: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
+def _slices(
+    start: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, holes: Holes = ()
+) -> Iterator[list[int]]:
     """Global sample numbers of one rank's micro-batches."""
     share = global_batch // dp_size
     while True:
+        start = past_holes(start, global_batch, holes)
         first = start + dp_rank * share
         for offset in range(0, share, micro_batch):
             yield list(range(first + offset, first + offset + micro_batch))

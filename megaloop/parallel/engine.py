@@ -93,10 +93,12 @@ class StepResult:
     Attributes:
         loss: mean cross-entropy of the global batch, nats per token.
         grad_norm: L2 norm of the whole model's gradient, before clipping; each parameter counts once.
+        applied: False where the gradient was not finite: then nothing has changed, Adam's count of steps included.
     """
 
     loss: float
     grad_norm: float
+    applied: bool = True
 
 
 class TrainingEngine:
@@ -108,7 +110,7 @@ class TrainingEngine:
         topology: as many ranks as torch.distributed has.
         vocab_size: rows of the embedding.
         source: where weights, masters and moments come from; None: whoever builds the engine fills them in.
-        step: optimizer steps that the state has behind it.
+        step: optimizer steps that the state has behind it, those that were skipped not counted.
 
     Attributes:
         slices: which pipeline rank runs which positions of the plan in which round.
@@ -226,7 +228,7 @@ class TrainingEngine:
             loss = self._rounds.train(batches, self.micro_batches)
         else:
             loss = self._engine.train_batch(data_iter=batches)
-        return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
+        return StepResult(float(loss), float(self._engine.get_global_grad_norm()), self._engine.was_step_applied())
 
     def evaluate(self, batches: Iterable[Batch], count: int) -> float:
         """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank, at the plan's depth; no gradients."""

@@ -51,7 +51,7 @@ def reshard(
     Args:
         growth: from the engine's plan; :meth:`megaloop.depth.Growth.none` to change only the topology.
         topology: on as many ranks.
-        step: optimizer steps done.
+        step: optimizer steps done, those that were skipped not counted.
     """
     dist.barrier()  # nobody is in a collective of the old groups any more
     began = time.perf_counter()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
+import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class PipelinedDecoder(PipelineModule):
         super().__init__(
             layers=specs,
             topology=PipeModelDataParallelTopology(num_pp=topology.pp, num_mp=topology.tp, num_dp=topology.dp),
-            loss_fn=self._loss,
+            loss_fn=self._finite_loss,
         )
 
     def _partition_layers(self, method: str = "uniform") -> None:
@@ -102,6 +103,11 @@ class PipelinedDecoder(PipelineModule):
             return out if self.stage.last else (out, documents_BS)
         result: Tensor = self.stage(inputs)
         return result
+
+    def _finite_loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+        loss = self._loss(logits_BSV, targets_BS)
+        # an infinite loss may have finite gradients; times nan they are none, and the optimizer skips the step
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
         return vocab_parallel_cross_entropy(logits_BSV, targets_BS, self.tp)

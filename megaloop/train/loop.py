@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megaloop.checkpoint import CheckpointInfo, GrowthEntry
 from megaloop.config import Config
 from megaloop.data import (
     BatchLoader,
+    Holes,
     MicroBatch,
     Sources,
     embedding_rows,
@@ -23,10 +24,11 @@ from megaloop.data import (
 )
 from megaloop.depth import GrowthStage, stage_at
 from megaloop.errors import MegaloopError
-from megaloop.parallel.engine import TrainingEngine, join_ranks
+from megaloop.parallel.engine import StepResult, TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
 from megaloop.parallel.topology import Topology
-from megaloop.train.agree import all_ranks_agree, highest
+from megaloop.train.agree import all_ranks_agree, from_rank_0, highest
+from megaloop.train.faults import Faults, RollBack, Spike, add_hole, read_holes
 from megaloop.train.report import RunReporter
 from megaloop.train.rundir import RunDirectory
 from megaloop.train.saving import Saver
@@ -67,9 +69,17 @@ def run(
             vocab_size = embedding_rows(config, sources)
             samples = _validation_samples(config, sources, world_size)
         with _open_directory(config, resume) as directory:
-            start = starting_point(config, vocab_size, sources, resume)
-            with RunReporter(config, vocab_size, start.position, directory) as reporter:
-                return _Run(config, sources, vocab_size, samples, start, reporter, stop_at, signals).train()
+            rolled_back: list[RollBack] = []
+            while True:
+                holes = _holes(config, rolled_back)
+                start = starting_point(config, vocab_size, sources, resume or bool(rolled_back))
+                with RunReporter(config, vocab_size, start.position, directory) as reporter:
+                    end = _Run(config, sources, vocab_size, samples, start, reporter, holes, stop_at, signals).train(
+                        rolled_back
+                    )
+                if not isinstance(end, RollBack):
+                    return end
+                rolled_back.append(end)
     finally:
         if not joined_before:  # whoever made the process group ends it
             dist.destroy_process_group()
@@ -93,15 +103,16 @@ class _Run:
         validation_samples: int,
         start: Start,
         reporter: RunReporter,
+        holes: Holes,
         stop_at: int | None,
         signals: StopSignals | None,
     ):
-        self._stop_at, self._signals = stop_at, signals
+        self._holes, self._stop_at, self._signals = holes, stop_at, signals
         self._config, self._sources, self._start, self._reporter = config, sources, start, reporter
         self._validation_samples = validation_samples
         self.at = start.position
         self.engine = TrainingEngine(
-            config, start.stage.plan, self._topology(start.stage), vocab_size, start.source, start.position.step
+            config, start.stage.plan, self._topology(start.stage), vocab_size, start.source, start.position.updates
         )
         self.validation = self._open_validation()
         self.saver = Saver(
@@ -111,21 +122,35 @@ class _Run:
             None if start.checkpoint is None else start.position.step,
         )
         self.saver.prepare(self.engine.pieces())
+        recent = reporter.recent_losses(config.faults.spike_window)
+        self.faults = Faults(config.faults, config.train.global_batch, recent)
 
-    def train(self) -> Ending:
-        """Train through the growth stages that are left, resharding from each to the next, or until asked to end."""
+    def train(self, rolled_back: Sequence[RollBack] = ()) -> Ending | RollBack:
+        """Train through the growth stages that are left, resharding from each to the next, or until asked to end.
+
+        Args:
+            rolled_back: what has led back to here, the last one last.
+        """
         try:
-            ending = self._train()
+            ending = self._train(rolled_back)
+        except _Trouble as trouble:
+            self._reporter.rolls_back()
+            self.saver.collect()
+            self.saver.close()
+            self.engine.close()
+            return trouble.roll_back
         except Exception:
             self.saver.close(patience=60)  # what is being written is whole, whatever went wrong after it
             raise
         self.saver.close()
         return ending
 
-    def _train(self) -> Ending:
+    def _train(self, rolled_back: Sequence[RollBack]) -> Ending:
         start, reporter = self._start, self._reporter
         reporter.begins(self.engine, self._sources, start.checkpoint)
         reporter.passed_over(start.damaged)
+        if rolled_back:
+            reporter.rolled_back(rolled_back[-1])
         if start.grown_from is not None:
             loss, _ = self.validation.run()
             reporter.grown_on_load(self.at.step, start.grown_from, self.engine, loss)
@@ -166,10 +191,15 @@ class _Run:
             self._save()
         before, (loss_before, _) = self.engine.plan, self.validation.run()
         resharded = reshard(
-            self.engine, stage.growth, self._topology(stage), self.at.step, moments=growth.moments if growth else "copy"
+            self.engine,
+            stage.growth,
+            self._topology(stage),
+            self.at.updates,
+            moments=growth.moments if growth else "copy",
         )
         self.engine = resharded.engine
         self.saver.prepare(self.engine.pieces())
+        self.faults.forget()
         self.validation = self._open_validation()
         loss_after, _ = self.validation.run()
         self._reporter.grown(self.at.step, before, resharded, loss_before, loss_after)
@@ -183,10 +213,11 @@ class _Run:
                 lr, times = self._learning_rate(step), config.loop_times(stage.plan, step)
                 began = time.perf_counter()
                 result = self.engine.train_step(_engine_batches(config, loader), lr, times)
-                self.at = self.at.after(config, self._reporter.step_flops(times))
+                self.at = self.at.after(config, self._reporter.step_flops(times), result.applied, self._holes)
                 seconds = time.perf_counter() - began
                 validated = self.validation.run() if _due(self.at.step, config.validation.every, total) else None
                 self._reporter.stepped(self.at, result, lr, seconds, validated, times)
+                self._judge(result)
                 if config.train.check_replicas and self.at.step % config.train.check_replicas == 0:
                     _check_replicas(self.engine, self.at.step)
                 if config.checkpoint.every and self.at.step % config.checkpoint.every == 0:
@@ -197,6 +228,16 @@ class _Run:
         finally:
             if loader is not None:
                 loader.close()
+
+    def _judge(self, result: StepResult) -> None:
+        """Record what is wrong with the step's numbers; raises _Trouble on every rank where training cannot go on."""
+        verdict = self.faults.stepped(self.at, result)
+        if isinstance(verdict, Spike):
+            self._reporter.spiked(self.at.step, verdict)
+        if not result.applied or self._config.faults.spike_rollback:
+            verdict = from_rank_0(verdict)
+            if isinstance(verdict, RollBack):
+                raise _Trouble(verdict)
 
     def _topology(self, stage: GrowthStage) -> Topology:
         return Topology(*self._config.topology(dist.get_world_size(), stage.plan.layers))
@@ -229,6 +270,7 @@ class _Run:
             dp_size=engine.topology.dp,
             start_sample=self.at.samples,
             prefetch=config.data.prefetch,
+            holes=self._holes,
         )
 
     def _save(self) -> None:
@@ -246,6 +288,7 @@ class _Run:
             tokens=at.tokens,
             samples=at.samples,
             flops=at.flops,
+            skipped=at.skipped,
             plan=engine.plan,
             model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
             seed=config.seed,
@@ -254,6 +297,34 @@ class _Run:
             config=config.model_dump(mode="json"),
             growth=growth,
         )
+
+
+class _Trouble(Exception):
+    """Leads out of the steps of a run that has to go back; never out of :class:`_Run`."""
+
+    def __init__(self, roll_back: RollBack):
+        self.roll_back = roll_back
+
+
+def _holes(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
+    """The samples that the run passes over from here on; collective.
+
+    Raises:
+        MegaloopError: it was rolled back too often, or the file that says which they are cannot be used.
+    """
+    holes: Holes = ()
+    with all_ranks_agree():
+        if len(rolled_back) > config.faults.max_rollbacks:
+            last = rolled_back[-1]
+            raise MegaloopError(
+                f"step {last.step}: {last.reason}, after {len(rolled_back) - 1} rollbacks (faults.max_rollbacks); "
+                f"look at samples {last.samples[0]} to {last.samples[1] - 1}, or lower optimizer.lr"
+            )
+        if dist.get_rank() == 0:
+            if rolled_back:
+                add_hole(config.directory, rolled_back[-1].samples)
+            holes = read_holes(config.directory)
+    return from_rank_0(holes)
 
 
 def _due(step: int, every: int, total: int) -> bool:

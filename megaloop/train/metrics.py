@@ -28,7 +28,9 @@ TENSORBOARD = "tensorboard"
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
-EventKind = Literal["start", "resume", "grow", "loop", "reshard", "save", "save_failed", "signal", "rollback", "stop"]
+EventKind = Literal[
+    "start", "resume", "grow", "loop", "reshard", "save", "save_failed", "skip", "spike", "signal", "rollback", "stop"
+]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from launchers.rank import RESTARTS
 from megaloop.config import Config
+from megaloop.data.holes import Holes, past_holes
 from megaloop.depth import DepthPlan
 from megaloop.depth.flops import flops_per_token, parameters
 from megaloop.depth.schedule import full_depth
@@ -24,10 +26,11 @@ from megaloop.parallel.live import Resharded
 from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
 from megaloop.train.metrics import MetricsWriter, StepRecord
 from megaloop.train.progress import ProgressReporter, format_bytes
-from megaloop.train.rundir import RunDirectory
+from megaloop.train.rundir import RunDirectory, last_records
 
 if TYPE_CHECKING:
     from megaloop.data import Sources
+    from megaloop.train.faults import RollBack, Spike
     from megaloop.train.start import Damage
 
 __all__ = ["Position", "RunReporter"]
@@ -42,21 +45,34 @@ class Position:
         samples: samples consumed, which is the number of the next global sample.
         tokens: tokens predicted.
         flops: model FLOPs, forward and backward.
+        skipped: of the steps, those that changed nothing, as their gradient was not finite.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     flops: int = 0
+    skipped: int = 0
 
-    def after(self, config: Config, flops: int) -> Position:
-        """The position one optimizer step later."""
+    @property
+    def updates(self) -> int:
+        """How often the weights have changed: what Adam counts."""
+        return self.step - self.skipped
+
+    def after(self, config: Config, flops: int, applied: bool, holes: Holes) -> Position:
+        """The position one optimizer step later.
+
+        Args:
+            applied: False where the step was skipped.
+            holes: samples that no step takes.
+        """
         samples = config.train.global_batch
         return Position(
             self.step + 1,
-            self.samples + samples,
+            past_holes(self.samples, samples, holes) + samples,
             self.tokens + samples * config.data.sequence_length,
             self.flops + flops,
+            self.skipped + (not applied),
         )
 
 
@@ -154,6 +170,39 @@ class RunReporter:
             self._progress.message(
                 f"checkpoint of step {each.step} is damaged ({each.reason}); going back to step {self._start.step}"
             )
+
+    def rolled_back(self, from_: RollBack) -> None:
+        """Record that training went wrong, and where it goes on."""
+        if self._directory is None:
+            return
+        step, (start, stop) = self._start.step, from_.samples
+        self._metrics.event("rollback", step, step_before=from_.step, reason=from_.reason, samples=[start, stop])
+        self._progress.message(
+            f"step {from_.step}  {from_.reason}: going back to step {step}; samples {start} to {stop - 1} are passed over"
+        )
+
+    def rolls_back(self) -> None:
+        """The run ends here, to go on from an earlier step."""
+        self._ending = "rollback"
+
+    def recent_losses(self, count: int) -> list[float]:
+        """The last ``count`` losses of the model as it is, oldest first; none on ranks other than 0."""
+        if self._directory is None:
+            return []
+        records = last_records(self._directory.path, count)
+        same = itertools.takewhile(
+            lambda each: (
+                (each.get("layers"), each.get("depth")) == (records[-1].get("layers"), records[-1].get("depth"))
+            ),
+            reversed(records),
+        )
+        return [each["loss"] for each in same if isinstance(each.get("loss"), float)][::-1]
+
+    def spiked(self, step: int, spike: Spike) -> None:
+        """Record a loss that sticks out."""
+        if self._directory is not None:
+            self._metrics.event("spike", step, loss=spike.loss, median=spike.median, deviation=spike.deviation)
+            self._progress.message(f"step {step}  warning: loss {spike.loss:.4f}, median before {spike.median:.4f}")
 
     def _use(self, engine: TrainingEngine) -> None:
         """From here on, steps are of this engine's plan, on its topology."""
@@ -276,6 +325,9 @@ class RunReporter:
         if self._metrics.waiting and not waited:
             self._progress.message(f"step {at.step}  warning: no room on the disk; metrics and events wait in memory")
         self._progress.step(record)
+        if not result.applied:
+            self._metrics.event("skip", at.step, grad_norm=str(result.grad_norm), skipped=at.skipped)
+            self._progress.message(f"step {at.step}  warning: the gradient is not finite, the step was skipped")
         if validated is not None:
             self._progress.validation(at.step, *validated)
 

@@ -10,6 +10,7 @@ import re
 import socket
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from megaloop.config import Config
 from megaloop.errors import MegaloopError
 from megaloop.train.metrics import METRICS, write_event
 
-__all__ = ["CONFIG", "DISCARDED", "LOCK", "Resumed", "RunDirectory", "held"]
+__all__ = ["CONFIG", "DISCARDED", "LOCK", "Resumed", "RunDirectory", "held", "last_records", "replace_file"]
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -134,7 +135,7 @@ class RunDirectory:
         try:
             if discarded:
                 _append(self.path / DISCARDED, b"".join(discarded))
-                _replace(self.path / METRICS, b"".join(kept[key] for key in sorted(kept)))
+                replace_file(self.path / METRICS, b"".join(kept[key] for key in sorted(kept)))
         except OSError as error:
             raise MegaloopError(f"run directory {self.path}: cannot be written ({error.strerror or error})") from None
         write_event(self.path, "resume", step, discarded=len(discarded))
@@ -161,8 +162,8 @@ class RunDirectory:
             number = 1
             while (kept := self.path / f"config-{number}.yaml").exists():
                 number += 1
-            _replace(kept, old)
-        _replace(path, text.encode())
+            replace_file(kept, old)
+        replace_file(path, text.encode())
 
 
 @contextmanager
@@ -238,6 +239,11 @@ def _close_in_children(directory: RunDirectory) -> None:
     os.register_at_fork(after_in_child=close)
 
 
+def last_records(run: Path, count: int) -> list[dict[str, Any]]:
+    """The last ``count`` records of a run's metrics, oldest first."""
+    return [record for _, record in deque(_records(run / METRICS), maxlen=count) if record is not None]
+
+
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The lines of a metrics file, each with its record, or None where it is none."""
     try:
@@ -264,7 +270,7 @@ def _append(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that it is never seen half-written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:

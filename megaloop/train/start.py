@@ -155,7 +155,7 @@ def _position(config: Config, sources: Sources, checkpoint: Checkpoint) -> Posit
             f"checkpoint {checkpoint.path} is at step {manifest.step}, and train.steps is {config.train.steps}: "
             "nothing is left to train; raise train.steps to go on"
         )
-    return Position(manifest.step, manifest.samples, manifest.tokens, manifest.flops)
+    return Position(manifest.step, manifest.samples, manifest.tokens, manifest.flops, manifest.skipped)
 
 
 def _begin(

@@ -26,7 +26,7 @@ def _read(
     path: Path, batches: int, *, dp_rank: int = 0, dp_size: int = 1, start: int = 0, prefetch: int = 2, length: int = 64
 ) -> list[MicroBatch]:
     sources = open_sources(DataConfig(sources=(SourceConfig(path=path),), sequence_length=length))
-    options = {"global_batch": 8, "micro_batch": 2, "dp_rank": dp_rank, "dp_size": dp_size}
+    options: dict[str, Any] = {"global_batch": 8, "micro_batch": 2, "dp_rank": dp_rank, "dp_size": dp_size}
     with BatchLoader(sources.datasets, sources.order(0), start_sample=start, prefetch=prefetch, **options) as loader:
         return [next(loader) for _ in range(batches)]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -34,6 +37,7 @@ __all__ = [
     "train",
     "train_dying_in_growth",
     "train_keeping_growths",
+    "train_on_bad_samples",
     "train_with_a_drifting_replica",
     "wait_for",
 ]
@@ -108,6 +112,29 @@ def train_with_a_drifting_replica(values: dict[str, Any], name: str, step: int) 
         return train(values)
     finally:
         TrainingEngine.train_step = taken  # type: ignore[method-assign]
+
+
+def train_on_bad_samples(
+    values: dict[str, Any], bad: Sequence[int], added: float = math.inf, resume: bool = False
+) -> list[int]:
+    """Run on this rank; the loss of each micro-batch that holds one of the samples is ``added`` too high.
+
+    An infinite loss by addition has finite gradients: the harder case.
+    """
+    from megaloop.parallel.pipeline import PipelinedDecoder  # imports DeepSpeed, which only ranks need
+
+    plainly = PipelinedDecoder._loss
+
+    def spoiled(*arguments: Any) -> torch.Tensor:
+        loss = plainly(*arguments)
+        # the rank with the loss has read its micro-batch right before
+        return loss + added if torch.is_grad_enabled() and set(_TAKEN[-1:]) & set(bad) else loss
+
+    PipelinedDecoder._loss = spoiled  # type: ignore[method-assign, assignment]
+    try:
+        return train(values, resume)
+    finally:
+        PipelinedDecoder._loss = plainly  # type: ignore[method-assign]
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:

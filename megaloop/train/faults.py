@@ -1,0 +1,133 @@
+"""What goes wrong with the numbers: steps without a finite gradient, and spikes of the loss. See docs/FAULTS.md.
+
+DeepSpeed skips a step whose gradient is not finite, on all ranks together and before anything has changed: here it is
+counted. What rank 0 decides holds for all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaloop.config import FaultsConfig
+from megaloop.errors import MegaloopError
+from megaloop.parallel.engine import StepResult
+from megaloop.train.report import Position
+from megaloop.train.rundir import replace_file
+
+__all__ = ["HOLES", "Faults", "RollBack", "Spike", "add_hole", "read_holes"]
+
+HOLES = "passed-over.json"
+_FEWEST = 20
+"""Losses that a window must hold before one can stick out of it."""
+_NORMAL = 1.4826
+"""Standard deviations per median absolute deviation, where values are normally distributed."""
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """Training cannot go on from here: back to the last checkpoint, and past these samples.
+
+    Attributes:
+        step: steps done by then.
+        samples: [start, stop) of the global order.
+    """
+
+    step: int
+    reason: str
+    samples: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss that sticks out of those before it, in nats per token."""
+
+    loss: float
+    median: float
+    deviation: float
+
+
+class Faults:
+    """Judges the steps of a run.
+
+    Args:
+        batch: samples per step.
+        recent: the losses right before the first step, oldest first.
+    """
+
+    def __init__(self, config: FaultsConfig, batch: int, recent: Iterable[float] = ()):
+        self._config, self._batch = config, batch
+        self._recent: deque[float] = deque(recent, maxlen=config.spike_window)
+        self._skipped: list[int] = []
+
+    def forget(self) -> None:
+        """The model is another from here on: its losses are not to be measured by those before."""
+        self._recent.clear()
+
+    def stepped(self, at: Position, result: StepResult) -> Spike | RollBack | None:
+        """Judge the step that led to ``at``."""
+        config = self._config
+        if not result.applied:
+            self._skipped.append(at.samples)
+            count = len(self._skipped)
+            if config.max_skipped and count >= config.max_skipped:
+                return self._roll_back(at, f"{count} steps in a row without a finite gradient", self._skipped[0])
+            return None
+        self._skipped = []
+        spike = self._spike(result.loss)
+        if spike and config.spike_rollback:
+            return self._roll_back(at, f"loss {spike.loss:.4f} against a median of {spike.median:.4f}", at.samples)
+        self._recent.append(result.loss)
+        return spike
+
+    def _roll_back(self, at: Position, reason: str, first_end: int) -> RollBack:
+        """Past everything from ``margin`` steps before the first that went wrong, whose samples end at ``first_end``."""
+        first = first_end - (1 + self._config.margin) * self._batch
+        return RollBack(at.step, reason, (max(first, 0), at.samples))
+
+    def _spike(self, loss: float) -> Spike | None:
+        if not self._config.spike_deviations or len(self._recent) < min(_FEWEST, self._config.spike_window):
+            return None
+        median = statistics.median(self._recent)
+        deviation = _NORMAL * statistics.median(abs(each - median) for each in self._recent)
+        return Spike(loss, median, deviation) if loss > median + self._config.spike_deviations * deviation else None
+
+
+def add_hole(run: Path, samples: tuple[int, int]) -> None:
+    """From now on, the run passes over these samples too.
+
+    Raises:
+        MegaloopError: this cannot be written down.
+    """
+    try:
+        replace_file(run / HOLES, json.dumps({"samples": [*read_holes(run), samples]}).encode() + b"\n")
+    except OSError as error:
+        raise MegaloopError(f"{run / HOLES}: cannot be written ({error.strerror})") from None
+
+
+def read_holes(run: Path) -> list[tuple[int, int]]:
+    """The samples that a run passes over; none where it has no such file.
+
+    Raises:
+        MegaloopError: the file is something else.
+    """
+    path = run / HOLES
+    try:
+        values = json.loads(path.read_bytes())
+        holes = [(start, stop) for start, stop in values["samples"]]
+        if not all(type(each) is int and each >= 0 for hole in holes for each in hole):
+            raise ValueError("negative, or no integers")
+        return holes
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise MegaloopError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise MegaloopError(
+            f'{path} is damaged ({error}); expected {{"samples": [[START, STOP], ...]}}: mend it, or delete it to train on '
+            "all samples"
+        ) from None
