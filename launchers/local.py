@@ -255,7 +255,10 @@ class _Team:
         log = f"log: {self.logs[rank]}" if rank else "its output is above"
         if code < 0:
             name = signal.Signals(-code).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            hint = {
+                "SIGKILL": " (out of memory?)",
+                "SIGALRM": " (it hung for longer than faults.step_limit; where, is in the run's stacks/)",
+            }.get(name, "")
             return RankFailed(f"rank {rank} died with {name}{hint}; {log}")
         return RankFailed(f"rank {rank} failed with exit code {code}; {log}")
 

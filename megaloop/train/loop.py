@@ -35,6 +35,7 @@ from megaloop.train.saving import Saver
 from megaloop.train.schedule import learning_rate
 from megaloop.train.signals import StopSignals
 from megaloop.train.start import Start, starting_point
+from megaloop.train.watchdog import Watchdog
 
 __all__ = ["Ending", "run"]
 
@@ -122,6 +123,7 @@ class _Run:
             None if start.checkpoint is None else start.position.step,
         )
         self.saver.prepare(self.engine.pieces())
+        self.watchdog = Watchdog(config.directory, dist.get_rank(), config.faults.step_limit)
         recent = reporter.recent_losses(config.faults.spike_window)
         self.faults = Faults(config.faults, config.train.global_batch, recent)
 
@@ -132,7 +134,8 @@ class _Run:
             rolled_back: what has led back to here, the last one last.
         """
         try:
-            ending = self._train(rolled_back)
+            with self.watchdog:
+                ending = self._train(rolled_back)
         except _Trouble as trouble:
             self._reporter.rolls_back()
             self.saver.collect()
@@ -170,6 +173,7 @@ class _Run:
 
     def _after_step(self) -> Ending | None:
         """What ranks agree on between two steps: whether to end, and what of the checkpoint under way; collective."""
+        self.watchdog.feed()
         signalled = self._signals.number if self._signals else 0
         number, busy, again = highest(signalled, self.saver.busy, self.saver.wants_again)
         if not busy:
@@ -203,6 +207,7 @@ class _Run:
         self.validation = self._open_validation()
         loss_after, _ = self.validation.run()
         self._reporter.grown(self.at.step, before, resharded, loss_before, loss_after)
+        self.watchdog.feed()
 
     def _train_stage(self, stage: GrowthStage) -> Ending | None:
         """For each step of a stage: train, then validate, check and save where they are due; None at its end."""
@@ -215,9 +220,11 @@ class _Run:
                 result = self.engine.train_step(_engine_batches(config, loader), lr, times)
                 self.at = self.at.after(config, self._reporter.step_flops(times), result.applied, self._holes)
                 seconds = time.perf_counter() - began
+                self.watchdog.feed()
                 validated = self.validation.run() if _due(self.at.step, config.validation.every, total) else None
                 self._reporter.stepped(self.at, result, lr, seconds, validated, times)
                 self._judge(result)
+                self.watchdog.feed()
                 if config.train.check_replicas and self.at.step % config.train.check_replicas == 0:
                     _check_replicas(self.engine, self.at.step)
                 if config.checkpoint.every and self.at.step % config.checkpoint.every == 0:

@@ -35,11 +35,14 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._limit:
-            self._path.parent.mkdir(exist_ok=True)
-            # open from now on: when everything hangs, opening it may hang as well
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            os.write(self._file, f"process {os.getpid()}, watched since {now}, limit {self._limit:g} s\n".encode())
+            try:
+                self._path.parent.mkdir(exist_ok=True)
+                # open from now on: when everything hangs, opening it may hang as well
+                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+                os.write(self._file, f"process {os.getpid()}, watched since {now}, limit {self._limit:g} s\n".encode())
+            except OSError:  # a full disk is no reason not to watch: the log gets the stacks
+                self._file = os.dup(2)
             self.feed()
         return self
 
