@@ -373,6 +373,8 @@ class LoggingConfig(_Section):
 
     every: PositiveInt = 1
     """Steps between plain log lines (metrics.jsonl gets every step)."""
+    ranks_every: int = Field(default=50, ge=0)
+    """Steps between records of each rank (how long it computed, memory, clock) in RUN/ranks.jsonl; 0: none."""
     tensorboard: bool = True
     """Write TensorBoard event files to RUN/tensorboard."""
 

@@ -33,6 +33,7 @@ from megaloop.parallel.state import (
     state_pieces,
     write_state,
 )
+from megaloop.parallel.stopwatch import Stopwatch
 from megaloop.parallel.topology import Coordinate, Topology
 
 __all__ = [
@@ -117,6 +118,7 @@ class TrainingEngine:
         placement: which rank holds what.
         kernels: the kernels in use.
         coordinate: this rank's place.
+        stopwatch: the time of this rank's forward and backward passes in the last training step.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class TrainingEngine:
         self.config, self.plan, self.topology, self.vocab_size = config, plan, topology, vocab_size
         self.coordinate: Coordinate = topology.coordinate(dist.get_rank())
         self.device = local_device()
+        self.stopwatch = Stopwatch(self.device)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.kernels: Kernels = choose_kernels(self.device, dtype)
         self.specs = parameter_specs(config.model, plan, vocab_size)
@@ -159,6 +162,7 @@ class TrainingEngine:
     def _build(self) -> Any:
         with quietly():
             import deepspeed
+            from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 
             from megaloop.parallel.pipeline import PipelinedDecoder
 
@@ -189,6 +193,9 @@ class TrainingEngine:
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=deepspeed_config(config, self.micro_batches)
             )
+            instructions = engine._INSTRUCTION_MAP
+            timed = {each: self.stopwatch.timing(instructions[each]) for each in (ForwardPass, BackwardPass)}
+            engine._INSTRUCTION_MAP = {**instructions, **timed}
         return engine
 
     def _open_rounds(self) -> RoundsEngine:
@@ -202,6 +209,7 @@ class TrainingEngine:
             self.coordinate,
             (train.micro_batch, local, self.config.model.hidden_size),
             (train.micro_batch, length) if self.config.model.document_masking else None,
+            self.stopwatch,
         )
 
     @property
@@ -222,6 +230,7 @@ class TrainingEngine:
         """
         stage = self._engine.module.stage
         stage.times, stage.backprop = times, self.config.loop.backprop
+        self.stopwatch.reset()
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = lr
         if self._rounds is not None:

@@ -25,6 +25,7 @@ from megaloop.depth import DepthPlan
 from megaloop.model.decoder import LoopEntry
 from megaloop.parallel.partition import Slices
 from megaloop.parallel.rounds import Pass
+from megaloop.parallel.stopwatch import Stopwatch
 from megaloop.parallel.topology import Coordinate, Topology
 from megaloop.parallel.work import RankWork
 
@@ -60,7 +61,9 @@ class RoundsEngine:
         at: Coordinate,
         activation: tuple[int, ...],
         documents: tuple[int, ...] | None,
+        stopwatch: Stopwatch,
     ):
+        self._stopwatch = stopwatch
         self._engine, self._plan, self._slices, self._rank = engine, plan, slices, at.pp
         self._activation, self._documents = activation, documents
         self._ranks = topology.pp
@@ -192,7 +195,11 @@ class _Step:
             x = inputs.to(e._device)
         else:
             x = self._receive(work)
-        out = x if self._work.relays(work) else self._compute(work, x)
+        if self._work.relays(work):
+            out = x
+        else:
+            with e._stopwatch:
+                out = self._compute(work, x)
         if not self._work.sends(work):
             return
         self._send(out, backward=False)
@@ -225,7 +232,8 @@ class _Step:
     def _backward(self, work: Pass) -> None:
         gradient = self._receive(work) if self._work.receives(work) else None
         if not self._work.relays(work):
-            gradient = self._differentiate(work, gradient).grad
+            with self._e._stopwatch:
+                gradient = self._differentiate(work, gradient).grad
         if self._work.sends(work):
             assert gradient is not None
             self._send(gradient, backward=True)

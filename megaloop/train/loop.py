@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -29,7 +30,8 @@ from megaloop.parallel.live import reshard
 from megaloop.parallel.topology import Topology
 from megaloop.train.agree import all_ranks_agree, from_rank_0, highest
 from megaloop.train.faults import Faults, RollBack, Spike, add_hole, read_holes
-from megaloop.train.report import RunReporter
+from megaloop.train.hardware import memory_bytes
+from megaloop.train.report import RankRecord, RunReporter
 from megaloop.train.rundir import RunDirectory
 from megaloop.train.saving import Saver
 from megaloop.train.schedule import learning_rate
@@ -225,6 +227,8 @@ class _Run:
                 self._reporter.stepped(self.at, result, lr, seconds, validated, times)
                 self._judge(result)
                 self.watchdog.feed()
+                if config.logging.ranks_every and self.at.step % config.logging.ranks_every == 0:
+                    self._record_ranks()
                 if config.train.check_replicas and self.at.step % config.train.check_replicas == 0:
                     _check_replicas(self.engine, self.at.step)
                 if config.checkpoint.every and self.at.step % config.checkpoint.every == 0:
@@ -235,6 +239,15 @@ class _Run:
         finally:
             if loader is not None:
                 loader.close()
+
+    def _record_ranks(self) -> None:
+        """Every rank's record of the step that was just done; collective."""
+        busy, memory = self.engine.stopwatch.seconds, memory_bytes(self.engine.device)
+        dist.barrier()  # the clocks are read at one moment, as far as that goes
+        own = RankRecord(busy, memory, time.time(), socket.gethostname())
+        records: list[RankRecord] = [own] * dist.get_world_size()
+        dist.all_gather_object(records, own)
+        self._reporter.ranks(self.at.step, records)
 
     def _judge(self, result: StepResult) -> None:
         """Record what is wrong with the step's numbers; raises _Trouble on every rank where training cannot go on."""

@@ -20,9 +20,21 @@ from megaloop.errors import MegaloopError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["EVENTS", "METRICS", "TENSORBOARD", "EventKind", "JsonLines", "MetricsWriter", "StepRecord", "write_event"]
+__all__ = [
+    "EVENTS",
+    "METRICS",
+    "RANKS",
+    "TENSORBOARD",
+    "EventKind",
+    "JsonLines",
+    "MetricsWriter",
+    "StepRecord",
+    "timestamp",
+    "write_event",
+]
 
 METRICS = "metrics.jsonl"
+RANKS = "ranks.jsonl"
 EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
 
@@ -150,6 +162,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, tensorboard: bool, *, start_step: int = 0):
         self._metrics = JsonLines(run_dir / METRICS)
         self._events = JsonLines(run_dir / EVENTS)
+        self._ranks = JsonLines(run_dir / RANKS)
         self._tensorboard = _open_tensorboard(run_dir / TENSORBOARD, start_step) if tensorboard else None
 
     def step(self, record: StepRecord) -> None:
@@ -174,6 +187,10 @@ class MetricsWriter:
             if self._tensorboard is not None:
                 self._tensorboard.flush()
 
+    def ranks(self, values: dict[str, Any]) -> None:
+        """Record what each rank did in a step: one line of ``ranks.jsonl``."""
+        self._ranks.append(values)
+
     @property
     def waiting(self) -> int:
         """How many lines wait for room on the disk."""
@@ -181,6 +198,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         with ExitStack() as stack:  # each is closed, whatever happens to the others
+            stack.callback(self._ranks.close)
             stack.callback(self._events.close)
             stack.callback(self._metrics.close)
             with self._tensorboard_may_fail():
@@ -216,11 +234,15 @@ def write_event(
 
 
 def _event(kind: str, step: int, seconds: float | None, size: int | None, fields: dict[str, Any]) -> dict[str, Any]:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    own = {"event": kind, "step": step, "time": now, "seconds": seconds, "bytes": size}
+    own = {"event": kind, "step": step, "time": timestamp(), "seconds": seconds, "bytes": size}
     if clash := own.keys() & fields.keys():
         raise ValueError(f"an event's own keys cannot be given again: {sorted(clash)}")
     return own | {key: value if _is_finite(value) else None for key, value in fields.items()}
+
+
+def timestamp() -> str:
+    """Now, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _is_finite(value: Any) -> bool:

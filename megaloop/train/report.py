@@ -24,7 +24,7 @@ from megaloop.depth.schedule import full_depth
 from megaloop.parallel.engine import StepResult, TrainingEngine, local_device
 from megaloop.parallel.live import Resharded
 from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
-from megaloop.train.metrics import MetricsWriter, StepRecord
+from megaloop.train.metrics import MetricsWriter, StepRecord, timestamp
 from megaloop.train.progress import ProgressReporter, format_bytes
 from megaloop.train.rundir import RunDirectory, last_records
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megaloop.train.faults import RollBack, Spike
     from megaloop.train.start import Damage
 
-__all__ = ["Position", "RunReporter"]
+__all__ = ["Position", "RankRecord", "RunReporter"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,23 @@ class Position:
             self.flops + flops,
             self.skipped + (not applied),
         )
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """What a rank says of itself after a step.
+
+    Attributes:
+        busy: seconds of forward and backward passes in it.
+        memory: bytes, as :func:`megaloop.train.hardware.memory_bytes` counts.
+        clock: seconds since the epoch, by the host's clock, at a moment at which all ranks are at the same place.
+        host: its name.
+    """
+
+    busy: float
+    memory: int
+    clock: float
+    host: str
 
 
 class RunReporter:
@@ -232,6 +249,25 @@ class RunReporter:
         return (
             f"{ranks}: {engine.topology}, layers per stage {stages}, "
             f"{engine.micro_batches} micro-batches of {self._config.train.micro_batch}"
+        )
+
+    def ranks(self, step: int, records: Sequence[RankRecord]) -> None:
+        """Record what each rank did in a step."""
+        if self._directory is None:
+            return
+        first = records[0].clock
+        self._metrics.ranks(
+            {
+                "step": step,
+                "time": timestamp(),
+                "pp": self._topology.pp,
+                "tp": self._topology.tp,
+                "dp": self._topology.dp,
+                "busy_seconds": [each.busy for each in records],
+                "memory_bytes": [each.memory for each in records],
+                "clock_seconds": [each.clock - first for each in records],
+                "hosts": [each.host for each in records],
+            }
         )
 
     def grown(self, step: int, before: DepthPlan, resharded: Resharded, loss_before: float, loss_after: float) -> None:
