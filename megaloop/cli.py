@@ -39,6 +39,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(run_commands.checkpoints)
+app.command()(run_commands.doctor)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megaloop.errors import DamagedCheckpoint, MegaloopError
 
-__all__ = ["checkpoints"]
+__all__ = ["checkpoints", "doctor"]
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/demo.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -65,6 +66,25 @@ def checkpoints(
         _show(run, rows, gone)
     if any(row.state == "damaged" for row in rows):
         raise typer.Exit(2)
+
+
+def doctor(run: Run, json: Json = False) -> None:
+    """Say what happened to a run: restarts, lost steps, slow ranks, skipped steps, disk, stages, gaps. It may be alive."""
+    from megaloop.train.doctor import examine
+
+    found = examine(run)
+    if json:
+        typer.echo(json_format.dumps(asdict(found), indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(f"{run}: {found.state}, {found.steps} steps", soft_wrap=True, style="bold")
+    styles = {"good": "green", "note": "default", "warning": "bold red"}
+    width = max((len(each.topic) for each in found.findings), default=0)
+    for each in sorted(found.findings, key=lambda each: ("warning", "note", "good").index(each.level)):
+        line = Text.assemble((f"  {each.level:<8}", styles[each.level]), f"{each.topic:<{width}}  {each.text}")
+        console.print(line, soft_wrap=True)
+    if not any(each.level == "warning" for each in found.findings):
+        console.print("  nothing to worry about")
 
 
 def _step(path: Path) -> int:

@@ -22,7 +22,7 @@ from megaloop.config import Config
 from megaloop.errors import MegaloopError
 from megaloop.train.metrics import METRICS, write_event
 
-__all__ = ["CONFIG", "DISCARDED", "LOCK", "Resumed", "RunDirectory", "held", "last_records", "replace_file"]
+__all__ = ["CONFIG", "DISCARDED", "LOCK", "Resumed", "RunDirectory", "held", "is_held", "last_records", "replace_file"]
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -179,6 +179,23 @@ def held(path: Path) -> Iterator[None]:
         raise MegaloopError(f"run directory {path}: cannot be used ({error.strerror or error})") from None
     with directory:
         yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live run holds the directory; it is only looked at."""
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _lock(path: Path) -> int | None:

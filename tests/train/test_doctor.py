@@ -1,0 +1,153 @@
+"""The doctor says what happened: to runs that it really happened to, and to records made up for what takes a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaloop.train.doctor import Diagnosis, examine
+from tests.distributed import RankPool
+from tests.train.runs import configuration, start, steps_done, train, train_on_bad_samples, wait_for
+
+
+def _texts(diagnosis: Diagnosis, topic: str) -> list[str]:
+    return [each.text for each in diagnosis.findings if each.topic == topic]
+
+
+def _levels(diagnosis: Diagnosis) -> set[str]:
+    return {each.level for each in diagnosis.findings}
+
+
+def test_a_run_in_which_nothing_happened(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
+    values = configuration(corpus, tmp_path / "run", (2, 1, 1))
+    values["logging"]["ranks_every"] = 5
+    ranks_2.run(train, values)
+    found = examine(tmp_path / "run")
+    assert (found.state, found.steps, found.starts, found.killed) == ("finished", 20, 1, 0)
+    assert (found.lost_steps, found.skipped_steps, found.rollbacks) == (0, 0, 0)
+    assert found.stage_imbalance is not None
+    assert 1 <= found.stage_imbalance < 2
+    assert "checkpoints" in {each.topic for each in found.findings if each.level == "good"}
+    records = [json.loads(line) for line in (tmp_path / "run/ranks.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [5, 10, 15, 20]
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        assert all(0 < busy <= steps[record["step"] - 1]["seconds"] for busy in record["busy_seconds"])
+
+
+def test_a_run_that_was_killed_signalled_and_finished(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    values = configuration(corpus, run, train__global_batch=32, checkpoint__every=3)
+    process = start(values, tmp_path)
+    wait_for(lambda: steps_done(run) >= 5, process)
+    assert examine(run).state == "running"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = steps_done(run)
+    killed = examine(run)
+    assert (killed.state, killed.killed) == ("killed", 1)
+    assert "ended without a word" in _texts(killed, "restarts")[0]
+    process = start(values, tmp_path, "--resume")
+    wait_for(lambda: steps_done(run) >= max(done, 8), process)
+    process.send_signal(signal.SIGUSR1)
+    process.wait()
+    assert examine(run).state == "stopped"
+    assert start(values, tmp_path, "--resume").wait() == 0
+    found = examine(run)
+    assert (found.state, found.starts, found.killed) == ("finished", 3, 1)
+    assert found.lost_steps == len((run / "metrics.discarded.jsonl").read_text().splitlines()) > 0
+    assert any("as SIGUSR1 asked" in text for text in _texts(found, "restarts"))
+    assert found.down_seconds > 0
+
+
+def test_skipped_steps_and_going_back(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
+    faults = {"max_skipped": 2}
+    values = configuration(corpus, tmp_path / "run", checkpoint__every=3, faults=faults, train__steps=12)
+    ranks_1.run(train_on_bad_samples, values, [17, 21])
+    found = examine(tmp_path / "run")
+    assert (found.state, found.starts, found.skipped_steps, found.rollbacks) == ("finished", 1, 2, 1)
+    assert any("went back from step 6 to 3: 2 steps in a row" in text for text in _texts(found, "numbers"))
+    assert any("samples 16 to 23 are passed over" in text for text in _texts(found, "numbers"))
+
+
+def _write(run: Path, name: str, records: list[dict[str, Any]]) -> None:
+    run.mkdir(exist_ok=True)
+    (run / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _ranks(**changes: Any) -> dict[str, Any]:
+    record = {"step": 50, "pp": 2, "tp": 1, "dp": 2, "memory_bytes": [1] * 4, "hosts": ["a", "a", "b", "b"]}
+    return record | {"busy_seconds": [1.0, 1.0, 1.05, 1.0], "clock_seconds": [0.0] * 4} | changes
+
+
+def test_slow_ranks_uneven_stages_and_clocks(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _write(run, "metrics.jsonl", [])
+    _write(run, "ranks.jsonl", [_ranks()] * 3)
+    assert _levels(examine(run)) == {"good"}
+    _write(run, "ranks.jsonl", [_ranks(busy_seconds=[1.0, 1.5, 1.0, 1.0], clock_seconds=[0, 0, 3.5, 3.5])] * 3)
+    found = examine(run)
+    assert found.slowest_ranks == [1]
+    assert _texts(found, "ranks") == ["rank 1 (a) computes 20% longer than the others of its stage"]
+    assert _texts(found, "clocks")[0].startswith("differ from rank 0's: b by +3.5 s")
+    _write(run, "ranks.jsonl", [_ranks(busy_seconds=[1.0, 1.0, 2.0, 2.0])] * 3)
+    found = examine(run)
+    assert found.stage_imbalance == pytest.approx(2 / 1.5)
+    assert "set parallel.layer_costs" in _texts(found, "stages")[0]
+
+
+def _steps(seconds: list[float], memory: list[int] | None = None) -> list[dict[str, Any]]:
+    sizes = memory or [1] * len(seconds)
+    return [
+        {"step": step, "seconds": each, "layers": 4, "depth": 4, "dp": 1, "memory_bytes": size}
+        for step, (each, size) in enumerate(zip(seconds, sizes, strict=True), 1)
+    ]
+
+
+def test_gaps_and_growing_memory(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _write(run, "metrics.jsonl", _steps([60.0] + [1.0] * 100 + [30.0] + [1.0] * 100))
+    found = examine(run)
+    assert _texts(found, "speed") == ["1 steps took far longer than the median of 1.00 s: 102 (30.0 s)"], (
+        "not the first"
+    )
+    assert _texts(found, "memory") == []
+    _write(run, "metrics.jsonl", _steps([1.0] * 400, [1000 + step for step in range(400)]))
+    assert len(_texts(examine(run), "memory")) == 1
+
+
+def test_half_a_line_does_not_stop_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _write(run, "metrics.jsonl", _steps([1.0] * 3))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "sec')
+    assert examine(run).steps == 3
+
+
+def _megaloop(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megaloop", *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
+    ranks_1.run(train, configuration(corpus, tmp_path / "run", train__steps=4))
+    result = _megaloop("doctor", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == f"{tmp_path / 'run'}: finished, 4 steps"
+    assert result.stdout.splitlines()[-1] == "  nothing to worry about"
+    values = json.loads(_megaloop("doctor", tmp_path / "run", "--json").stdout)
+    assert (values["state"], values["steps"]) == ("finished", 4)
+
+
+def test_no_run_is_an_error(tmp_path: Path) -> None:
+    result = _megaloop("doctor", tmp_path)
+    assert result.returncode == 2
+    assert "no run; expected a directory with events.jsonl" in result.stderr
