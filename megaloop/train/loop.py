@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import socket
 import time
@@ -11,7 +12,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megaloop.checkpoint import CheckpointInfo, GrowthEntry
+from launchers.rank import RESTARTS
+from megaloop.checkpoint import CheckpointInfo, GrowthEntry, list_checkpoints, step_of
 from megaloop.config import Config
 from megaloop.data import (
     BatchLoader,
@@ -72,6 +74,8 @@ def run(
             vocab_size = embedding_rows(config, sources)
             samples = _validation_samples(config, sources, world_size)
         with _open_directory(config, resume) as directory:
+            if resume and int(os.environ.get(RESTARTS, "0")) and _is_done(config):
+                return "finished"  # it died after its last checkpoint: whoever started it again cannot know
             rolled_back: list[RollBack] = []
             while True:
                 holes = _holes(config, rolled_back)
@@ -324,6 +328,12 @@ class _Trouble(Exception):
 
     def __init__(self, roll_back: RollBack):
         self.roll_back = roll_back
+
+
+def _is_done(config: Config) -> bool:
+    """Whether the run has saved its last step; the same on every rank."""
+    whole = list_checkpoints(config.directory / "checkpoints")
+    return bool(from_rank_0(bool(whole) and step_of(whole[-1]) >= config.train.steps))
 
 
 def _holes(config: Config, rolled_back: Sequence[RollBack]) -> Holes:

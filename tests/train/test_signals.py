@@ -158,3 +158,19 @@ def test_more_deaths_than_restarts_end_the_run(corpus: Path, tmp_path: Path) -> 
     assert process.returncode == 1
     assert time.monotonic() - began < 5, "the others do not wait for it"
     assert "rank 1 died with SIGKILL" in output.decode()
+
+
+def test_a_run_that_died_after_its_last_checkpoint_is_not_started_in_vain(
+    ranks_1: RankPool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = configuration(corpus, tmp_path / "run", train__steps=4)
+    ranks_1.run(train, values)
+    monkeypatch.setenv("MEGALOOP_RESTARTS", "1")  # as the launcher and Slurm say it
+    again = start(values, tmp_path, "--resume")
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0, output.decode()
+    monkeypatch.delenv("MEGALOOP_RESTARTS")
+    asked_for = start(values, tmp_path, "--resume")
+    output, _ = asked_for.communicate(timeout=60)
+    assert asked_for.returncode == 2
+    assert "nothing is left to train" in output.decode()
