@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megaloop/__init__.py").
 REQUIRES = [
     "deepspeed>=0.19.8",
     "hjson",  # DeepSpeed reads its configuration with it
+    "jinja2>=3.1",
     "matplotlib>=3.8",
     "mosaicml-streaming>=0.13,<0.14",
     "numpy>=1.26",
@@ -47,7 +48,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megaloop*", "data_prep*", "launchers*"]),
-    package_data={"": ["py.typed"], "launchers": ["templates/*"]},
+    package_data={"": ["py.typed"], "launchers": ["templates/*", "sites/*"]},
     data_files=[("share/megaloop/configs", sorted(str(p.relative_to(HERE)) for p in HERE.glob("configs/*.yaml")))],
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from launchers.rank import CONTINUE, RESTARTS, follow_launcher, launched, open_store, report_error, started_by_launcher
-from megaloop import __version__, run_commands
+from launchers.slurm_rank import join_slurm, record_exit
+from megaloop import __version__, cluster_commands, run_commands
 from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
@@ -40,6 +41,9 @@ bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(run_commands.checkpoints)
 app.command()(run_commands.doctor)
+app.command()(cluster_commands.submit)
+app.command()(cluster_commands.status)
+app.command()(cluster_commands.cancel)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[
@@ -63,6 +67,7 @@ def main() -> None:
     0 done · 1 a bug or a rank that died · 2 an error the user can mend, or wrong usage · 75 a signal ended the run, which
     has saved and wants to be continued · 130 Ctrl-C.
     """
+    join_slurm()
     follow_launcher()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if len(arguments) < len(sys.argv) - 1:  # wherever it stands; ranks inherit it
@@ -85,6 +90,7 @@ def _leave(code: int) -> NoReturn:
     While Python shuts down, connections to ranks that are gone already would complain, and a thread of torch's that
     is still at work now and then makes the process abort (exit code 134, after everything had been done).
     """
+    record_exit(code)
     if "torch" not in sys.modules:
         sys.exit(code)
     with contextlib.suppress(BrokenPipeError):  # whoever read the output has seen enough

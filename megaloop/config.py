@@ -26,6 +26,7 @@ from megaloop.depth import (
     LoopStyle,
     Operator,
     growth_stages,
+    stages_between,
     unloop,
 )
 from megaloop.depth.counts import CountKind
@@ -631,9 +632,13 @@ class Config(_Section):
             raise _batch_error(self.train, dp)
         return pp, tp, dp
 
-    def check_world(self, world_size: int) -> None:
-        """Raise MegaloopError unless every growth stage has a topology on ``world_size`` ranks."""
-        for stage in self.stages:
+    def check_world(self, world_size: int, first_step: int = 0, stop: int | None = None) -> None:
+        """Raise MegaloopError unless every growth stage has a topology on ``world_size`` ranks.
+
+        Args:
+            first_step, stop: only stages with steps in [first_step, stop) count; the others run on other ranks.
+        """
+        for stage in stages_between(self.stages, first_step, stop):
             pp, _, dp = self.topology(world_size, stage.plan.layers)
             micro_batches = self.train.global_batch // (self.train.micro_batch * dp)
             if pp > micro_batches and (self.parallel.rounds > 1 or stage.plan.is_looped):

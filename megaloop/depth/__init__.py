@@ -4,7 +4,7 @@ from megaloop.depth.counts import LoopCounts
 from megaloop.depth.growth import Growth, InsertAt, Operator, before_growth, grow
 from megaloop.depth.loops import at_depth, loop, respell, unloop, untie
 from megaloop.depth.plan import DepthPlan, Loop, LoopStyle, Use
-from megaloop.depth.schedule import GrowthStage, RunFlops, growth_stages, run_flops, stage_at
+from megaloop.depth.schedule import GrowthStage, RunFlops, growth_stages, run_flops, stage_at, stages_between
 
 __all__ = [
     "DepthPlan",
@@ -25,6 +25,7 @@ __all__ = [
     "respell",
     "run_flops",
     "stage_at",
+    "stages_between",
     "unloop",
     "untie",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "proportional_steps",
     "run_flops",
     "stage_at",
+    "stages_between",
     "with_events",
 ]
 
@@ -147,6 +148,11 @@ def with_events(
         made[-1] = GrowthStage(last.first_step, event.step - last.first_step, last.plan, last.growth, last.event)
         made.append(GrowthStage(event.step, last.stop - event.step, growth.plan, growth, event=True))
     return tuple(made)
+
+
+def stages_between(stages: Sequence[GrowthStage], first_step: int, stop: int | None) -> list[GrowthStage]:
+    """The stages that have steps in [first_step, stop); None: to the end."""
+    return [stage for stage in stages if stage.stop > first_step and (stop is None or stage.first_step < stop)]
 
 
 def stage_at(stages: Sequence[GrowthStage], step: int) -> GrowthStage:

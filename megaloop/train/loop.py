@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from megaloop.data import (
     usable_validation,
     validation_batches,
 )
-from megaloop.depth import GrowthStage, stage_at
+from megaloop.depth import GrowthStage, stage_at, stages_between
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import StepResult, TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
@@ -66,15 +67,16 @@ def run(
     joined_before = dist.is_initialized()
     world_size = join_ranks()
     try:
+        first = _newest_step(config) if resume else 0
         with all_ranks_agree():
-            config.check_world(world_size)
+            config.check_world(world_size, first, stop_at)
             if stop_at is not None and not 0 < stop_at <= config.train.steps:
                 raise MegaloopError(f"--stop-at {stop_at}: expected a step from 1 to train.steps, {config.train.steps}")
             sources = open_sources(config.data)
             vocab_size = embedding_rows(config, sources)
-            samples = _validation_samples(config, sources, world_size)
+            samples = _validation_samples(config, sources, world_size, first, stop_at)
         with _open_directory(config, resume) as directory:
-            if resume and int(os.environ.get(RESTARTS, "0")) and _is_done(config):
+            if first >= config.train.steps and int(os.environ.get(RESTARTS, "0")):
                 return "finished"  # it died after its last checkpoint: whoever started it again cannot know
             rolled_back: list[RollBack] = []
             while True:
@@ -330,10 +332,13 @@ class _Trouble(Exception):
         self.roll_back = roll_back
 
 
-def _is_done(config: Config) -> bool:
-    """Whether the run has saved its last step; the same on every rank."""
-    whole = list_checkpoints(config.directory / "checkpoints")
-    return bool(from_rank_0(bool(whole) and step_of(whole[-1]) >= config.train.steps))
+def _newest_step(config: Config) -> int:
+    """The step of the newest checkpoint, 0 if there is none; the same on every rank."""
+    whole: list[Path] = []
+    with all_ranks_agree():
+        if dist.get_rank() == 0:
+            whole = list_checkpoints(config.directory / "checkpoints")
+    return int(from_rank_0(step_of(whole[-1]) if whole else 0))
 
 
 def _holes(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
@@ -383,13 +388,16 @@ class _NoDirectory:
 # --- data ---
 
 
-def _validation_samples(config: Config, sources: Sources, world_size: int) -> int:
-    """How many samples each validation of the run takes, the same in all its stages."""
+def _validation_samples(config: Config, sources: Sources, world_size: int, first_step: int, stop: int | None) -> int:
+    """How many samples each validation takes, the same in all stages that these ranks will train."""
     return usable_validation(
         sources.datasets,
         samples=config.validation.samples,
         micro_batch=config.train.micro_batch,
-        dp_sizes={config.topology(world_size, stage.plan.layers)[2] for stage in config.stages},
+        dp_sizes={
+            config.topology(world_size, stage.plan.layers)[2]
+            for stage in stages_between(config.stages, first_step, stop)
+        },
     )
 
 

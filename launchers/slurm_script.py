@@ -1,0 +1,255 @@
+"""The job script: options, a site's settings and a template make one. Everything that is no shell is quoted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined, TemplateError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from megaloop.errors import MegaloopError
+
+__all__ = ["TEMPLATE", "JobOptions", "Site", "job_script", "load_site", "read_environment_file"]
+
+TEMPLATE = Path(__file__).parent / "templates/train.sbatch.j2"
+_SITES = Path(__file__).parent / "sites"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+
+
+class Site(BaseModel):
+    """What is particular to a cluster; see ``launchers/sites/example.yaml``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    modules: list[str] = Field(default_factory=list)
+    environment: dict[str, str] = Field(default_factory=dict)
+    setup: list[str] = Field(default_factory=list)
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cpus_per_task: PositiveInt | None = None
+    sbatch_options: list[str] = Field(default_factory=list)
+    srun_options: list[str] = Field(default_factory=list)
+    python: str | None = None
+    container_command: list[str] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What the user asks of Slurm for one job.
+
+    Attributes:
+        tasks_per_node: ranks per node.
+        time: limit, as Slurm takes it (minutes, H:MM:SS, D-HH:MM:SS); None: the partition's.
+        signal_before: seconds before the limit at which the ranks are told to save.
+        max_restarts: failures, and likewise rounds through the queue, without a new checkpoint before it gives up.
+        environment: variables for the ranks, besides the site's.
+    """
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int = 0
+    cpus_per_task: int | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    container: str | None = None
+    exclusive: bool = False
+    dependency: str | None = None
+    signal_before: int = 120
+    max_restarts: int = 3
+    environment: Mapping[str, str] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Tasks of the job."""
+        return self.nodes * self.tasks_per_node
+
+    def check(self) -> None:
+        """Raise MegaloopError where the time limit is none, or leaves no time before the signal."""
+        if self.time is None:
+            return
+        seconds = _seconds(self.time)
+        if seconds is None:
+            raise MegaloopError(f"--time {self.time!r}: expected minutes, H:MM:SS or D-HH:MM:SS, for example 4:00:00")
+        if 0 < seconds <= self.signal_before:
+            raise MegaloopError(
+                f"--time {self.time} is {seconds} s, not more than --signal-before {self.signal_before}: the ranks would "
+                "stop as soon as they start; ask for more time, or signal later"
+            )
+
+
+class _Shell(str):
+    """Text that goes into the script as it stands."""
+
+
+def load_site(name: str) -> Site:
+    """A site of ``launchers/sites`` by its name, or a file.
+
+    Raises:
+        MegaloopError: there is none, it is not YAML, or it has a key that is not known.
+    """
+    path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else _SITES / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(each.stem for each in _SITES.glob("*.yaml")))
+        raise MegaloopError(f"--site {name}: no such site; use one of {known}, or the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MegaloopError(f"--site {name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    try:
+        site = Site.model_validate(values or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        known = f"; known keys: {', '.join(Site.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise MegaloopError(f"--site {name}: {where}: {first['msg']} (found {first['input']!r}){known}") from None
+    _check_names(f"--site {name}", site.environment)
+    return site
+
+
+def read_environment_file(path: Path) -> dict[str, str]:
+    """``NAME=VALUE`` lines; empty ones and those that begin with # are passed over, and nothing is expanded.
+
+    Raises:
+        MegaloopError: it cannot be read, or a line is something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MegaloopError(f"--env-file {path}: cannot be read ({error})") from None
+    values: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, separator, value = line.strip().removeprefix("export ").partition("=")
+        if not separator:
+            raise MegaloopError(f"--env-file {path}, line {number}: expected NAME=VALUE, found {line.strip()!r}")
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        values[name.strip()] = value
+    _check_names(f"--env-file {path}", values)
+    return values
+
+
+def job_script(
+    options: JobOptions,
+    site: Site,
+    *,
+    name: str,
+    run: Path,
+    directory: Path,
+    arguments: Sequence[str],
+    template: Path = TEMPLATE,
+) -> str:
+    """The script of one job.
+
+    Args:
+        name: of the run; what Slurm's tools may trip over becomes an underscore.
+        run: the run directory, absolute.
+        directory: where the ranks start.
+        arguments: what follows ``python -m``.
+
+    Raises:
+        MegaloopError: a value that no ``#SBATCH`` line can hold, or a template that does not work.
+    """
+    command, srun_options = _command(options, site, arguments)
+    values: dict[str, Any] = {
+        "job_name": re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:64],
+        "nodes": options.nodes,
+        "tasks_per_node": options.tasks_per_node,
+        "gpus_per_node": options.gpus_per_node,
+        "cpus_per_task": options.cpus_per_task or site.cpus_per_task,
+        "time": options.time,
+        "partition": options.partition or site.partition,
+        "account": options.account or site.account,
+        "qos": options.qos or site.qos,
+        "constraint": options.constraint or site.constraint,
+        "exclusive": options.exclusive,
+        "dependency": options.dependency,
+        "directory": str(directory),
+        "output": str(run).replace("%", "%%") + "/slurm/job-%j.log",  # Slurm expands its own % in this one
+        "sbatch_options": site.sbatch_options,
+        "run": str(run),
+        "max_restarts": options.max_restarts,
+        "signal_before": options.signal_before,
+        "modules": site.modules,
+        "environment": {**site.environment, **(options.environment or {})},
+        "setup": site.setup,
+        "srun_options": srun_options,
+        "command": command,
+    }
+    for key, value in values.items():
+        _check_line(key, value)
+    try:
+        text = template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MegaloopError(f"--template {template}: cannot be read ({error})") from None
+    jinja = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_quoted
+    )
+    jinja.filters["raw"] = _Shell
+    try:
+        return jinja.from_string(text).render(values)
+    except TemplateError as error:
+        raise MegaloopError(f"--template {template}: {error}") from None
+
+
+def _command(options: JobOptions, site: Site, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what a task runs, options of srun)."""
+    srun_options, before = list(site.srun_options), []
+    python = site.python or sys.executable
+    if options.container is not None:
+        python = site.python or "python3"  # the one that submits is not in there
+        before = [part.replace("{image}", options.container) for part in site.container_command]
+        if not before:
+            srun_options.append(f"--container-image={options.container}")
+    return [*before, python, "-m", *arguments], srun_options
+
+
+def _quoted(value: Any) -> str:
+    return str(value) if isinstance(value, _Shell) else shlex.quote(str(value))
+
+
+def _check_line(key: str, value: Any) -> None:
+    """Refuse what would begin another line; setup lines and variables may have several."""
+    if key in ("setup", "environment"):
+        return
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if any(ord(character) < 32 or ord(character) == 127 for character in str(each)):
+            raise MegaloopError(
+                f"job script: {key.replace('_', '-')} {str(each)!r} has a newline or another control character; take it out"
+            )
+
+
+def _check_names(where: str, values: Mapping[str, str]) -> None:
+    for name, value in values.items():
+        if not _NAME.fullmatch(name):
+            raise MegaloopError(f"{where}: {name!r} is no name of an environment variable")
+        if "\0" in value:
+            raise MegaloopError(f"{where}: the value of {name} holds a zero byte")
+
+
+def _seconds(time: str) -> int | None:
+    """Slurm's time formats in seconds; None for something else."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        return None
+    parts = [int(part) for part in match["parts"].split(":")]
+    if match["days"] is not None:  # D-H, D-H:M, D-H:M:S
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        return int(match["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
+    if len(parts) == 3:
+        return parts[0] * 3600 + parts[1] * 60 + parts[2]
+    return parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)  # M, M:S
