@@ -158,7 +158,7 @@ def test_status_and_cancel(cluster: SlurmCluster, site: Path, corpus: Path, tmp_
     assert [(each["job"], each["state"]) for each in found["jobs"]] == [(job, "RUNNING")]
     assert found["step"] >= 15
     assert found["steps"] == 100_000
-    assert found["last_checkpoint"] == "step-00000010"
+    assert int(found["last_checkpoint"].removeprefix("step-")) >= 10
     shown = _megaloop(cluster, "status", run)
     assert "RUNNING" in shown.stdout
     again = _megaloop(cluster, "submit", site.with_name("config.yaml"), "--nodes", 1, "--tasks-per-node", 2, "--resume")
