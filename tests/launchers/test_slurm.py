@@ -85,7 +85,7 @@ def test_a_job_saves_before_its_limit_goes_back_into_the_queue_and_ends_with_the
     """Slurm's shortest limit is a minute: the signal comes 45 s before it, and the run is long enough not to be done."""
     changes: dict[str, Any] = {
         "train__global_batch": 64,
-        "train__steps": 400,
+        "train__steps": 160,
         "checkpoint__every": 0,
         "validation__every": 0,
     }
@@ -111,7 +111,7 @@ def test_a_dead_node_leads_to_a_requeue_and_a_finished_run(
 ) -> None:
     changes: dict[str, Any] = {
         "train__global_batch": 64,
-        "train__steps": 150,
+        "train__steps": 60,
         "checkpoint__every": 5,
         "validation__every": 0,
     }
