@@ -16,7 +16,7 @@ SLURM = "MEGALOOP_SLURM"
 """Environment: the job script exports it as 1."""
 EXIT_FILE = "MEGALOOP_EXIT_FILE"
 """Environment: where the first rank that ends in order leaves its exit code."""
-_ORDERLY = (2, 75)
+_ORDERLY = (0, 2, 75)
 
 
 def join_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -41,9 +41,10 @@ def slurm_rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def record_exit(code: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Leave an orderly exit code (2, 75) for the job script: ``srun`` reports only the highest of all ranks'.
+    """Leave an orderly exit code (0, 2, 75) for the job script, which cannot rely on ``srun``'s.
 
-    The first rank that ends takes the others down with SIGKILL, so the highest is often 137. The first to write wins.
+    ``srun`` reports the highest of all ranks', and the first rank that ends takes the others down with SIGKILL: 137. Where a
+    node has died, it may report 0. The first to write wins: all ranks leave for the same reason.
     """
     path = environment.get(EXIT_FILE)
     if path is None or code not in _ORDERLY:

@@ -578,6 +578,50 @@ def bench_rounds_rank(directory: Path) -> None:
         del store
 
 
+@bench.command("checkpoint")
+def bench_checkpoint_command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; its deepest stage is measured.")],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Local ranks to start; default: what the topology needs, or all GPUs.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each measures everything.")] = 5,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where to write: on the file system to be measured; default: temporary files.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Time saves that training waits for against saves in the background, and both against plain file copies."""
+    from launchers import local
+    from megaloop.bench.checkpoint import bench_checkpoint
+    from megaloop.config import load_config
+
+    configuration = load_config(config, overrides or [])
+    count = local.local_ranks(configuration, ranks)
+
+    def start(path: Path, folder: Path, number: int) -> None:
+        command = [sys.executable, "-m", "megaloop", "bench", "checkpoint-rank", str(path), str(folder), str(number)]
+        try:
+            local.launch(command, count, folder / "logs")
+        except local.RankFailed as error:
+            _print_error(str(error))
+            raise typer.Exit(1) from None
+
+    _report(bench_checkpoint(configuration, count, start, rounds=rounds, directory=directory), json)
+
+
+@bench.command("checkpoint-rank", hidden=True)
+def bench_checkpoint_rank(config: Path, folder: Path, rounds: int) -> None:
+    """One rank of ``bench checkpoint``."""
+    store = open_store()
+    try:
+        from megaloop.bench.checkpoint import run_rank
+
+        run_rank(config, folder, rounds)
+    finally:
+        del store
+
+
 @bench.command("reshard-rank", hidden=True)
 def bench_reshard_rank(role: str, directory: Path, stage: int) -> None:
     """One rank of ``bench reshard``."""

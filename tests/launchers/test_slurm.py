@@ -119,9 +119,16 @@ def test_a_dead_node_leads_to_a_requeue_and_a_finished_run(
     (job,) = _submit(cluster, site, configuration(corpus, run, (2, 1, 2), **changes), "--nodes", 2)
     wait_for("some steps", lambda: steps_done(run) >= 12, 60)
     cluster.kill_node("n2")
-    wait_for("the requeue", lambda: cluster.job(job)["Restarts"] != "0" or "restart" in _history(run), 60)
+    wait_for("the requeue", lambda: cluster.job(job)["JobState"] == "PENDING", 90)
+    assert cluster.job(job)["Restarts"] == "1"
     cluster.start_node("n2")
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+
+    def runs_again() -> bool:
+        # what a requeued job waits for otherwise is two minutes, so that credentials of its first start have expired
+        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        return cluster.job(job)["JobState"] == "RUNNING"
+
+    wait_for("the job to run again", runs_again, 90)
     assert _ended(cluster, job, run) == "COMPLETED", _log(run)
     ranks_4.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 2), **changes))
     assert losses(run) == losses(tmp_path / "straight")

@@ -126,7 +126,7 @@ def test_a_rank_finds_its_place() -> None:
 
 def test_the_first_orderly_exit_is_kept(tmp_path: Path) -> None:
     environment = {"MEGALOOP_EXIT_FILE": str(tmp_path / "exit")}
-    for code in (1, 75, 2):
+    for code in (1, 75, 2, 0):
         record_exit(code, environment)
     assert (tmp_path / "exit").read_text() == "75\n"
 
