@@ -45,6 +45,8 @@ class _Point:
     after: bool = False
     resumed: bool = False
     """Only a run that goes on from a checkpoint comes past it."""
+    thread: str | None = None
+    """Only calls in this thread count: the function is not megaloop's own."""
 
 
 _POINTS: dict[str, tuple[_Point, ...]] = {
@@ -65,8 +67,8 @@ _POINTS: dict[str, tuple[_Point, ...]] = {
         _Point("train.saving", "prune", 2),
         _Point("train.saving", "prune", 2, after=True),
         _Point("checkpoint.resolve", "remove_checkpoint"),
-        _Point("checkpoint.resolve", "shutil.rmtree"),  # the manifest is gone, the rest is there
-        _Point("checkpoint.resolve", "shutil.os.rmdir"),  # in the middle of a deletion
+        _Point("checkpoint.resolve", "shutil.rmtree", thread="megaloop-save"),  # the manifest is gone, the rest is there
+        _Point("checkpoint.resolve", "shutil.os.rmdir", thread="megaloop-save"),  # in the middle of a deletion
         _Point("checkpoint.background", "BackgroundSaver.collect", 2),
         _Point("train.saving", "Saver.finish"),
         _Point("train.report", "RunReporter.saved", 2),
@@ -223,7 +225,8 @@ class _Killer:
         function = plain.__func__ if isinstance(plain, classmethod) else plain
 
         def counting(*arguments: Any, **options: Any) -> Any:
-            self._calls += 1
+            if point.thread in (None, threading.current_thread().name):
+                self._calls += 1
             now = self._calls == self._kill.call
             if now and not point.after:
                 self._strike()
