@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: help venv test lint types unit demo clean
+.PHONY: help venv test lint types unit chaos demo clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ types: $(STAMP)  ## mypy
 
 unit: $(STAMP)  ## pytest; PYTEST_ARGS="-k resume" to choose
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+chaos: $(STAMP)  ## kill ranks at 200 random moments and compare with the undisturbed run: half an hour
+	MEGALOOP_CHAOS_KILLS=200 $(BIN)/python -m pytest -q -s tests/train/test_chaos.py
 
 demo: $(STAMP)  ## text to shards to a trained model, resumed, exported and generating: under 5 minutes
 	@VENV=$(abspath $(VENV)) tools/demo.sh

@@ -105,7 +105,8 @@ def resolve_checkpoint(path: Path) -> Path:
 def prune(directory: Path, keep: int, every: int = 0) -> list[Path]:
     """Delete all but the newest ``keep`` (at least 1) checkpoints of ``RUN/checkpoints``; returns what was deleted.
 
-    What was set aside as damaged goes too, once there is a newer checkpoint.
+    What was set aside as damaged goes too, once there is a newer checkpoint, and what is left of deletions that were
+    interrupted: older ones without a manifest.
 
     Args:
         every: checkpoints of steps that this divides stay for good; 0: none does.
@@ -118,6 +119,7 @@ def prune(directory: Path, keep: int, every: int = 0) -> list[Path]:
     whole = list_checkpoints(directory)
     gone = [path for path in whole[:-keep] if not (every and step_of(path) % every == 0)]
     gone += [path for path in list_damaged(directory) if whole and step_of(whole[-1]) >= step_of(path)]
+    gone += [path for path in list_torn(directory) if whole and step_of(whole[-1]) > step_of(path)]
     for path in gone:
         try:
             remove_checkpoint(path)

@@ -314,6 +314,17 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
         prune(checkpoints, keep=0)
 
 
+def test_prune_ends_deletions_that_were_interrupted(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-00000001" / MANIFEST).unlink()
+    (checkpoints / "step-00000004").mkdir()  # newer: not the beginning of a deletion
+    gone = prune(checkpoints, keep=2)
+    assert [path.name for path in gone] == ["step-00000001"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-0000000{step}" for step in (2, 3, 4)]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 1, salt=500)
     result = save(tmp_path, 1)
