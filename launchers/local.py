@@ -280,7 +280,8 @@ def _passing_on_signals(team: _Team) -> Iterator[None]:
         team.signalled = number
         team.pass_on(number)
 
-    before = {number: signal.signal(number, handle) for number in _PASSED_ON}
+    heard = [number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays ignored
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield
     finally:

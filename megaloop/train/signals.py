@@ -40,7 +40,10 @@ class StopSignals:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)  # asked for by set_wakeup_fd
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _leave_it_to_the_thread) for number in STOP_SIGNALS}
+        heard = [
+            number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+        ]  # nohup's stays ignored
+        self._before = {number: signal.signal(number, _leave_it_to_the_thread) for number in heard}
         self._thread = threading.Thread(target=self._listen, name="megaloop-signals", daemon=True)
         self._thread.start()
         return self

@@ -107,6 +107,22 @@ with StopSignals() as signals:
         assert process.stderr.read() == "second signal (SIGTERM): leaving without saving\n"
 
 
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 2)], ids=str)
+def test_a_run_under_nohup_outlives_its_terminal(corpus: Path, tmp_path: Path, layout: tuple[int, int, int]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # children inherit it: all that nohup does
+    try:
+        process = start(_endless(corpus, tmp_path / "run", layout), tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
+    process.send_signal(signal.SIGHUP)
+    done = steps_done(tmp_path / "run")
+    wait_for(lambda: steps_done(tmp_path / "run") >= done + 5, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == CONTINUE
+
+
 def test_stop_at_saves_and_ends_and_the_rest_follows(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"train__steps": 8, "checkpoint__every": 0, "validation__every": 0}
     values = configuration(corpus, tmp_path / "run", **changes)
