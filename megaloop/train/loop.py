@@ -67,7 +67,10 @@ def run(
     joined_before = dist.is_initialized()
     world_size = join_ranks()
     try:
-        first = _newest_step(config) if resume else 0
+        newest = _newest_step(config) if resume else 0
+        first = min(
+            newest, config.train.steps - 1
+        )  # it may be damaged, or nothing may be left: that is for later to say
         with all_ranks_agree():
             config.check_world(world_size, first, stop_at)
             if stop_at is not None and not 0 < stop_at <= config.train.steps:
@@ -76,7 +79,7 @@ def run(
             vocab_size = embedding_rows(config, sources)
             samples = _validation_samples(config, sources, world_size, first, stop_at)
         with _open_directory(config, resume) as directory:
-            if first >= config.train.steps and int(os.environ.get(RESTARTS, "0")):
+            if newest >= config.train.steps and int(os.environ.get(RESTARTS, "0")):
                 return "finished"  # it died after its last checkpoint: whoever started it again cannot know
             rolled_back: list[RollBack] = []
             while True:
