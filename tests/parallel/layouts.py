@@ -138,26 +138,19 @@ def held_bytes(values: dict[str, Any]) -> dict[str, int]:
 
 
 def peak_bytes(values: dict[str, Any]) -> int:
-    """On every rank: the most that a step has allocated and not yet freed at a time; the median of three, after the first.
-
-    The balance is summed up in the order of the profiler's clock, which on a busy machine now and then swaps what two
-    threads do.
-    """
+    """On every rank: the most that a step, the second, has allocated and not yet freed at a time."""
     config = Config.model_validate(values)
     topology = Topology(*config.topology(join_ranks()))
     engine = TrainingEngine(
         config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
     )
-    engine.train_step(micro_batches(config, engine.coordinate.dp, topology.dp), LR)
-    peaks = []
-    for _ in range(3):
-        batches = micro_batches(config, engine.coordinate.dp, topology.dp)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            engine.train_step(batches, LR)
-        events: Any = profile.profiler.kineto_results.events()
-        peaks.append(max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
+    batches = micro_batches(config, engine.coordinate.dp, topology.dp)
+    engine.train_step(batches, LR)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        engine.train_step(batches, LR)
     engine.close()
-    return sorted(peaks)[1]
+    events: Any = profile.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

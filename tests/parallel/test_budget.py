@@ -50,6 +50,11 @@ def test_an_engine_pads_where_the_budget_pads(ranks_2: RankPool, precision: str)
     assert all(held(planned).items() <= found.items() for found in ranks_2.run(held_bytes, values))
 
 
+def peaks(pool: RankPool, values: dict[str, Any]) -> list[int]:
+    """By rank, the median of three: on a busy machine the profiler's clock now and then swaps what two threads do."""
+    return [sorted(each)[1] for each in zip(*(pool.run(peak_bytes, values) for _ in range(3)), strict=True)]
+
+
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_takes_what_was_budgeted(ranks_1: RankPool, precision: str, recompute: str) -> None:
@@ -59,7 +64,7 @@ def test_a_step_takes_what_was_budgeted(ranks_1: RankPool, precision: str, recom
     values["data"] |= {"sequence_length": 256}
     values["model"] |= {"num_kv_heads": 4, "ffn_size": 512}
     (planned,) = budgets(values, 1)
-    (found,) = ranks_1.run(peak_bytes, values)
+    (found,) = peaks(ranks_1, values)
     # of the gradients a step allocates those in the training dtype; the logits of the step before are there already
     gradients = (2 if precision == "bf16" else 4) * planned.parameters
     norms = 16 if recompute == "none" else 2
@@ -77,7 +82,7 @@ def test_a_step_over_rounds_takes_what_was_budgeted(ranks_2: RankPool, depth: st
     values["parallel"]["rounds"] = rounds
     config = Config.model_validate(values)
     slices = split_rounds(config, config.plan, Topology(2), VOCAB)
-    for pp, (planned, found) in enumerate(zip(budgets(values, 2), ranks_2.run(peak_bytes, values), strict=True)):
+    for pp, (planned, found) in enumerate(zip(budgets(values, 2), peaks(ranks_2, values), strict=True)):
         gradients = (2 if precision == "bf16" else 4) * planned.parameters
         norms = most = 0  # of the layers whose activations are held at a time; a CPU's keep more
         for work in Rounds(2, 4, len(slices)).passes(pp):
