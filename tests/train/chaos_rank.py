@@ -98,7 +98,7 @@ _POINTS: dict[str, tuple[_Point, ...]] = {
     ),
     "start": (
         _Point("train.rundir", "RunDirectory.create_or_open"),
-        _Point("train.rundir", "_replace"),
+        _Point("train.rundir", "replace_file"),
         _Point("train.rundir", "RunDirectory.resume_at", resumed=True),
         _Point("train.rundir", "RunDirectory.resume_at", after=True, resumed=True),
         _Point("train.loop", "open_sources", after=True),
