@@ -47,6 +47,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PhaseWeightsConfig",
     "ScheduleConfig",
     "SourceConfig",
     "StageConfig",
@@ -108,13 +109,28 @@ class ModelConfig(_Section):
             )
 
 
+class PhaseWeightsConfig(_Section):
+    """Shares of a source by phase of the learning rate; 0: none of it."""
+
+    stable: float = Field(ge=0)
+    """Until the cooldown begins."""
+    cooldown: float = Field(ge=0)
+    """From there on."""
+
+
 class SourceConfig(_Section):
     """One set of shards made by ``megaloop prep``."""
 
     path: Path
     """Directory that holds data.json."""
-    weight: PositiveFloat = 1.0
-    """Share of the samples, relative to the other sources."""
+    weight: PositiveFloat | PhaseWeightsConfig = 1.0
+    """Share of the samples, relative to the other sources; by phase: {stable: 1, cooldown: 0.5}."""
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """In the stable phase, and in the cooldown."""
+        weight = self.weight
+        return (weight.stable, weight.cooldown) if isinstance(weight, PhaseWeightsConfig) else (weight, weight)
 
 
 class DataConfig(_Section):
@@ -492,8 +508,28 @@ class Config(_Section):
             raise MegaloopError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {self.train.steps}"
             )
+        self._check_weights()
         if self.growth is not None:
             self._check_growth(self.growth)
+
+    def _check_weights(self) -> None:
+        """Refuse phases of the mixture without samples, and a cooldown's weights where there is no cooldown."""
+        for phase, name in enumerate(("stable", "cooldown")):
+            if not any(source.weights[phase] for source in self.data.sources):
+                raise MegaloopError(f"data.sources: every weight of the {name} phase is 0; give one source a share")
+        if self.cooldown_sample is None and any(len(set(source.weights)) > 1 for source in self.data.sources):
+            raise MegaloopError(
+                f"data.sources: weights of a cooldown, but schedule.kind {self.schedule.kind} with cooldown "
+                f"{self.schedule.cooldown:g} has none; use a trapezoid with a cooldown, or give each source one weight"
+            )
+
+    @property
+    def cooldown_sample(self) -> int | None:
+        """The global sample with which the trapezoid's cooldown begins; None: there is none."""
+        begin = self.schedule.cooldown_start(self.train.steps)
+        if self.schedule.kind != "trapezoid" or begin >= self.train.steps:
+            return None
+        return begin * self.train.global_batch
 
     def _check_loops(self) -> None:
         """Refuse options of loops that contradict each other, or that nothing would take up."""
@@ -751,17 +787,21 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return None, False
 
 
-_LIST_OF_STAGES = "tuple[StageConfig, ...]"  # what pydantic calls this branch of growth.schedule
+_BRANCHES = (
+    "tuple[StageConfig, ...]",
+    "PhaseWeightsConfig",
+)  # pydantic's names of what a value may be instead of plain
 
 
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation error, as one line."""
     errors: list[Mapping[str, Any]] = [*error.errors()]
     # of a schedule that is a list, what is wrong inside, not that it is no text; an unknown key before what it left out
-    listed = [each for each in errors if _LIST_OF_STAGES in each["loc"] and each["loc"][-1] != _LIST_OF_STAGES]
+    listed = [each for each in errors if each["loc"][-1] not in _BRANCHES and set(each["loc"]) & set(_BRANCHES)]
     first = min(listed or errors[:1], key=lambda each: each["type"] != "extra_forbidden")
-    if first["loc"][:2] == ("growth", "schedule"):
-        first = {**first, "loc": tuple(part for part in first["loc"] if part not in ("str", _LIST_OF_STAGES))}
+    if first["loc"][:2] == ("growth", "schedule") or "weight" in first["loc"]:
+        plain_names = ("str", "constrained-float", *_BRANCHES)
+        first = {**first, "loc": tuple(part for part in first["loc"] if part not in plain_names)}
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return (

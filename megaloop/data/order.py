@@ -4,7 +4,8 @@ Two questions, both answered in constant time without replaying what came before
 sample n come from, and which of its samples is the j-th that the run takes from a source?
 
 * Sources are interleaved by weight, in a pattern that repeats: among the first n samples, a source of share a has
-  less than one sample more or fewer than n a, for every n and however many sources there are.
+  less than one sample more or fewer than n a, for every n and however many sources there are. Where the weights change
+  at a sample (the cooldown), the pattern of the new ones begins there, and each source goes on where it was.
 * A source is walked epoch by epoch. An epoch is a permutation: shards in shuffled order, one after another,
   and samples shuffled within blocks of a few shards' length, so that a reader streams through few shards at
   a time. Every sample occurs exactly once per epoch.
@@ -63,6 +64,9 @@ def _whole_shares(weights: Sequence[float]) -> list[int]:
     """Samples of each source in one pattern: as the weights say exactly, where a pattern need not be too long."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
+    if not all(shares):  # a source without a share has no place in the pattern
+        rest = iter(_whole_shares([weight for weight in weights if weight]))
+        return [next(rest) if weight else 0 for weight in weights]
     length = lcm(*(share.denominator for share in shares))
     if length <= _LONGEST_PATTERN:
         return [int(share * length) for share in shares]
@@ -90,22 +94,52 @@ def _interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
     return pattern
 
 
+class _Phase:
+    """The pattern of one set of weights, from sample ``first`` on; ``before``: samples taken of each source till then."""
+
+    def __init__(self, first: int, weights: Sequence[float], before: Sequence[int]):
+        self.first, self._before = first, before
+        self._counts = _whole_shares(weights)
+        self._pattern = _interleave(self._counts)
+
+    def source(self, number: int) -> tuple[int, int]:
+        period, place = divmod(number - self.first, len(self._pattern))
+        source, before = self._pattern[place]
+        return source, self._before[source] + period * self._counts[source] + before
+
+    def taken_before(self, number: int) -> list[int]:
+        """Samples of each source among the first ``number`` of the order."""
+        period, place = divmod(number - self.first, len(self._pattern))
+        taken = [before + period * count for before, count in zip(self._before, self._counts, strict=True)]
+        for source, _ in self._pattern[:place]:
+            taken[source] += 1
+        return taken
+
+
 class SampleOrder:
     """Which sample of which source is global sample n.
 
     Args:
         seed: of the run.
         shard_sizes: for every source, the samples of each of its shards.
-        weights: shares of the sources, relative to each other.
+        weights: shares of the sources, relative to each other; 0 for none.
+        changes: [(first sample, weights from there on), ...], by sample.
     """
 
-    def __init__(self, seed: int, shard_sizes: Sequence[Sequence[int]], weights: Sequence[float]):
+    def __init__(
+        self,
+        seed: int,
+        shard_sizes: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        changes: Sequence[tuple[int, Sequence[float]]] = (),
+    ):
         self._seed = seed
         self._shards = tuple(tuple(sizes) for sizes in shard_sizes)
         self._sizes = [sum(sizes) for sizes in self._shards]
         self._blocks = [max(sizes) * BLOCK_SHARDS for sizes in self._shards]
-        self._counts = _whole_shares(weights)
-        self._pattern = _interleave(self._counts)
+        self._phases = [_Phase(0, weights, [0] * len(weights))]
+        for first, changed in changes:
+            self._phases.append(_Phase(first, changed, self._phases[-1].taken_before(first)))
         self._epoch = lru_cache(maxsize=16)(self._shuffled_shards)
 
     def __call__(self, number: int) -> tuple[int, int]:
@@ -116,9 +150,7 @@ class SampleOrder:
 
     def source(self, number: int) -> tuple[int, int]:
         """(source, how many samples of that source came before) of global sample ``number``."""
-        period, place = divmod(number, len(self._pattern))
-        source, before = self._pattern[place]
-        return source, period * self._counts[source] + before
+        return next(phase for phase in reversed(self._phases) if phase.first <= number).source(number)
 
     def _in_epoch(self, source: int, epoch: int, position: int) -> int:
         """The sample at ``position`` of an epoch's walk through a source."""

@@ -21,10 +21,12 @@ class Sources:
     Attributes:
         datasets: the sources, in configuration order.
         weights: their shares.
+        cooldown: their shares in the cooldown.
     """
 
     datasets: tuple[DataSet, ...]
     weights: tuple[float, ...]
+    cooldown: tuple[float, ...]
 
     @property
     def vocab_size(self) -> int:
@@ -39,19 +41,26 @@ class Sources:
     def tokenizer_sha256(self) -> str:
         return self.datasets[0].description.tokenizer.sha256
 
-    def order(self, seed: int) -> SampleOrder:
-        """The order of the sources' training samples."""
-        return SampleOrder(seed, [dataset.split("train").shard_sizes for dataset in self.datasets], self.weights)
+    def order(self, seed: int, cooldown_sample: int | None = None) -> SampleOrder:
+        """The order of the sources' training samples.
+
+        Args:
+            cooldown_sample: the first with the cooldown's shares; None: no cooldown comes.
+        """
+        sizes = [dataset.split("train").shard_sizes for dataset in self.datasets]
+        changes = [] if cooldown_sample is None or self.cooldown == self.weights else [(cooldown_sample, self.cooldown)]
+        return SampleOrder(seed, sizes, self.weights, changes)
 
     def describe(self) -> str:
         """One line about each source."""
-        total = sum(self.weights)
         lines = []
-        for dataset, weight in zip(self.datasets, self.weights, strict=True):
+        for dataset, weight, cooldown in zip(self.datasets, self.weights, self.cooldown, strict=True):
+            share, changed = weight / sum(self.weights), cooldown / sum(self.cooldown)
             train = dataset.description.splits["train"]
             lines.append(
                 f"data {dataset.path}: {train.tokens:,} tokens of {train.documents:,} documents, "
-                f"{len(dataset.split('train')):,} samples of {dataset.sequence_length}, share {weight / total:.0%}"
+                f"{len(dataset.split('train')):,} samples of {dataset.sequence_length}, share {share:.0%}"
+                + (f", {changed:.0%} in the cooldown" if changed != share else "")
             )
         return "\n".join(lines)
 
@@ -80,7 +89,8 @@ def open_sources(config: DataConfig) -> Sources:
             )
         if not len(dataset.split("train")):
             raise MegaloopError(f"data {dataset.path}: no training samples")
-    return Sources(datasets, tuple(source.weight for source in config.sources))
+    stable, cooldown = (tuple(each.weights[phase] for each in config.sources) for phase in (0, 1))
+    return Sources(datasets, stable, cooldown)
 
 
 def embedding_rows(config: Config, sources: Sources) -> int:

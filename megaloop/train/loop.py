@@ -292,7 +292,7 @@ class _Run:
             return None
         return BatchLoader(
             self._sources.datasets,
-            self._sources.order(config.seed),
+            self._sources.order(config.seed, config.cooldown_sample),
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
             dp_rank=engine.coordinate.dp,

@@ -79,3 +79,35 @@ def test_any_sample_number_is_found_at_once() -> None:
     places = [order(number) for number in far]
     order(5)
     assert [order(number) for number in reversed(far)] == places[::-1]
+
+
+def _taken(order: SampleOrder, samples: int, sources: int) -> list[list[tuple[int, int]]]:
+    """(turn, sample) that each source gives, in the order in which it gives them."""
+    taken: list[list[tuple[int, int]]] = [[] for _ in range(sources)]
+    for number in range(samples):
+        source, turn = order.source(number)
+        assert order(number)[0] == source
+        taken[source].append((turn, order(number)[1]))
+    return taken
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    first=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
+    second=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
+    change=st.integers(0, 60),
+)
+def test_a_change_of_weights_repeats_and_skips_no_sample(first: list[int], second: list[int], change: int) -> None:
+    """Each source goes on where it was: across the change it is walked as if nothing had changed."""
+    order, sizes = SampleOrder(5, [[4, 3]] * 3, first, [(change, second)]), 7
+    for source, taken in enumerate(_taken(order, 120, 3)):
+        alone = SampleOrder(5, [[4, 3]] * 3, [float(i == source) for i in range(3)])
+        assert [turn for turn, _ in taken] == list(range(len(taken)))
+        assert taken == [(turn, alone(turn)[1]) for turn in range(len(taken))]
+        for epoch in range(len(taken) // sizes):
+            assert sorted(sample for _, sample in taken[epoch * sizes : (epoch + 1) * sizes]) == list(range(sizes))
+    for weights, numbers in ((first, range(change)), (second, range(change, 120))):
+        counts = [sum(order.source(number)[0] == source for number in numbers) for source in range(3)]
+        for weight, count in zip(weights, counts, strict=True):
+            assert abs(count - len(numbers) * weight / sum(weights)) < 1
+            assert weight or not count
