@@ -71,6 +71,7 @@ def prepare(
     errors: Literal["stop", "skip"] = "stop",
     workers: int | None = None,
     text_field: str = "text",
+    template: str | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> PrepSummary:
@@ -99,7 +100,7 @@ def prepare(
     if (vocab_size is None) == (tokenizer is None):
         raise MegaloopError("give either --vocab-size N to train a tokenizer, or --tokenizer FILE to reuse one")
     out = out.absolute()
-    documents = Inputs(find_inputs(inputs), text_field, errors)
+    documents = Inputs(find_inputs(inputs), text_field, errors, template)
     _check_output(out, overwrite, [*documents.files, *([tokenizer] if tokenizer else [])])
     existed = out.is_dir()
     partial = out / f"{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import IO, Any, Literal
 
 from megaloop.errors import MegaloopError
@@ -34,6 +35,7 @@ class Inputs:
     Attributes:
         files: in the order in which they are read.
         text_field: the field of jsonl and parquet that holds the text.
+        template: of jsonl, instead of one field: text with the names of fields in braces.
         errors: ``stop`` at what cannot be read as text, or ``skip`` and count it.
         documents, skipped: per file, of the last pass.
     """
@@ -41,8 +43,27 @@ class Inputs:
     files: list[Path]
     text_field: str = "text"
     errors: Literal["stop", "skip"] = "stop"
+    template: str | None = None
     documents: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._names: list[str] = []
+        if self.template is None:
+            return
+        try:
+            parts = [part for part in Formatter().parse(self.template) if part[1] is not None]
+        except ValueError as error:
+            raise MegaloopError(f"--template: {error}; braces hold names of fields, {{{{ and }}}} are braces") from None
+        self._names = [str(name) for _, name, _, _ in parts]
+        plain = all(str(name).isidentifier() and not form and not conversion for _, name, form, conversion in parts)
+        if not self._names or not plain:
+            raise MegaloopError(
+                f"--template {self.template!r}: expected names of fields in braces, such as 'Q: {{question}} A: {{answer}}'"
+            )
+        parquet = next((file for file in self.files if file.name.endswith(".parquet")), None)
+        if parquet is not None:
+            raise MegaloopError(f"input {parquet}: --template is for jsonl; name a column of parquet with --text-field")
 
     @property
     def bytes(self) -> int:
@@ -110,10 +131,12 @@ class Inputs:
             except (ValueError, RecursionError):
                 self._skip(number, path, line, "not JSON")
                 continue
-            text = value.get(self.text_field) if isinstance(value, dict) else None
-            if not isinstance(text, str):
-                self._skip(number, path, line, f"no text in field {self.text_field!r}")
+            fields = value if isinstance(value, dict) else {}
+            missing = [name for name in self._names or [self.text_field] if not isinstance(fields.get(name), str)]
+            if missing:
+                self._skip(number, path, line, f"no text in field {missing[0]!r}")
                 continue
+            text = fields[self.text_field] if self.template is None else self.template.format_map(fields)
             yield from self._sound(number, path, line, text)
 
     def _parquet(self, number: int, path: Path) -> Iterator[str]:

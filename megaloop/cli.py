@@ -20,7 +20,7 @@ from rich.text import Text
 
 from launchers.rank import CONTINUE, RESTARTS, follow_launcher, launched, open_store, report_error, started_by_launcher
 from launchers.slurm_rank import join_slurm, record_exit
-from megaloop import __version__, cluster_commands, run_commands
+from megaloop import __version__, cluster_commands, evaluation_commands, run_commands
 from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
@@ -41,6 +41,7 @@ bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(run_commands.checkpoints)
 app.command()(run_commands.doctor)
+app.command("eval")(evaluation_commands.evaluate_command)
 app.command()(cluster_commands.submit)
 app.command()(cluster_commands.status)
 app.command()(cluster_commands.cancel)
@@ -135,6 +136,10 @@ def prep(
     errors: Annotated[OnError, typer.Option(help="What to do with bytes that are not UTF-8.")] = OnError.stop,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of jsonl and parquet that holds the text.")] = "text",
+    template: Annotated[
+        str | None,
+        typer.Option(help="Instead of one field of jsonl: several, such as 'Q: {question}\\nA: {answer}' (\\n is a line's end)."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a data set that is already there.")] = False,
     json: Json = False,
 ) -> None:
@@ -151,10 +156,32 @@ def prep(
         errors=errors.value,
         workers=workers,
         text_field=text_field,
+        template=template.replace("\\n", "\n") if template is not None else None,
         overwrite=overwrite,
         console=Console(stderr=True),
     )
     _report(summary, json)
+
+
+@app.command()
+def synthesize(
+    out: Annotated[Path, typer.Option(help="jsonl file to write; megaloop prep takes it.")],
+    documents: Annotated[int, typer.Option(min=1, help="Documents, each a series of 4 to 12 problems.")] = 10_000,
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of problems, which take turns: of words, addition, hops, variables.")
+    ] = "words,addition,hops,variables",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed makes other problems.")] = 0,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="A line for each problem, with prompt and answer, for fine-tuning.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write problems with their answers as text to train on: word problems, n-ary addition, p-hop induction, variables."""
+    from data_prep.synthetic import write_jsonl
+
+    chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
+    with _count_progress("synthesizing", documents) as show:
+        _report(write_jsonl(out, kinds=chosen, count=documents, seed=seed, pairs=pairs, on_document=show), json)
 
 
 @app.command()
@@ -474,6 +501,16 @@ def bench_prep_command(
     from megaloop.bench.prep import bench_prep
 
     _report(bench_prep(inputs, tokenizer=tokenizer, workers=workers), json)
+
+
+@contextlib.contextmanager
+def _count_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal: call it with how many are done."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 @contextlib.contextmanager

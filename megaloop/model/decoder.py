@@ -134,14 +134,17 @@ class DecoderStage(nn.Module):
         first: bool,
         last: bool,
         entry: LoopEntry | None = None,
+        context: AttentionContext | None = None,
     ) -> Tensor:
         """Some uses of the stage's layers, after the embedding if ``first``, before norm and head if ``last``.
 
         Args:
             entry: what the loop was entered with, where that was in an earlier call; where it is in this one, it is kept there.
+            context: positions and mask of the tokens, where they are not simply the next ones.
         """
-        length = x.shape[1] if first or not self.tp.sequence_parallel else x.shape[1] * self.tp.size
-        context = self._context(length, caches[0].length if caches else 0, documents_BS, x.device)
+        if context is None:
+            length = x.shape[1] if first or not self.tp.sequence_parallel else x.shape[1] * self.tp.size
+            context = self._context(length, caches[0].length if caches else 0, documents_BS, x.device)
         if first:
             x = self.embedding(x)
         entry = entry or LoopEntry()
@@ -159,7 +162,11 @@ class DecoderStage(nn.Module):
                     x = layer(x, context, caches[index] if caches else None, 1.0 if use.time is None else scale)
                 if use.ends and self.plan.style.norm:
                     x = self.loop["norm"](x)
-        return self._logits(self.norm(x)) if last else x
+        return self.logits(x) if last else x
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Norm and head of the last stage: what a residual stream [B, S, D] predicts, [B, S, V]."""
+        return self._logits(self.norm(x_BSD))
 
     @property
     def _count(self) -> int | None:

@@ -31,6 +31,13 @@ class KeyValueCache:
         self.v_BKTH = torch.empty_like(self.k_BKTH)
         self.length = 0
 
+    def copied(self, batch: int, more: int) -> KeyValueCache:
+        """What is in it, for each of ``batch`` samples that go on with up to ``more`` tokens of their own."""
+        _, heads, _, size = self.k_BKTH.shape
+        copy = KeyValueCache(batch, heads, self.length + more, size, self.k_BKTH.dtype, self.k_BKTH.device)
+        copy.append(*(x[:, :, : self.length].expand(batch, -1, -1, -1) for x in (self.k_BKTH, self.v_BKTH)))
+        return copy
+
     def append(self, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values; returns all of them so far."""
         stop = self.length + k_BKSH.shape[2]
@@ -45,7 +52,7 @@ class AttentionContext:
     """What attention needs besides the activations; made once per forward pass, the same for all layers.
 
     Attributes:
-        cos_Sh, sin_Sh: rotary tables of the positions at hand.
+        cos_Sh, sin_Sh: rotary tables of the positions at hand; [B, 1, S, h] where samples differ in them.
         mask_BSS: True where a query may look at a key, for document masking; None: plain causal.
         document_ends: cumulative document lengths over the flattened batch (flash-attn's variable lengths).
         max_document: the longest of them.

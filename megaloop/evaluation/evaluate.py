@@ -1,0 +1,382 @@
+"""Evaluate a checkpoint: primitives and held-out loss, by number of shots and of loops.
+
+Runs on one process or data-parallel: blocks of examples go round the ranks of torch.distributed where there are some, and
+every rank gets all results.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megaloop.checkpoint import Checkpoint
+from megaloop.data import DataSet, Tokenizer
+from megaloop.depth import DepthPlan, at_depth
+from megaloop.errors import MegaloopError
+from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
+from megaloop.evaluation.scoring import Question, score
+from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examples, shots, tasks_named
+from megaloop.inference.load import load_decoder
+from megaloop.model import Decoder
+
+__all__ = ["VALIDATION", "Block", "evaluate", "with_loops"]
+
+VALIDATION = "validation"
+_Part = TypeVar("_Part")
+OnStep = Callable[[str, int, int], None]
+"""Called with what is under way, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers by place, [first, stop): what a loop runs."""
+
+    first: int
+    stop: int
+
+    @classmethod
+    def parse(cls, text: str) -> Block:
+        """``"10:14"``."""
+        first, separator, stop = text.partition(":")
+        if not separator or not first.isdigit() or not stop.isdigit() or int(first) >= int(stop):
+            raise MegaloopError(f"--block {text}: expected FIRST:STOP, places of layers, such as 10:14")
+        return cls(int(first), int(stop))
+
+    def __str__(self) -> str:
+        return f"{self.first}:{self.stop}"
+
+
+@dataclass(frozen=True)
+class _Depth:
+    """One way to run a model."""
+
+    loops: int
+    plan: DepthPlan
+    times: int | None
+    block: Block | None
+
+
+def with_loops(plan: DepthPlan, loops: int | None, block: Block | None = None) -> tuple[DepthPlan, int | None]:
+    """A model's plan with a loop at inference, and how often it runs (None: as the plan says).
+
+    Args:
+        loops: None: as it was trained; 1: every layer once. A model that was trained with a loop changes how often
+            that one runs; another loops ``block``.
+        block: default: the four layers in the middle (fewer, where there are not as many).
+
+    Raises:
+        MegaloopError: the block does not fit the model.
+    """
+    way = _depth(plan, loops, block)
+    return way.plan, way.times
+
+
+def _depth(plan: DepthPlan, loops: int | None, block: Block | None) -> _Depth:
+    trained = plan.loop
+    if plan.is_looped and trained is None:
+        if loops is not None:
+            raise MegaloopError(f"--loops: depth {plan.notation} is more than one loop; it runs as trained only")
+        return _Depth(1, plan, None, None)
+    if trained is not None:
+        own = Block(trained.start, trained.start + trained.block)
+        if block is not None and block != own:
+            raise MegaloopError(f"--block {block}: the model was trained with a loop over {own}; leave --block out")
+        if loops is None or loops == trained.times:
+            return _Depth(trained.times, plan, None, own)
+        block = own
+    elif loops in (None, 1):
+        return _Depth(1, plan, None, None)
+    block = block or _middle(plan.layers)
+    if block.stop > plan.layers:
+        raise MegaloopError(f"--block {block}: the model has {plan.layers} layers; choose FIRST:STOP within 0:{plan.layers}")
+    depth = f"{block.first}-{block.stop - block.first}x{loops}-{plan.layers - block.stop}"
+    changed, times = at_depth(plan, depth)
+    return _Depth(loops or 1, changed, times, block)
+
+
+def _middle(layers: int) -> Block:
+    size = min(4, layers)
+    first = (layers - size) // 2
+    return Block(first, first + size)
+
+
+def evaluate(
+    path: Path,
+    *,
+    tasks: Sequence[str] = (),
+    shots: Sequence[int] = (5,),
+    loops: Sequence[int | None] = (None,),
+    block: Block | None = None,
+    examples: int = 1000,
+    seed: int = 0,
+    data: Sequence[Path] | None = None,
+    samples: int = 256,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    again: bool = False,
+    out: Path | None = None,
+    on_step: OnStep | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> list[Record]:
+    """Evaluate a checkpoint (or a run's newest), or take what was measured before.
+
+    Args:
+        tasks: names of primitives, ``primitives`` for all of them, ``validation``; nothing: all of it.
+        shots: numbers of solved examples before each question.
+        loops, block: see :func:`with_loops`.
+        examples: questions of each primitive.
+        seed: of the questions.
+        data: data sets whose held-out samples validation takes; None: those that the run was trained on.
+        samples: of each data set, at most.
+        again: measure anew what ``out`` holds already.
+        out: the file that remembers; None: RUN/evaluation.jsonl for a run and for its checkpoints, no file otherwise.
+
+    Raises:
+        MegaloopError: a damaged checkpoint, one without tokenizer, an unknown task, a loop that does not fit.
+    """
+    primitives = tasks_named([name for name in tasks if name != VALIDATION]) if set(tasks) != {VALIDATION} else []
+    model, checkpoint = load_decoder(path, precision=precision)
+    trained = model.plan
+    depths = [_depth(trained, each, block) for each in loops]
+    work = _Work(
+        model, checkpoint, precision, seed, examples, samples, _remembered(checkpoint, out), again, on_step or _silent
+    )
+    datasets = _datasets(checkpoint, data, required=VALIDATION in tasks or data is not None, note=on_note or _mute)
+    if tasks and VALIDATION not in tasks and data is None:
+        datasets = []
+    records = []
+    for depth in dict.fromkeys(depths):
+        model.plan, model.times = depth.plan, depth.times
+        for dataset in datasets:
+            records.append(work.validation(depth, dataset))
+        for count in dict.fromkeys(shots):
+            records += [work.primitive(depth, task, count) for task in primitives]
+    return records
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def _mute(note: str) -> None:
+    pass
+
+
+def _remembered(checkpoint: Checkpoint, out: Path | None) -> Path | None:
+    if out is not None:
+        return out
+    folder = checkpoint.path.absolute().parent
+    return folder.parent / EVALUATION if folder.name == "checkpoints" else None
+
+
+def _datasets(
+    checkpoint: Checkpoint, data: Sequence[Path] | None, *, required: bool, note: Callable[[str], None]
+) -> list[DataSet]:
+    """The data sets to validate on, in samples as long as those of training where they allow it."""
+    trained = checkpoint.manifest.config.get("data", {})
+    paths = [Path(str(each["path"])) for each in trained.get("sources", [])] if data is None else list(data)
+    if required and not paths:
+        raise MegaloopError("eval: the checkpoint does not know its data; name a data set with --data")
+    opened = []
+    for path in paths:
+        try:
+            dataset = DataSet.open(path)
+            length = trained.get("sequence_length")
+            if isinstance(length, int) and dataset.sequence_length % length == 0:
+                dataset = DataSet.open(path, length)
+            tokenizer = checkpoint.manifest.tokenizer
+            if tokenizer is not None and dataset.description.tokenizer.sha256 != tokenizer.sha256:
+                raise MegaloopError(
+                    f"data {path} has another tokenizer than the model; prepare it again with --tokenizer "
+                    f"{checkpoint.path / tokenizer.file}"
+                )
+            if not len(dataset.split("validation")):
+                raise MegaloopError(f"data {path}: no held-out samples; prepare it with --validation-fraction")
+            opened.append(dataset)
+        except MegaloopError as error:
+            if required:
+                raise
+            note(f"no held-out loss: {error}")
+    return opened
+
+
+class _Work:
+    """Measures one thing at a time, or remembers it."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        checkpoint: Checkpoint,
+        precision: str,
+        seed: int,
+        examples: int,
+        samples: int,
+        file: Path | None,
+        again: bool,
+        on_step: OnStep,
+    ):
+        self._model, self._checkpoint, self._precision = model, checkpoint, precision
+        self._seed, self._examples, self._samples, self._on_step = seed, examples, samples, on_step
+        self._file = file
+        self._known = {} if again or file is None else _from_rank_0(read_records(file))
+        self._tokenizer: Tokenizer | None = None
+
+    def primitive(self, depth: _Depth, task: Task, count: int) -> Record:
+        subject = self._subject(task.name, depth, count, self._examples, self._seed, None)
+        return self._known.get(subject) or self._measured(subject, lambda: self._primitive(task, count, subject))
+
+    def validation(self, depth: _Depth, dataset: DataSet) -> Record:
+        samples = min(self._samples, len(dataset.split("validation")))
+        subject = self._subject(VALIDATION, depth, 0, samples, 0, str(dataset.path))
+        return self._known.get(subject) or self._measured(subject, lambda: self._validation(dataset, subject))
+
+    def _subject(self, task: str, depth: _Depth, count: int, examples: int, seed: int, data: str | None) -> Subject:
+        manifest = self._checkpoint.manifest
+        return Subject(
+            task=task,
+            data=data,
+            shots=count,
+            loops=depth.loops,
+            depth=depth.plan.notation if depth.times is None else _spelled(depth),
+            block=str(depth.block) if depth.block else None,
+            examples=examples,
+            seed=seed,
+            precision=self._precision,
+            version=TASKS_VERSION,
+            step=manifest.step,
+            checkpoint=manifest.checksum,
+        )
+
+    def _measured(self, subject: Subject, measure: Callable[[], dict[str, Any]]) -> Record:
+        began = time.perf_counter()
+        values = measure()
+        values["seconds"] = round(time.perf_counter() - began, 3)
+        record = Record(subject, values, datetime.now(UTC).isoformat(timespec="seconds"))
+        if self._file is not None and _rank() == 0:
+            append_record(self._file, record)
+        return record
+
+    def _primitive(self, task: Task, count: int, subject: Subject) -> dict[str, Any]:
+        questions = examples(task, self._examples, self._seed)
+        blocks = [questions[first : first + BLOCK] for first in range(0, len(questions), BLOCK)]
+        scored = self._shared(_label(subject), blocks, lambda number, block: self._score(task, count, number, block))
+        right = [float(best) for block in scored for best, _ in block]
+        exact = [float(greedy) for block in scored for _, greedy in block]
+        clusters = [number for number, block in enumerate(scored) for _ in block]
+        accuracy, match = clustered(right, clusters), clustered(exact, clusters)
+        return {
+            "accuracy": accuracy.mean,
+            "accuracy_stderr": accuracy.error,
+            "exact_match": match.mean,
+            "exact_match_stderr": match.error,
+            "chance": task.chance,
+        }
+
+    def _score(self, task: Task, count: int, number: int, block: Sequence[Example]) -> list[tuple[bool, bool]]:
+        """Of each example, whether the right answer is the likeliest, and whether greedy decoding gives it."""
+        encode = self._encode
+        beginning = self._document_start + encode(task.header)
+        for shot in shots(task, count, self._seed, number):
+            beginning += encode(shot.query) + encode(shot.answer) + encode("\n")
+        asked = [Question(encode(each.query), [encode(answer) for answer in each.candidates]) for each in block]
+        results = score(self._model, beginning, asked, vocab_size=self._vocab_size)
+        return [
+            (result.best == each.correct, result.greedy[each.correct])
+            for result, each in zip(results, block, strict=True)
+        ]
+
+    def _validation(self, dataset: DataSet, subject: Subject) -> dict[str, Any]:
+        numbers = range(subject.examples)
+        length = dataset.sequence_length
+        batch = max((1 << 13) // length, 1)
+        batches = [numbers[first : first + batch] for first in range(0, len(numbers), batch)]
+        split = dataset.split("validation")
+
+        def losses(_: int, chosen: Sequence[int]) -> list[tuple[float, int]]:
+            samples = [split.sample(index) for index in chosen]
+            tokens_BS = torch.stack([torch.from_numpy(sample.tokens) for sample in samples]).to(self._model.device)
+            with torch.inference_mode():
+                logits_BSV = self._model(tokens_BS[:, :-1]).float()
+                loss_BS = F.cross_entropy(logits_BSV.transpose(1, 2), tokens_BS[:, 1:], reduction="none")
+            return [(float(loss), sample.bytes) for loss, sample in zip(loss_BS.mean(1), samples, strict=True)]
+
+        found = [each for part in self._shared(_label(subject), batches, losses) for each in part]
+        loss = clustered([each for each, _ in found], range(len(found)))
+        size = sum(size for _, size in found)
+        return {
+            "loss": loss.mean,
+            "loss_stderr": None if math.isnan(loss.error) else loss.error,
+            "bits_per_byte": loss.mean * len(found) * length / math.log(2) / size if size else None,
+            "tokens": len(found) * length,
+        }
+
+    def _shared(self, label: str, parts: Sequence[_Part], run: Callable[[int, _Part], Any]) -> list[Any]:
+        """``run`` on every part, the ranks in turn; all results on every rank, in order."""
+        own: dict[int, Any] = {}
+        for number in range(_rank(), len(parts), _ranks()):
+            self._on_step(label, number, len(parts))
+            own[number] = run(number, parts[number])
+        self._on_step(label, len(parts), len(parts))
+        gathered = [own]
+        if dist.is_initialized():
+            gathered = [own] * _ranks()
+            dist.all_gather_object(gathered, own)
+        results = {number: result for each in gathered for number, result in each.items()}
+        return [results[number] for number in range(len(parts))]
+
+    def _open_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            if self._checkpoint.tokenizer is None:
+                raise MegaloopError(
+                    f"checkpoint {self._checkpoint.path} holds no tokenizer.model; questions cannot be turned into tokens"
+                )
+            self._tokenizer = Tokenizer.load(self._checkpoint.tokenizer)
+        return self._tokenizer
+
+    def _encode(self, text: str) -> list[int]:
+        return self._open_tokenizer().encode(text)
+
+    @property
+    def _document_start(self) -> list[int]:
+        """What stands before a document, as in training: the end of another; nothing where the tokenizer has no such token."""
+        return [token for token in (self._open_tokenizer().eos_id,) if token >= 0]
+
+    @property
+    def _vocab_size(self) -> int:
+        return self._open_tokenizer().vocab_size
+
+
+def _label(subject: Subject) -> str:
+    shots = "" if subject.task == VALIDATION else f", {subject.shots} shots"
+    loops = f", {subject.loops} loops" if subject.block else ""
+    return f"{subject.task}{shots}{loops}"
+
+
+def _spelled(depth: _Depth) -> str:
+    loop = depth.plan.loop
+    assert loop is not None
+    return f"{loop.start}-{loop.block}x{depth.times}-{depth.plan.depth - loop.stop}"
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _from_rank_0(value: Any) -> Any:
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
