@@ -17,7 +17,7 @@ venv: $(STAMP)  ## make .venv and install everything into it
 # torch the torchvision that pip finds does not import, and transformers, which tries it, then fails with it.
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev,demo]
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev,demo,harness]
 	@$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	@touch $@
 

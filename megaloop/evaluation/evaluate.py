@@ -97,7 +97,9 @@ def _depth(plan: DepthPlan, loops: int | None, block: Block | None) -> _Depth:
         return _Depth(1, plan, None, None)
     block = block or _middle(plan.layers)
     if block.stop > plan.layers:
-        raise MegaloopError(f"--block {block}: the model has {plan.layers} layers; choose FIRST:STOP within 0:{plan.layers}")
+        raise MegaloopError(
+            f"--block {block}: the model has {plan.layers} layers; choose FIRST:STOP within 0:{plan.layers}"
+        )
     depth = f"{block.first}-{block.stop - block.first}x{loops}-{plan.layers - block.stop}"
     changed, times = at_depth(plan, depth)
     return _Depth(loops or 1, changed, times, block)

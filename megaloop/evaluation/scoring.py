@@ -31,7 +31,7 @@ _HEAD_ROWS = 1 << 10
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids: of the question, and of each answer (at least one token)."""
+    """Token ids: of the question, and of each answer; both have at least one."""
 
     query: list[int]
     answers: list[list[int]]
@@ -72,13 +72,14 @@ def score(
     """Scores of questions that all follow ``beginning``, in their order.
 
     Args:
-        beginning: at least one token.
+        beginning: what they share; nothing, where each brings its own.
         vocab_size: the tokenizer's tokens; greedy decoding never chooses rows of the embedding beyond them.
         batch_tokens: so many tokens, padding included, go through the model together.
     """
     caches = model.new_caches(1, len(beginning))
     uses = model.plan.uses(model.times)
-    model.run(torch.tensor([beginning], device=model.device), uses, caches=caches, first=True, last=False)
+    if beginning:
+        model.run(torch.tensor([beginning], device=model.device), uses, caches=caches, first=True, last=False)
     tables = _tables(model, len(beginning) + max(question.length for question in questions))
     scores: list[Scores | None] = [None] * len(questions)
     for batch in _batches(questions, batch_tokens):

@@ -15,7 +15,18 @@ from string import ascii_lowercase
 
 from megaloop.errors import MegaloopError
 
-__all__ = ["BLOCK", "CANDIDATES", "TASKS", "TASKS_VERSION", "Example", "Task", "examples", "p_hop", "shots", "tasks_named"]
+__all__ = [
+    "BLOCK",
+    "CANDIDATES",
+    "TASKS",
+    "TASKS_VERSION",
+    "Example",
+    "Task",
+    "examples",
+    "p_hop",
+    "shots",
+    "tasks_named",
+]
 
 TASKS_VERSION = 1
 """Of the generators and prompts; results of different versions do not compare."""
@@ -173,10 +184,11 @@ def _copying(random_strings: bool) -> Callable[[random.Random, int], Example]:
 def _addition(terms: int) -> Callable[[random.Random, int], Example]:
     def make(rng: random.Random, slot: int) -> Example:
         rank, place = divmod(slot, CANDIDATES)
-        numbers = [rng.randint(6, 50) for _ in range(terms)]
-        total, errors = sum(numbers), (1, 2, 3, 5, 7, 9, 10, 11)  # slips of a digit, of a carry, and others
-        wrong = [total - error for error in rng.sample(errors, rank)]
-        wrong += [total + error for error in rng.sample(errors, CANDIDATES - 1 - rank)]
+        numbers = [rng.randint(15, 60) for _ in range(terms)]
+        total, gaps = sum(numbers), rng.choices((1, 2, 3, 7, 9, 10), k=CANDIDATES - 1)
+        # a ladder of sums that says nothing of which rung is right: errors around the sum would single it out
+        ladder = [sum(gaps[:rung]) for rung in range(CANDIDATES)]
+        wrong = [total + step - ladder[rank] for step in ladder if step != ladder[rank]]
         rng.shuffle(wrong)
         wrong.insert(place, total)
         return Example(f"{' + '.join(map(str, numbers))} =", tuple(f" {number}\n" for number in wrong), place)
@@ -209,9 +221,9 @@ def _hopping(hops: int, length: int) -> Callable[[random.Random, int], Example]:
         others = [letter for letter in letters if letter != right]
         rng.shuffle(others)
         others.insert(place, right)
-        while True:  # about one sequence in seven will do
+        while True:  # about one sequence in six will do
             sequence = rng.choices(letters, k=length)
-            if sequence[-1] != right and set(sequence) == set(letters) and p_hop(sequence, hops) == right:
+            if set(sequence) == set(letters) and p_hop(sequence, hops) == right:
                 break
         query = f"Sequence: {' '.join(sequence)}\nAfter {hops} hops:"
         return Example(query, tuple(f" {letter}\n" for letter in others), place)

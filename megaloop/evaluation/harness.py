@@ -1,0 +1,181 @@
+"""EleutherAI's lm-eval on a megaloop checkpoint: any of its tasks, at any depth.
+
+``lm-eval`` is an extra (``pip install megaloop[harness]``). Scores equal those of lm-eval's own Hugging Face model on the exported
+checkpoint; here, a question and all of its continuations take one row of a batch (:mod:`megaloop.evaluation.scoring`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megaloop.checkpoint import Checkpoint
+from megaloop.data import Tokenizer
+from megaloop.errors import MegaloopError
+from megaloop.evaluation.evaluate import Block, with_loops
+from megaloop.evaluation.scoring import Question, score
+from megaloop.inference.generate import generate_tokens
+from megaloop.inference.load import load_decoder
+from megaloop.model import Decoder
+
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError as error:
+    raise MegaloopError(f"eval --harness needs lm-eval ({error}); pip install 'megaloop[harness]'") from None
+
+__all__ = ["HarnessModel", "run_harness"]
+
+_GENERATED = 256
+"""Tokens that a request without a limit generates at most."""
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """A decoder as lm-eval sees a model.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        max_length: tokens of context and continuation together; longer contexts lose their beginning.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, max_length: int):
+        super().__init__()
+        self._decoder, self._tokens, self.max_length = model, tokenizer, max_length
+        self.batch_sizes: dict[str, int] = {}
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        loops: int | None = None,
+        block: Block | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> HarnessModel:
+        """The model of a checkpoint, or of a run's newest; loops as :func:`megaloop.evaluation.evaluate.with_loops`."""
+        model, checkpoint = load_decoder(path, precision=precision)
+        model.plan, model.times = with_loops(model.plan, loops, block)
+        if checkpoint.tokenizer is None:
+            raise MegaloopError(f"checkpoint {checkpoint.path} holds no tokenizer.model; lm-eval asks in text")
+        return cls(model, Tokenizer.load(checkpoint.tokenizer), _context_length(checkpoint))
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a document; also what a request without context begins with."""
+        return max(self._tokens.eos_id, 0)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self._tokens.path)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self._tokens.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, greedy) of each continuation; those that follow the same context share a row."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for index, (_request, context, continuation) in enumerate(requests):
+            if continuation:
+                kept = context[max(len(context) + len(continuation) - 1 - self.max_length, 0) :]
+                rows.setdefault(tuple(kept or context[-1:]), []).append(index)
+        questions = [
+            Question(list(context), [requests[index][2] for index in indices]) for context, indices in rows.items()
+        ]
+        results = [(0.0, True)] * len(requests)  # of an empty continuation
+        if questions:
+            scores = score(self._decoder, [], questions, vocab_size=self._tokens.vocab_size)
+            for scored, indices in zip(scores, rows.values(), strict=True):
+                for index, likelihood, greedy in zip(indices, scored.log_likelihoods, scored.greedy, strict=True):
+                    results[index] = (likelihood, greedy)
+        for (request, _context, _continuation), result in zip(requests, results, strict=True):
+            if request is not None:
+                self.cache_hook.add_partial("loglikelihood", request, result)
+        return results
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows as long as the context, each token predicted once."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        totals = []
+        for (text,) in (request.args for request in requests):
+            windows = [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(text),
+                    prefix_token=self.eot_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            parts = self._loglikelihood_tokens([(None, context, continuation) for context, continuation in windows])
+            totals.append(sum(likelihood for likelihood, _ in parts))
+        return totals
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Greedy (or sampled, where the task asks) continuations, one after another, up to a stop string."""
+        return [self._generate(text, dict(options)) for text, options in (request.args for request in requests)]
+
+    def _generate(self, text: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        limit = int(options.get("max_gen_toks", _GENERATED))
+        context = self.tok_encode(text)[-max(self.max_length - limit, 1) :] or [self.eot_token_id]
+        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+        generator = torch.Generator(device=self._decoder.device).manual_seed(0)
+        produced: list[int] = []
+        made = ""
+        arguments = (limit, temperature, 0, 1.0, generator, self._tokens.vocab_size)
+        for token in generate_tokens(self._decoder, context, *arguments):
+            if token == self._tokens.eos_id:
+                break
+            produced.append(token)
+            made = self._tokens.decode(produced)
+            if any(stop in made for stop in stops):
+                break
+        ends = [made.index(stop) for stop in stops if stop in made]
+        return made[: min(ends)] if ends else made
+
+
+def _context_length(checkpoint: Checkpoint) -> int:
+    length = checkpoint.manifest.config.get("data", {}).get("sequence_length")
+    return length if isinstance(length, int) and length > 0 else 2048
+
+
+def run_harness(
+    checkpoint: Path,
+    tasks: Sequence[str],
+    *,
+    task_directories: Sequence[Path] = (),
+    shots: int | None = None,
+    loops: int | None = None,
+    block: Block | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> dict[str, Any]:
+    """Run tasks of lm-eval; their metrics by task, as lm-eval names them.
+
+    Args:
+        task_directories: where task files of one's own lie.
+        shots: default: as each task says.
+
+    Raises:
+        MegaloopError: an unknown task, or a checkpoint that cannot be loaded.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=[str(path) for path in task_directories] or None)
+    missing = [name for name in tasks if name not in manager.all_tasks]
+    if missing or not tasks:
+        raise MegaloopError(
+            f"eval --harness: lm-eval knows no task {missing[0] if missing else '(none)'}; 'lm-eval ls tasks' lists them, "
+            "and --harness-path adds a directory of yours"
+        )
+    model = HarnessModel.load(checkpoint, loops=loops, block=block, precision=precision)
+    found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, task_manager=manager)
+    results: dict[str, Any] = found["results"]
+    return results

@@ -1,0 +1,126 @@
+"""lm-eval runs its tasks on our checkpoints, offline, and says what it says of the exported model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaloop.checkpoint.huggingface import export_huggingface
+from megaloop.evaluation.tasks import TASKS, examples
+from tests.data.corpus import documents
+from tests.test_cli import megaloop
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make venv brings it)")
+
+TASK_FILES = {
+    "local_choice": """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+""",
+    "local_perplexity": """
+task: local_perplexity
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/text.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+""",
+    "local_generation": """
+task: local_generation
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{query}}}}"
+doc_to_target: "{{{{choices[gold]}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 12, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("harness")
+    asked = examples(TASKS["copy-words"], 40, 0)
+    lines = [
+        {"query": each.query, "choices": [text.rstrip("\n") for text in each.candidates], "gold": each.correct}
+        for each in asked
+    ]
+    (folder / "choice.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    texts = [{"text": text} for text in documents(6, seed=9)]  # some are longer than the context
+    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts), encoding="utf-8")
+    for name, text in TASK_FILES.items():
+        (folder / f"{name}.yaml").write_text(text.format(folder=folder), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+
+
+def _numbers(results: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"{task} {metric}": value
+        for task, values in results.items()
+        for metric, value in values.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
+
+
+def _theirs(run: Path, tasks: Path, out: Path) -> dict[str, float]:
+    """lm-eval's own model on the exported checkpoint."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    export_huggingface(run, out)
+    # 2 is </s>, which stands before every document in training; lm-eval would take <s>, which never does
+    model = HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=4, max_length=32, prefix_token_id=2)
+    manager = TaskManager(include_path=str(tasks))
+    return _numbers(lm_eval.simple_evaluate(model=model, tasks=list(TASK_FILES), task_manager=manager)["results"])
+
+
+def test_any_task_of_lm_eval_gives_what_it_gives_on_the_exported_model(
+    plain_run: Path, tasks: Path, tmp_path: Path
+) -> None:
+    result = megaloop("eval", plain_run, "--harness", ",".join(TASK_FILES), "--harness-path", tasks, "--json")
+    assert result.returncode == 0, result.stderr
+    ours = _numbers(json.loads(result.stdout.splitlines()[-1]))
+    assert set(ours) >= {
+        "local_choice acc,none",
+        "local_perplexity bits_per_byte,none",
+        "local_generation exact_match,none",
+    }
+    assert ours == pytest.approx(_theirs(plain_run, tasks, tmp_path / "exported"), rel=1e-4)
+
+
+def test_loops_reach_the_harness(plain_run: Path, tasks: Path) -> None:
+    values = []
+    for loops in ("1", "3"):
+        arguments = ("--harness", "local_perplexity", "--harness-path", tasks, "--loops", loops, "--json")
+        result = megaloop("eval", plain_run, *arguments)
+        assert result.returncode == 0, result.stderr
+        values.append(_numbers(json.loads(result.stdout.splitlines()[-1])))
+    assert values[0] != values[1]
+
+
+def test_an_unknown_task_is_one_line(plain_run: Path) -> None:
+    result = megaloop("eval", plain_run, "--harness", "no-such-task")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: eval --harness: lm-eval knows no task no-such-task")
