@@ -138,8 +138,10 @@ def _arrows(rng: random.Random) -> Problem:
 
 # --- word problems
 
-_PEOPLE = "Anna Ben Carla David Emma Felix Grace Henry Irene Jacob Kate Leo Maria Noah Olga Peter Rosa Simon Tina Viktor".split()
-_THINGS = "apples books coins cards eggs flowers marbles nuts pears pencils plates shells stamps stones toys".split()
+_NAMES = "Anna Ben Carla David Emma Felix Grace Henry Irene Jacob Kate Leo Maria Noah Olga Peter Rosa Simon Tina Viktor"
+_PEOPLE = _NAMES.split()
+_THING_LIST = "apples books coins cards eggs flowers marbles nuts pears pencils plates shells stamps stones toys"
+_THINGS = _THING_LIST.split()
 
 
 def _story(rng: random.Random) -> tuple[list[str], str, str, int]:

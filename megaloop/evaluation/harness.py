@@ -32,7 +32,7 @@ _GENERATED = 256
 """Tokens that a request without a limit generates at most."""
 
 
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """A decoder as lm-eval sees a model.
 
     Args:

@@ -148,7 +148,7 @@ _HEADERS = {
 
 # --- copying
 
-_WORDS = (
+_WORD_LIST = (
     "apple arm baby bag ball bank basket bear bed bell bird boat bone book bottle box bread bridge brother bucket cake camp candle car cat "
     "chair cheese child church circle city clock cloud coat corn cow cup dance desk dog door dress drum duck ear earth egg eye face farm "
     "father feather field finger fire fish flag floor flower foot forest fork friend frog game garden gate glass glove gold grass ground "
@@ -157,7 +157,8 @@ _WORDS = (
     "pen pencil piano picture pig pipe plate pocket pond potato queen rabbit rain ring river road rock roof root rope rose sail salt sand "
     "school sea seed sheep shelf ship shoe shop sister snow soap sock song soup spoon spring square star stone storm street sugar summer "
     "sun table tail tent thumb tiger tooth tower town train tree truck village wagon wall watch water wheel wind window winter wolf wood"
-).split()
+)
+_WORDS = _WORD_LIST.split()
 
 
 def _copying(random_strings: bool) -> Callable[[random.Random, int], Example]:

@@ -154,12 +154,13 @@ def test_the_command_line_shows_and_remembers_and_shares_over_ranks(plain_run: P
             expected = pytest.approx(mine[name], abs=1e-6) if isinstance(mine[name], float) else mine[name]
             assert theirs[name] == expected
     table = megaloop("eval", run, "--tasks", "p-hop", "--examples", "110", "--shots", "0")
-    assert "p-hop" in table.stdout and "20 %" in table.stdout
+    assert "p-hop" in table.stdout
+    assert "20 %" in table.stdout
     assert "p-hop" not in table.stderr  # it was remembered
-    for arguments, message in (
+    for wrong, message in (
         (("--shots", "x"), "--shots x: expected whole numbers from 0 on"),
         (("--loops", "0"), "--loops 0: expected whole numbers from 1 on"),
         (("--block", "1:2"), "say how often with --loops"),
     ):
-        result = megaloop("eval", run, *arguments)
+        result = megaloop("eval", run, *wrong)
         assert (result.returncode, message in result.stderr) == (2, True)

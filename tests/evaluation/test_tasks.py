@@ -25,7 +25,8 @@ def _solve_variables(query: str) -> str:
     scope: dict[str, int] = {}
     for line in lines:
         node = ast.parse(line.strip()).body[0]
-        assert isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        assert isinstance(node, ast.Assign)
+        assert isinstance(node.targets[0], ast.Name)
         value = node.value
         scope[node.targets[0].id] = int(value.value) if isinstance(value, ast.Constant) else scope[value.id]  # type: ignore
     asked = re.search(r"value of (\w)\?", query)
@@ -90,7 +91,7 @@ def _numeric_rank(example: Example, rank: int) -> int:
 @pytest.mark.parametrize("count", [25, 1000])
 def test_a_constant_guesser_scores_chance_exactly(task: Task, count: int) -> None:
     asked = examples(task, count, 0)
-    assert Counter(example.correct for example in asked) == {place: count // 5 for place in range(5)}
+    assert Counter(example.correct for example in asked) == dict.fromkeys(range(5), count // 5)
     if not task.name.startswith("copy"):  # there the candidates have no order of their own
         for rank in range(5):
             right = sum(_numeric_rank(example, rank) == example.correct for example in asked)
