@@ -20,7 +20,7 @@ from rich.text import Text
 
 from launchers.rank import CONTINUE, RESTARTS, follow_launcher, launched, open_store, report_error, started_by_launcher
 from launchers.slurm_rank import join_slurm, record_exit
-from megaloop import __version__, cluster_commands, evaluation_commands, run_commands
+from megaloop import __version__, cluster_commands, evaluation_commands, run_commands, savings_command
 from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+bench.command("savings")(savings_command.bench_savings)
 app.command()(run_commands.checkpoints)
 app.command()(run_commands.doctor)
 app.command("eval")(evaluation_commands.evaluate_command)

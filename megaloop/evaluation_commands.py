@@ -21,7 +21,7 @@ from megaloop.errors import MegaloopError
 if TYPE_CHECKING:
     from megaloop.evaluation.records import Record
 
-__all__ = ["evaluate_command"]
+__all__ = ["evaluate_command", "numbers"]
 
 
 class _Precision(StrEnum):
@@ -69,8 +69,8 @@ def evaluate_command(
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Reasoning primitives and held-out loss, by number of shots and of loops. Results are remembered."""
-    shot_counts = _numbers("--shots", shots, 0)
-    loop_counts: list[int | None] = [None] if loops is None else [*_numbers("--loops", loops, 1)]
+    shot_counts = numbers("--shots", shots, 0)
+    loop_counts: list[int | None] = [None] if loops is None else [*numbers("--loops", loops, 1)]
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if block is not None and loops is None:
         raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
@@ -123,7 +123,8 @@ def evaluate_command(
         del store
 
 
-def _numbers(option: str, text: str, least: int) -> list[int]:
+def numbers(option: str, text: str, least: int) -> list[int]:
+    """Whole numbers of at least ``least`` that a comma separates, or MegaloopError in the option's name."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() and int(part) >= least for part in parts):
         raise MegaloopError(

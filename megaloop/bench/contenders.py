@@ -1,0 +1,151 @@
+"""The contenders of ``megaloop bench savings``: one configuration, run in seven ways.
+
+All have the same data, seeds, batch, learning rate and recipe; they differ in depth over time, and one in its number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaloop.config import Config, GrowthConfig
+from megaloop.depth import DepthPlan
+from megaloop.depth.flops import flops_per_token
+from megaloop.depth.schedule import run_flops
+from megaloop.errors import MegaloopError
+from megaloop.model import Decoder
+
+__all__ = ["CONTENDERS", "contender", "counted_flops", "looped_depth", "looped_parameters_depth"]
+
+_COUNTED_LENGTH = 64
+"""Tokens of the sample on which FLOPs are counted."""
+
+
+def looped_depth(layers: int, block: int) -> str:
+    """A loop that executes as many layers as an unlooped model has: 24 layers of blocks of 4 become 4-4x4-4.
+
+    The shape of arXiv 2502.17416's middle loops: about two thirds of the executed layers are the looped block.
+    """
+    times = max(round(layers / (1.5 * block)), 2)
+    while times > 2 and block * times > layers:
+        times -= 1
+    outside = layers - block * times
+    if outside < 0:
+        raise MegaloopError(f"bench savings: {layers} layers hold no block of {block} twice; use a deeper model")
+    return f"{outside // 2}-{block}x{times}-{outside - outside // 2}"
+
+
+def looped_parameters_depth(layers: int, block: int) -> str:
+    """A loop with as many parameters as an unlooped model: all its layers, the middle block twice."""
+    first = (layers - block) // 2
+    return f"{first}-{block}x2-{layers - block - first}"
+
+
+def _baseline(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+    values["growth"] = None
+
+
+def _matched(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+    """Full depth for as many steps as cost what LIDAS costs."""
+    grown = contender(config, "lidas", vocab_size)
+    flops = run_flops(
+        grown.stages,
+        grown.model,
+        grown.data.sequence_length,
+        grown.train.global_batch * grown.data.sequence_length,
+        vocab_size=vocab_size,
+    )
+    values["growth"] = None
+    values["train"]["steps"] = flops.matched_steps
+    values["schedule"]["warmup_steps"] = min(config.schedule.warmup_steps, flops.matched_steps)
+
+
+def _growing(operator: str) -> Callable[[dict[str, Any], Config, int], None]:
+    def change(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+        values["growth"] = {**_growth(config).model_dump(mode="json"), "operator": operator}
+
+    return change
+
+
+def _looped(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+    values["growth"] = None
+    values["depth"] = looped_depth(config.plan.layers, _growth(config).block)
+
+
+def _looped_parameters(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+    values["growth"] = None
+    values["depth"] = looped_parameters_depth(config.plan.layers, _growth(config).block)
+
+
+def _grown_then_looped(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+    """LIDAS, with the middle block twice from the cooldown on (arXiv 2602.16490: grow first, loop later)."""
+    _growing("lidas")(values, config, vocab_size)
+    cooldown = config.schedule.cooldown_start(config.train.steps) / config.train.steps
+    depth = looped_parameters_depth(config.plan.layers, _growth(config).block)
+    values["depth_events"] = [{"at": cooldown, "depth": depth}]
+
+
+def _growth(config: Config) -> GrowthConfig:
+    return config.growth or GrowthConfig()
+
+
+CONTENDERS: dict[str, Callable[[dict[str, Any], Config, int], None]] = {
+    "baseline": _baseline,
+    "baseline-matched": _matched,
+    "midas": _growing("midas"),
+    "lidas": _growing("lidas"),
+    "looped": _looped,
+    "looped-params": _looped_parameters,
+    "lidas+loop": _grown_then_looped,
+}
+"""What each changes of the values of the full-depth configuration."""
+
+
+def contender(
+    config: Config, name: str, vocab_size: int, *, seed: int | None = None, directory: Path | None = None
+) -> Config:
+    """The configuration of a contender.
+
+    Args:
+        config: the full-depth model, without loops; its growth says how the grown ones get there.
+        vocab_size: rows of the embedding.
+        seed: of weights and sample order; default: the configuration's.
+        directory: of the run.
+
+    Raises:
+        MegaloopError: an unknown name, or a configuration that a contender does not fit.
+    """
+    if name not in CONTENDERS:
+        raise MegaloopError(f"bench savings: unknown contender {name!r}; choose of {', '.join(CONTENDERS)}")
+    if config.plan.is_looped or config.depth_events:
+        raise MegaloopError(
+            f"bench savings: depth {config.depth} loops already; give the full-depth model, the contenders loop it"
+        )
+    values = config.model_dump(mode="json")
+    CONTENDERS[name](values, config, vocab_size)
+    values["name"] = name if seed is None else f"{name}-seed{seed}"
+    values["seed"] = config.seed if seed is None else seed
+    values["run_dir"] = None if directory is None else str(directory)
+    made = Config.model_validate(values)
+    made.check()
+    return made
+
+
+def counted_flops(config: Config, vocab_size: int) -> tuple[int, int]:
+    """FLOPs of training on one sample at the run's last depth: as the accountant says, and as torch counts them.
+
+    ``torch.utils.flop_counter`` watches a forward and backward pass with attention written out as products.
+    """
+    plan: DepthPlan = config.stages[-1].plan
+    model = Decoder(config.model, vocab_size, plan)
+    model.initialise(0)
+    tokens_BS = torch.zeros(1, _COUNTED_LENGTH, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens_BS).sum().backward()
+    ours = flops_per_token(plan, config.model, _COUNTED_LENGTH, vocab_size=vocab_size).total * _COUNTED_LENGTH
+    return ours, counter.get_total_flops()

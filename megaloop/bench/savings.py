@@ -1,0 +1,278 @@
+"""What growing and looping save: contenders trained side by side on the same samples, evaluated, and reported.
+
+Each contender with each seed is a run of its own, in a directory of its own, trained by ``megaloop train`` and
+evaluated by ``megaloop eval`` in processes of their own. Everything is resumable: what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from launchers.rank import CONTINUE
+from megaloop.bench.contenders import contender
+from megaloop.checkpoint import list_checkpoints, step_of
+from megaloop.config import Config
+from megaloop.errors import MegaloopError
+from megaloop.train.rundir import last_records, replace_file
+
+__all__ = ["Evaluation", "Job", "Plan", "Runner", "prepare_jobs"]
+
+_PLAN = "savings.json"
+State = Literal["waiting", "training", "evaluating", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How runs are evaluated.
+
+    Attributes:
+        examples: of each primitive.
+        shots: numbers of shots, at the depth that was trained.
+        loops: how often the middle block runs, with five shots (or the most that ``shots`` has).
+        samples: held-out samples of each data set.
+    """
+
+    examples: int = 400
+    shots: tuple[int, ...] = (0, 2, 5)
+    loops: tuple[int, ...] = (1, 2, 3)
+    samples: int = 64
+
+    def commands(self, config: Config) -> list[list[str]]:
+        """Arguments of ``megaloop eval`` for a run."""
+        shared = ["--examples", str(self.examples), "--samples", str(self.samples), "--tasks", "primitives,validation"]
+        trained = config.stages[-1].plan.loop
+        loops = sorted({*self.loops, trained.times if trained else 1})
+        most = max((count for count in self.shots if count <= 5), default=max(self.shots))
+        return [
+            [*shared, "--shots", ",".join(map(str, self.shots))],
+            [*shared, "--shots", str(most), "--loops", ",".join(map(str, loops))],
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a bench's directory holds; resuming it with another is refused.
+
+    Attributes:
+        config: the full-depth configuration, as resolved.
+        vocab_size: rows of the embedding.
+    """
+
+    config: dict[str, Any]
+    vocab_size: int
+
+    def keep(self, directory: Path) -> None:
+        """Write it down, or check it against what was written.
+
+        Raises:
+            MegaloopError: the directory holds a bench of another configuration.
+        """
+        file, values = directory / _PLAN, asdict(self)
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            directory.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(values, indent=1).encode())
+            return
+        except (OSError, ValueError):
+            raise MegaloopError(f"bench savings: {file} cannot be read; choose another --out") from None
+        if found != values:
+            different = _first_difference(found, values)
+            raise MegaloopError(
+                f"bench savings: {directory} holds contenders of another configuration ({different}); "
+                "choose another --out, or go on with the same"
+            )
+
+
+def _first_difference(found: Any, wanted: Any, where: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in [*found, *(key for key in wanted if key not in found)]:
+            if found.get(key) != wanted.get(key):
+                return _first_difference(found.get(key), wanted.get(key), f"{where}.{key}" if where else key)
+    return f"{where.removeprefix('config.')} was {found}, is {wanted}"
+
+
+@dataclass
+class Job:
+    """One run, trained and then evaluated.
+
+    Attributes:
+        name: of contender and seed.
+        steps: of the whole run.
+        done: steps done.
+        state: what is going on.
+        seconds: spent so far by processes of this command.
+    """
+
+    name: str
+    config: Path
+    run: Path
+    steps: int
+    evaluations: list[list[str]]
+    state: State = "waiting"
+    done: int = 0
+    seconds: float = 0.0
+    began: float = field(default=0.0, repr=False)
+
+    def trained(self) -> bool:
+        """The run has a checkpoint of its last step."""
+        whole = list_checkpoints(self.run / "checkpoints")
+        return bool(whole) and step_of(whole[-1]) == self.steps
+
+    def look(self) -> None:
+        """How far the run is."""
+        records = last_records(self.run, 1) if (self.run / "metrics.jsonl").is_file() else []
+        self.done = int(records[-1]["step"]) if records else 0
+
+
+def prepare_jobs(
+    config: Config,
+    vocab_size: int,
+    directory: Path,
+    *,
+    contenders: Sequence[str],
+    seeds: int,
+    evaluation: Evaluation,
+) -> list[Job]:
+    """Write the configuration of each run, and say what is to be done; one seed of all contenders before the next.
+
+    Raises:
+        MegaloopError: as :func:`megaloop.bench.contenders.contender`, or a directory of another configuration.
+    """
+    made = {
+        (name, seed): contender(
+            config, name, vocab_size, seed=seed, directory=directory / "runs" / f"{name}-seed{seed}"
+        )
+        for seed in range(config.seed, config.seed + seeds)
+        for name in dict.fromkeys(contenders)
+    }
+    Plan(config.model_dump(mode="json"), vocab_size).keep(directory)
+    (directory / "configs").mkdir(exist_ok=True)
+    jobs = []
+    for each in made.values():
+        file = directory / "configs" / f"{each.name}.yaml"
+        replace_file(file, each.to_yaml().encode())
+        jobs.append(Job(each.name, file, each.directory, each.train.steps, evaluation.commands(each)))
+    return jobs
+
+
+class Runner:
+    """Works off jobs, several at a time.
+
+    Args:
+        jobs: what to do.
+        at_once: processes at a time.
+        directory: output of the processes goes to its ``logs``.
+        limit: seconds after which runs are asked to save and end; None: none.
+        on_change: called now and then, and whenever a job's state changes.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        at_once: int,
+        directory: Path,
+        *,
+        limit: float | None = None,
+        on_change: Callable[[Sequence[Job]], None] | None = None,
+    ):
+        self.jobs, self._at_once, self._directory = jobs, at_once, directory
+        self._deadline = None if limit is None else time.monotonic() + limit
+        self._on_change = on_change or (lambda _: None)
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._left: dict[str, list[list[str]]] = {}
+        threads = max((os.cpu_count() or 1) // at_once, 1)
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+    def run(self) -> bool:
+        """Do it all.
+
+        Returns:
+            Whether everything is done; False: the time was up, and what was under way has been saved.
+
+        Raises:
+            MegaloopError: a process failed; the others were ended, those that train after saving.
+        """
+        waiting = list(self.jobs)
+        try:
+            while waiting or self._running:
+                while waiting and len(self._running) < self._at_once:
+                    self._begin(waiting.pop(0))
+                self._on_change(self.jobs)
+                time.sleep(0.2)
+                self._collect()
+                if self._deadline is not None and time.monotonic() > self._deadline:
+                    self._end()
+                    return False
+        except BaseException:
+            self._end()
+            raise
+        self._on_change(self.jobs)
+        return True
+
+    def _begin(self, job: Job) -> None:
+        train = ["train", str(job.config), "--resume", "--ranks", "1"]
+        todo = [] if job.trained() else [train]
+        self._left[job.name] = todo + [["eval", str(job.run), *arguments] for arguments in job.evaluations]
+        job.began = time.monotonic()
+        self._next(job)
+
+    def _next(self, job: Job) -> None:
+        arguments = self._left[job.name].pop(0)
+        job.state = "training" if arguments[0] == "train" else "evaluating"
+        logs = self._directory / "logs"
+        logs.mkdir(exist_ok=True)
+        with (logs / f"{job.name}.log").open("ab") as log:
+            self._running[job.name] = subprocess.Popen(
+                [sys.executable, "-m", "megaloop", *arguments],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                start_new_session=True,  # Ctrl-C reaches us; we ask them to save
+            )
+
+    def _collect(self) -> None:
+        for job in self.jobs:
+            process = self._running.get(job.name)
+            if process is None:
+                continue
+            job.look()
+            job.seconds = time.monotonic() - job.began
+            code = process.poll()
+            if code is None:
+                continue
+            del self._running[job.name]
+            if code != 0:
+                job.state = "failed"
+                log = self._directory / "logs" / f"{job.name}.log"
+                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                raise MegaloopError(f"bench savings: {job.name} failed with exit code {code}: {' '.join(last)} ({log})")
+            if self._left[job.name]:
+                self._next(job)
+            else:
+                job.state = "done"
+            self._on_change(self.jobs)
+
+    def _end(self) -> None:
+        """Ask what runs to save and end, and wait for it."""
+        for process in self._running.values():
+            process.send_signal(signal.SIGTERM)
+        for name, process in self._running.items():
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.returncode in (0, CONTINUE):
+                next(job for job in self.jobs if job.name == name).look()
+        self._running.clear()
