@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -169,10 +169,10 @@ def _prepare_data(config: Config, folder: Path, documents: int, text: list[Path]
         )
 
 
-def _some(documents: Iterator[tuple[int, str]] | object) -> Iterator[str]:
+def _some(documents: Iterable[tuple[int, str]]) -> Iterator[str]:
     """So much of each file's text that a tokenizer is trained in seconds."""
     taken: dict[int, int] = {}
-    for number, text in documents:  # type: ignore[attr-defined]
+    for number, text in documents:
         if taken.get(number, 0) < 8 << 20:
             taken[number] = taken.get(number, 0) + len(text)
             yield text

@@ -27,6 +27,8 @@ from megaloop.train.rundir import last_records, replace_file
 __all__ = ["Evaluation", "Job", "Plan", "Runner", "prepare_jobs"]
 
 _PLAN = "savings.json"
+_LOOK_EVERY = 3.0
+"""Seconds between two looks at the metrics of runs under way."""
 State = Literal["waiting", "training", "evaluating", "done", "failed"]
 
 
@@ -189,6 +191,7 @@ class Runner:
         self._deadline = None if limit is None else time.monotonic() + limit
         self._on_change = on_change or (lambda _: None)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._looked = 0.0
         self._left: dict[str, list[list[str]]] = {}
         threads = max((os.cpu_count() or 1) // at_once, 1)
         self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -246,12 +249,14 @@ class Runner:
             process = self._running.get(job.name)
             if process is None:
                 continue
-            job.look()
             job.seconds = time.monotonic() - job.began
+            if time.monotonic() - self._looked > _LOOK_EVERY:
+                job.look()
             code = process.poll()
             if code is None:
                 continue
             del self._running[job.name]
+            job.look()
             if code != 0:
                 job.state = "failed"
                 log = self._directory / "logs" / f"{job.name}.log"
@@ -262,6 +267,8 @@ class Runner:
             else:
                 job.state = "done"
             self._on_change(self.jobs)
+        if time.monotonic() - self._looked > _LOOK_EVERY:
+            self._looked = time.monotonic()
 
     def _end(self) -> None:
         """Ask what runs to save and end, and wait for it."""

@@ -1,0 +1,308 @@
+"""The page: read runs, work out the tables, draw the pictures, fill in the template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from megaloop import __version__
+from megaloop.errors import MegaloopError
+from megaloop.report import plots
+from megaloop.report.primitives import (
+    MEAN,
+    Cell,
+    by_loops,
+    by_shots,
+    cells,
+    exact_match,
+    held_out,
+    shots_shown,
+    tasks_of,
+)
+from megaloop.report.read import Run, read_run
+from megaloop.report.savings import Group, Saving, Spread, choose_baseline, differences, group_runs, savings
+from megaloop.train.rundir import replace_file
+
+__all__ = ["Report", "make_report", "write_report"]
+
+_CHANCE = 0.2
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows, as numbers."""
+
+    baseline: str
+    summary: list[str]
+    savings: list[dict[str, Any]]
+    primitives: list[dict[str, Any]]
+    loops: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+
+
+def write_report(
+    paths: Sequence[Path], out: Path, *, baseline: str | None = None, title: str | None = None
+) -> Report:
+    """Write the page about some runs.
+
+    Args:
+        paths: run directories.
+        baseline: label of the group that the others are measured by; default: ``baseline``, or the one of most FLOPs.
+
+    Raises:
+        MegaloopError: no run, one that cannot be read, no such baseline, or a page that cannot be written.
+    """
+    report, page = make_report(paths, baseline=baseline, title=title)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, page.encode())
+    except OSError as error:
+        raise MegaloopError(f"report: cannot write {out} ({error.strerror})") from None
+    return report
+
+
+def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: str | None = None) -> tuple[Report, str]:
+    """The numbers, and the page as HTML."""
+    runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
+    if not runs:
+        raise MegaloopError("report: give at least one run directory")
+    groups = group_runs(runs)
+    base = choose_baseline(groups, baseline)
+    rows = savings(groups, base)
+    tasks, shots = tasks_of(groups), shots_shown(groups)
+    report = Report(
+        baseline=base.label,
+        summary=_summary(rows, base, groups, shots),
+        savings=[_saving_numbers(row) for row in rows],
+        primitives=_primitive_numbers(groups, tasks, shots),
+        loops=_loop_numbers(groups, shots),
+        runs=[_run_numbers(run) for run in runs],
+    )
+    page = _template().render(
+        title=title or ("Run " + runs[0].name if len(runs) == 1 else f"{len(groups)} configurations, {len(runs)} runs"),
+        version=__version__,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        report=report,
+        groups=groups,
+        base=base,
+        colours=[plots.COLOURS[number % len(plots.COLOURS)] for number in range(len(groups))],
+        rows=rows,
+        losses=[(name, Markup(plots.loss_plot(groups, axis))) for name, axis in _AXES],
+        boundaries=[(run, boundary) for run in runs for boundary in run.boundaries],
+        tasks=_task_rows(groups, tasks, shots),
+        shots=shots,
+        primitives_plot=Markup(plots.primitives_plot(groups, shots, _CHANCE)) if tasks else None,
+        shots_plot=Markup(plots.shots_plot(groups, _CHANCE)) if any(len(by_shots(g, MEAN)) > 1 for g in groups) else None,
+        loop_plots=_loop_plots(groups, shots),
+        differences=differences(groups) if len(groups) > 1 else [],
+        runs=runs,
+    )
+    return report, page
+
+
+_AXES = (("against FLOPs", "flops"), ("against tokens", "tokens"), ("against time", "seconds"))
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("megaloop.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        spread=_spread, cell=_cell, number=_number, count=_count, percent=_percent, duration=_duration, bytes=_bytes
+    )
+    return environment.get_template("report.html.j2")
+
+
+# --- the page's words
+
+
+def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: int) -> list[str]:
+    """What the tables say, in sentences; only what was measured."""
+    said = []
+    for row in rows:
+        if row.group is base or math.isnan(row.fraction):
+            continue
+        text = f"{row.group.label} took {row.fraction:.3f} of the FLOPs of {base.label}"
+        if row.difference.count:
+            word = "higher" if row.difference.mean > 0 else "lower"
+            text += f" and ended with a validation loss {abs(row.difference.mean):.2f}% {word}"
+            text += f" ({_spread(row.loss, 4)})"
+        if row.reached_fraction is not None:
+            of = "" if row.reached.count == len(row.group.runs) else f" in {row.reached.count} of {len(row.group.runs)} seeds"
+            text += f"; it reached the loss of {base.label} with {row.reached_fraction:.3f} of its FLOPs{of}"
+        elif row.loss.count:
+            text += f"; it did not reach the loss of {base.label}"
+        said.append(text + ".")
+    means = [(group.label, cell) for group, cell in zip(groups, cells(groups, MEAN, shots), strict=True) if cell]
+    if len(means) > 1:
+        label, best = max(means, key=lambda each: each[1].value)
+        second = max((each for each in means if each[0] != label), key=lambda each: each[1].value)
+        clear = _clear(best, second[1])
+        said.append(
+            f"Over the primitives, {label} has the highest mean accuracy, {_cell(best)}; next is {second[0]} with "
+            f"{_cell(second[1])}" + ("." if clear else ", which is within their errors: no difference is shown.")
+        )
+    if any(not group.finished for group in groups):
+        said.append("Some runs are unfinished: their last values are compared.")
+    if all(len(group.runs) == 1 for group in groups) and len(groups) > 1:
+        said.append("One seed each: how much of a difference is chance is not known.")
+    return said
+
+
+def _clear(best: Cell, other: Cell) -> bool:
+    """The lead is more than two standard errors of the difference."""
+    return best.value - other.value > 2 * math.hypot(best.error or 0.0, other.error or 0.0)
+
+
+def _task_rows(groups: Sequence[Group], tasks: list[str], shots: int) -> list[dict[str, Any]]:
+    rows = []
+    for task in [*tasks, MEAN] if tasks else []:
+        values = cells(groups, task, shots)
+        known = sorted((cell for cell in values if cell is not None), key=lambda cell: -cell.value)
+        best = known[0] if len(known) > 1 and _clear(known[0], known[1]) else None
+        exact = cells(groups, task, shots, exact_match)
+        rows.append({"task": task, "cells": [(cell, other, cell is not None and cell is best) for cell, other in zip(values, exact, strict=True)]})
+    return rows
+
+
+def _loop_plots(groups: Sequence[Group], shots: int) -> list[tuple[str, Markup]]:
+    looped = [group for group in groups if len({r.subject.loops for run in group.runs for r in run.evaluations}) > 1]
+    if not looped:
+        return []
+    made = []
+    if any(by_loops(group, MEAN, shots) for group in looped):
+        made.append((f"Primitives, {shots} shots", Markup(plots.loops_plot(groups, shots, _CHANCE))))
+    for data in dict.fromkeys(held.data for group in looped for held in held_out(group)):
+        made.append((f"Held out of {data}", Markup(plots.loops_plot(groups, shots, _CHANCE, data))))
+    return made
+
+
+# --- numbers
+
+
+def _saving_numbers(row: Saving) -> dict[str, Any]:
+    return {
+        "group": row.group.label,
+        "seeds": len(row.group.runs),
+        "finished": row.group.finished,
+        "parameters": row.parameters,
+        "layers": row.layers,
+        "depth": row.depth,
+        "steps": row.steps,
+        "tokens": row.tokens.mean,
+        "flops": row.flops.mean,
+        "fraction_of_baseline": _known(row.fraction),
+        "val_loss": _known(row.loss.mean),
+        "val_loss_deviation": row.loss.deviation,
+        "difference_percent": _known(row.difference.mean),
+        "difference_deviation": row.difference.deviation,
+        "bits_per_byte": _known(row.bits.mean),
+        "flops_to_baseline_loss": _known(row.reached.mean),
+        "fraction_to_baseline_loss": row.reached_fraction,
+        "seeds_that_reached": row.reached.count,
+        "rank_hours": row.rank_hours,
+    }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _cell_numbers(cell: Cell | None) -> dict[str, Any] | None:
+    return None if cell is None else {"value": cell.value, "error": cell.error, "seeds": cell.seeds}
+
+
+def _primitive_numbers(groups: Sequence[Group], tasks: list[str], shots: int) -> list[dict[str, Any]]:
+    return [
+        {"group": group.label, "task": task, "shots": shots, "accuracy": _cell_numbers(found), "exact_match": _cell_numbers(exact)}
+        for task in ([*tasks, MEAN] if tasks else [])
+        for group, found, exact in zip(groups, cells(groups, task, shots), cells(groups, task, shots, exact_match), strict=True)
+    ]  # fmt: skip
+
+
+def _loop_numbers(groups: Sequence[Group], shots: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "group": group.label,
+            "loops": loops,
+            "shots": shots,
+            "mean_accuracy": _cell_numbers(cell),
+            "held_out": {held.data: _cell_numbers(held.loss) for held in held_out(group, loops)},
+        }
+        for group in groups
+        for loops, cell in by_loops(group, MEAN, shots).items()
+    ]
+
+
+def _run_numbers(run: Run) -> dict[str, Any]:
+    seconds = float(run.seconds[-1])
+    return {
+        "run": str(run.path),
+        "name": run.name,
+        "seed": run.config.get("seed"),
+        "steps": int(run.step[-1]),
+        "of": run.steps,
+        "tokens": float(run.tokens[-1]),
+        "flops": float(run.flops[-1]),
+        "seconds": seconds,
+        "ranks": run.ranks,
+        "tokens_per_second": float(run.tokens[-1]) / seconds if seconds else None,
+        "memory_bytes": run.memory_bytes,
+        "restarts": run.restarts,
+        "rollbacks": run.rollbacks,
+        "torch": run.start.get("torch"),
+        "attention": run.start.get("attention"),
+    }
+
+
+# --- filters
+
+
+def _spread(value: Spread, digits: int = 4) -> str:
+    if not value.count:
+        return "–"
+    return f"{value.mean:.{digits}f}" + ("" if value.deviation is None else f" ± {value.deviation:.{digits}f}")
+
+
+def _cell(cell: Cell | None, digits: int = 1) -> str:
+    if cell is None:
+        return "–"
+    return f"{100 * cell.value:.{digits}f}" + ("" if cell.error is None else f" ± {100 * cell.error:.{digits}f}") + "%"
+
+
+def _number(value: float | None) -> str:
+    """Scientific, three digits: FLOPs and tokens."""
+    if value is None or math.isnan(value):
+        return "–"
+    if abs(value) < 1e5:
+        return f"{value:,.0f}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa} × 10^{int(exponent)}"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"

@@ -1,0 +1,174 @@
+"""The page's pictures: SVG whose text takes the page's colour, so that it suits light and dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+
+from matplotlib.figure import Figure
+
+from megaloop.report.primitives import MEAN, Cell, by_loops, by_shots, cells, held_out
+from megaloop.report.read import Array, Run
+from megaloop.report.savings import Group, curve_points
+
+__all__ = ["COLOURS", "loops_plot", "loss_plot", "primitives_plot", "shots_plot"]
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8a800")
+"""Okabe and Ito's, which colour-blind people tell apart; more groups than these begin again with dashes."""
+_INK = "#123456"
+"""Stands for the colour of the page's text."""
+_POINTS = 300
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "megaloop",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.grid": True,
+    "grid.color": "#80808040",
+    "legend.frameon": False,
+    "legend.labelcolor": _INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
+    }
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+
+def loss_plot(groups: Sequence[Group], axis: str) -> str:
+    """Validation loss (lines) and training loss (faint) against ``tokens``, ``flops`` or ``seconds``; boundaries as dots."""
+    titles = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.4, 4.2))
+        axes = figure.subplots()
+        for number, group in enumerate(groups):
+            style = _line(number)
+            for index, run in enumerate(group.runs):
+                x: Array = getattr(run, axis)
+                axes.plot(*curve_points(x, run.loss, _POINTS), alpha=0.18, linewidth=0.8, zorder=1, color=style["color"])
+                label = group.label if index == 0 else None
+                axes.plot(x[run.val_at], run.val_loss, linewidth=1.4, label=label, zorder=3, **style)
+                _mark(axes, run, x, style["color"])
+        axes.set_xlabel(titles[axis])
+        axes.set_ylabel("loss, nats per token")
+        axes.set_ylim(*_limits(groups))
+        axes.set_xlim(left=0)
+        axes.legend(loc="upper right", fontsize=9)
+        return _svg(figure)
+
+
+def _mark(axes: Any, run: Run, x: Array, colour: str) -> None:
+    """A dot where the model's depth changes, on the line of its validation losses."""
+    if not len(run.val_at):
+        return
+    at = [int(np.searchsorted(run.step, boundary.step)) for boundary in run.boundaries]
+    places = x[np.array([min(index, len(x) - 1) for index in at], dtype=np.int64)]
+    heights = np.interp(places, x[run.val_at], run.val_loss, left=np.nan)
+    axes.plot(places, heights, "o", markersize=3.5, color=colour, zorder=4)
+
+
+def _limits(groups: Sequence[Group]) -> tuple[float, float]:
+    """What there is to see: from a little under the lowest loss to where the second twentieth of training lies."""
+    runs = [run for group in groups for run in group.runs]
+    losses = [run.loss[np.isfinite(run.loss)] for run in runs]
+    lowest = min(
+        float(np.nanmin(each)) for run in runs for each in (run.val_loss, run.loss) if np.isfinite(each).any()
+    )
+    early = max((float(np.median(each[len(each) // 20 : len(each) // 10 + 1])) for each in losses if len(each)), default=lowest)
+    room = max(early - lowest, 0.1)
+    return lowest - 0.05 * room, early + 0.1 * room
+
+
+def _errorbar(axes: Any, points: dict[int, Cell], **style: Any) -> None:
+    axes.errorbar(
+        list(points),
+        [cell.value for cell in points.values()],
+        yerr=[cell.error or 0.0 for cell in points.values()],
+        capsize=2,
+        marker="o",
+        markersize=4,
+        linewidth=1.3,
+        **style,
+    )
+
+
+def primitives_plot(groups: Sequence[Group], shots: int, chance: float) -> str:
+    """The mean accuracy over the primitives against the layers that are executed."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.6))
+        axes = figure.subplots()
+        for number, (group, cell) in enumerate(zip(groups, cells(groups, MEAN, shots), strict=True)):
+            if cell is not None:
+                style = _line(number)
+                points = {group.runs[-1].depth: cell}
+                _errorbar(axes, points, color=style["color"], label=f"{group.label}, {group.runs[-1].layers} unique")
+        axes.axhline(chance, color=_INK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("layers executed")
+        axes.set_ylabel("mean accuracy")
+        axes.margins(x=0.25)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+        return _svg(figure)
+
+
+def shots_plot(groups: Sequence[Group], chance: float) -> str:
+    """The mean accuracy against the number of shots."""
+    return _curves(groups, lambda group: by_shots(group, MEAN), "solved examples before the question", "mean accuracy", chance)
+
+
+def loops_plot(groups: Sequence[Group], shots: int, chance: float, data: str | None = None) -> str:
+    """The mean accuracy, or the held-out loss on ``data``, against the loops at inference; the trained number is ringed."""
+
+    def points(group: Group) -> dict[int, Cell]:
+        if data is None:
+            return by_loops(group, MEAN, shots)
+        counts = sorted({record.subject.loops for run in group.runs for record in run.evaluations})
+        found = {count: [held.loss for held in held_out(group, count) if held.data == data] for count in counts}
+        return {count: losses[0] for count, losses in found.items() if losses}
+
+    name = "mean accuracy" if data is None else "held-out loss, nats per token"
+    return _curves(groups, points, "times that the middle block runs", name, chance if data is None else None)
+
+
+def _curves(
+    groups: Sequence[Group], points: Callable[[Group], dict[int, Cell]], x: str, y: str, chance: float | None
+) -> str:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.6))
+        axes = figure.subplots()
+        places: set[int] = set()
+        for number, group in enumerate(groups):
+            if found := points(group):
+                _errorbar(axes, found, label=group.label, **_line(number))
+                places |= set(found)
+        if chance is not None:
+            axes.axhline(chance, color=_INK, linewidth=0.8, linestyle=":")
+        axes.set_xticks(sorted(places))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+        return _svg(figure)

@@ -1,0 +1,254 @@
+"""Runs that differ in their seed alone make a group; what groups cost, and what that saves against the baseline."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megaloop.config import ModelConfig
+from megaloop.depth import DepthPlan
+from megaloop.depth.flops import layer_parameters
+from megaloop.errors import MegaloopError
+from megaloop.evaluation.records import Record
+from megaloop.report.read import Array, Run
+
+__all__ = [
+    "Group",
+    "Saving",
+    "Spread",
+    "at_trained_depth",
+    "choose_baseline",
+    "curve_points",
+    "differences",
+    "flops_to_reach",
+    "group_runs",
+    "savings",
+]
+
+VALIDATION = "validation"
+_OF_A_SEED = ("name", "run_dir", "seed")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds.
+
+    Attributes:
+        mean: nan where there are none.
+        deviation: standard deviation (n - 1); None for fewer than two seeds.
+        count: seeds.
+    """
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread:
+        found = [float(value) for value in values if value is not None and math.isfinite(value)]
+        if not found:
+            return cls(math.nan, None, 0)
+        deviation = float(np.std(found, ddof=1)) if len(found) > 1 else None
+        return cls(float(np.mean(found)), deviation, len(found))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration with different seeds."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def spread(self, value: Callable[[Run], float | None]) -> Spread:
+        return Spread.of(value(run) for run in self.runs)
+
+    @property
+    def finished(self) -> bool:
+        return all(run.finished for run in self.runs)
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order in which their first runs are given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        same = {key: value for key, value in run.config.items() if key not in _OF_A_SEED}
+        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(run)
+    labels = [_label(members) for members in groups.values()]
+    made = []
+    for number, (label, members) in enumerate(zip(labels, groups.values(), strict=True)):
+        twin = labels.count(label) > 1  # of one name, but configured otherwise
+        made.append(Group(f"{label} ({labels[: number + 1].count(label)})" if twin else label, tuple(members)))
+    return made
+
+
+def _label(runs: Sequence[Run]) -> str:
+    names = {re.sub(r"[-_.](?:seed|s)[-_]?\d+$", "", run.name) for run in runs}
+    return names.pop() if len(names) == 1 else runs[0].name
+
+
+def choose_baseline(groups: Sequence[Group], name: str | None) -> Group:
+    """The group that the others are measured by: the named one, ``baseline``, or the one of most FLOPs.
+
+    Raises:
+        MegaloopError: there is none of this name.
+    """
+    by_label = {group.label: group for group in groups}
+    if name is not None and name not in by_label:
+        near = difflib.get_close_matches(name, by_label, n=1, cutoff=0)
+        raise MegaloopError(
+            f"report: --baseline {name}: there is {', '.join(by_label)}; did you mean {near[0] if near else groups[0].label}?"
+        )
+    chosen = by_label.get(name or "baseline")
+    return chosen or max(groups, key=lambda group: group.spread(lambda run: run.flops[-1]).mean)
+
+
+def final_loss(run: Run) -> float | None:
+    """The last validation loss, nats per token."""
+    return float(run.val_loss[-1]) if len(run.val_loss) else None
+
+
+def final_bits(run: Run) -> float | None:
+    return float(run.val_bits[-1]) if len(run.val_bits) else None
+
+
+def flops_to_reach(run: Run, loss: float) -> float | None:
+    """FLOPs at which the validation loss first is ``loss`` or lower, on the straight line between validations; None: never."""
+    before: tuple[float, float] | None = None
+    for at, value in zip(run.flops[run.val_at], run.val_loss, strict=True):
+        if math.isnan(value):
+            continue
+        if value <= loss:
+            if before is None or before[1] == value:
+                return float(at)
+            return float(before[0] + (at - before[0]) * (before[1] - loss) / (before[1] - value))
+        before = (float(at), float(value))
+    return None
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A group against the baseline.
+
+    Attributes:
+        fraction: of the baseline's FLOPs.
+        loss: final validation loss, nats per token.
+        difference: of the loss from the baseline's, in percent of it, seed by seed where both have the seed.
+        reached: FLOPs at which the baseline's final loss is reached; its count says in how many seeds it is.
+        reached_fraction: of the baseline's FLOPs.
+    """
+
+    group: Group
+    parameters: int | None
+    layers: int
+    depth: int
+    steps: int
+    tokens: Spread
+    flops: Spread
+    fraction: float
+    loss: Spread
+    difference: Spread
+    bits: Spread
+    reached: Spread
+    reached_fraction: float | None
+    rank_hours: float
+
+
+def savings(groups: Sequence[Group], baseline: Group) -> list[Saving]:
+    """A row of the table for each group."""
+    base_flops = baseline.spread(lambda run: run.flops[-1]).mean
+    base_loss = baseline.spread(final_loss).mean
+    by_seed = {run.config.get("seed"): final_loss(run) for run in baseline.runs}
+
+    def difference(run: Run) -> float | None:
+        own, against = final_loss(run), by_seed.get(run.config.get("seed"), base_loss)
+        return None if own is None or not against or math.isnan(against) else 100 * (own / against - 1)
+
+    def reached(run: Run) -> float | None:
+        against = by_seed.get(run.config.get("seed"), base_loss)
+        return None if against is None or math.isnan(against) else flops_to_reach(run, against)
+
+    rows = []
+    for group in groups:
+        last, flops, reach = group.runs[-1], group.spread(lambda run: run.flops[-1]), group.spread(reached)
+        parameters = _parameters(last)
+        rows.append(
+            Saving(
+                group=group,
+                parameters=parameters,
+                layers=last.layers,
+                depth=last.depth,
+                steps=int(last.step[-1]),
+                tokens=group.spread(lambda run: run.tokens[-1]),
+                flops=flops,
+                fraction=flops.mean / base_flops if base_flops else math.nan,
+                loss=group.spread(final_loss),
+                difference=group.spread(difference),
+                bits=group.spread(final_bits),
+                reached=reach,
+                reached_fraction=reach.mean / base_flops if reach.count and base_flops else None,
+                rank_hours=float(sum(run.seconds[-1] * run.ranks for run in group.runs)) / 3600,
+            )
+        )
+    return rows
+
+
+def _parameters(run: Run) -> int | None:
+    """Of the model as it ends; None where the run does not say what it takes."""
+    try:
+        began = DepthPlan.parse(str(run.start["plan"])).layers
+        more = run.layers - began
+        return int(run.start["parameters"]) + more * layer_parameters(ModelConfig.model_validate(run.config["model"]))
+    except (KeyError, TypeError, ValueError, MegaloopError):
+        return None
+
+
+def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """(dotted key, its value in each group) where groups differ."""
+    flat = [_flat({k: v for k, v in group.runs[0].config.items() if k not in _OF_A_SEED}) for group in groups]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = [(key, [values.get(key, "") for values in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(values, dict) and values:
+        parts = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
+        return {key: value for part in parts for key, value in part.items()}
+    return {prefix: "" if values is None else json.dumps(values, default=str).strip('"')}
+
+
+def at_trained_depth(record: Record, run: Run) -> bool:
+    """The evaluation ran the model as it was trained."""
+    return _trained_loops(run) == record.subject.loops
+
+
+def _trained_loops(run: Run) -> int:
+    if run.depth == run.layers:
+        return 1
+    loops = {record.subject.loops for record in run.evaluations if _executed(record.subject.depth) == run.depth}
+    return min(loops, default=1)
+
+
+def _executed(notation: str) -> int:
+    try:
+        return DepthPlan.parse(notation).depth
+    except MegaloopError:
+        return -1
+
+
+def curve_points(x: Array, y: Array, count: int) -> tuple[Array, Array]:
+    """A curve in at most ``count`` points: means of neighbours, gaps left out."""
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    if len(x) <= count:
+        return x, y
+    edges = np.linspace(0, len(x), count + 1).astype(int)
+    sizes = np.diff(edges)
+    return np.add.reduceat(x, edges[:-1]) / sizes, np.add.reduceat(y, edges[:-1]) / sizes
