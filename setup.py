@@ -49,7 +49,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megaloop*", "data_prep*", "launchers*"]),
-    package_data={"": ["py.typed"], "launchers": ["templates/*", "sites/*"], "megaloop.bench": ["presets/*"], "megaloop.report": ["templates/*"]},
+    package_data={
+        "": ["py.typed"],
+        "launchers": ["templates/*", "sites/*"],
+        "megaloop.bench": ["presets/*"],
+        "megaloop.report": ["templates/*"],
+    },
     data_files=[("share/megaloop/configs", sorted(str(p.relative_to(HERE)) for p in HERE.glob("configs/*.yaml")))],
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from launchers.rank import CONTINUE, RESTARTS, follow_launcher, launched, open_store, report_error, started_by_launcher
 from launchers.slurm_rank import join_slurm, record_exit
-from megaloop import __version__, cluster_commands, evaluation_commands, run_commands, savings_command
+from megaloop import __version__, cluster_commands, evaluation_commands, report_command, run_commands, savings_command
 from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
@@ -43,6 +43,7 @@ bench.command("savings")(savings_command.bench_savings)
 app.command()(run_commands.checkpoints)
 app.command()(run_commands.doctor)
 app.command("eval")(evaluation_commands.evaluate_command)
+app.command()(report_command.report)
 app.command()(cluster_commands.submit)
 app.command()(cluster_commands.status)
 app.command()(cluster_commands.cancel)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from launchers.rank import CONTINUE
 from megaloop.errors import MegaloopError
+from megaloop.report_command import print_report
 
 if TYPE_CHECKING:
     from megaloop.bench.savings import Job
@@ -233,4 +234,8 @@ def _table(work: Sequence[Job]) -> Table:
 
 def _finish(base: Path, work: Sequence[Job], json: bool) -> None:
     """Write the report, and say what is in it."""
-    typer.echo(f"runs in {base}", err=True)
+    from megaloop.report.page import write_report
+
+    file = base / "report.html"
+    title = f"What growing and looping save: {base.name}"
+    print_report(write_report([job.run for job in work], file, title=title), file, json)

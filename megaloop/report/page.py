@@ -33,6 +33,8 @@ from megaloop.train.rundir import replace_file
 __all__ = ["Report", "make_report", "write_report"]
 
 _CHANCE = 0.2
+_NONE = "\N{EN DASH}"
+"""What the tables show for no value."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,7 @@ class Report:
     runs: list[dict[str, Any]]
 
 
-def write_report(
-    paths: Sequence[Path], out: Path, *, baseline: str | None = None, title: str | None = None
-) -> Report:
+def write_report(paths: Sequence[Path], out: Path, *, baseline: str | None = None, title: str | None = None) -> Report:
     """Write the page about some runs.
 
     Args:
@@ -99,7 +99,9 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
         tasks=_task_rows(groups, tasks, shots),
         shots=shots,
         primitives_plot=Markup(plots.primitives_plot(groups, shots, _CHANCE)) if tasks else None,
-        shots_plot=Markup(plots.shots_plot(groups, _CHANCE)) if any(len(by_shots(g, MEAN)) > 1 for g in groups) else None,
+        shots_plot=Markup(plots.shots_plot(groups, _CHANCE))
+        if any(len(by_shots(g, MEAN)) > 1 for g in groups)
+        else None,
         loop_plots=_loop_plots(groups, shots),
         differences=differences(groups) if len(groups) > 1 else [],
         runs=runs,
@@ -112,10 +114,21 @@ _AXES = (("against FLOPs", "flops"), ("against tokens", "tokens"), ("against tim
 
 def _template() -> Any:
     environment = Environment(
-        loader=PackageLoader("megaloop.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("megaloop.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
-        spread=_spread, cell=_cell, number=_number, count=_count, percent=_percent, duration=_duration, bytes=_bytes
+        short=_short,
+        spread=_spread,
+        cell=_cell,
+        number=_number,
+        count=_count,
+        percent=_percent,
+        duration=_duration,
+        bytes=_bytes,
     )
     return environment.get_template("report.html.j2")
 
@@ -135,7 +148,11 @@ def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: in
             text += f" and ended with a validation loss {abs(row.difference.mean):.2f}% {word}"
             text += f" ({_spread(row.loss, 4)})"
         if row.reached_fraction is not None:
-            of = "" if row.reached.count == len(row.group.runs) else f" in {row.reached.count} of {len(row.group.runs)} seeds"
+            of = (
+                ""
+                if row.reached.count == len(row.group.runs)
+                else f" in {row.reached.count} of {len(row.group.runs)} seeds"
+            )
             text += f"; it reached the loss of {base.label} with {row.reached_fraction:.3f} of its FLOPs{of}"
         elif row.loss.count:
             text += f"; it did not reach the loss of {base.label}"
@@ -168,7 +185,14 @@ def _task_rows(groups: Sequence[Group], tasks: list[str], shots: int) -> list[di
         known = sorted((cell for cell in values if cell is not None), key=lambda cell: -cell.value)
         best = known[0] if len(known) > 1 and _clear(known[0], known[1]) else None
         exact = cells(groups, task, shots, exact_match)
-        rows.append({"task": task, "cells": [(cell, other, cell is not None and cell is best) for cell, other in zip(values, exact, strict=True)]})
+        rows.append(
+            {
+                "task": task,
+                "cells": [
+                    (cell, other, cell is not None and cell is best) for cell, other in zip(values, exact, strict=True)
+                ],
+            }
+        )
     return rows
 
 
@@ -267,32 +291,42 @@ def _run_numbers(run: Run) -> dict[str, Any]:
 
 def _spread(value: Spread, digits: int = 4) -> str:
     if not value.count:
-        return "–"
+        return _NONE
     return f"{value.mean:.{digits}f}" + ("" if value.deviation is None else f" ± {value.deviation:.{digits}f}")
 
 
 def _cell(cell: Cell | None, digits: int = 1) -> str:
     if cell is None:
-        return "–"
+        return _NONE
     return f"{100 * cell.value:.{digits}f}" + ("" if cell.error is None else f" ± {100 * cell.error:.{digits}f}") + "%"
 
 
 def _number(value: float | None) -> str:
     """Scientific, three digits: FLOPs and tokens."""
     if value is None or math.isnan(value):
-        return "–"
+        return _NONE
     if abs(value) < 1e5:
         return f"{value:,.0f}"
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa} × 10^{int(exponent)}"
+    return Markup("{}·10<sup>{}</sup>").format(mantissa, int(exponent))
+
+
+def _short(value: float | None) -> str:
+    """Three digits: 1.98M parameters."""
+    if value is None:
+        return _NONE
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
 
 
 def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
+    return _NONE if value is None else f"{value:,.0f}"
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
+    return _NONE if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from megaloop.report.primitives import MEAN, Cell, by_loops, by_shots, cells, held_out
 from megaloop.report.read import Array, Run
-from megaloop.report.savings import Group, curve_points
+from megaloop.report.savings import Group, curve_points, trained_loops
 
 __all__ = ["COLOURS", "loops_plot", "loss_plot", "primitives_plot", "shots_plot"]
 
@@ -24,6 +24,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 _INK = "#123456"
 """Stands for the colour of the page's text."""
 _POINTS = 300
+_RING: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.2}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megaloop",
@@ -64,13 +65,15 @@ def loss_plot(groups: Sequence[Group], axis: str) -> str:
     """Validation loss (lines) and training loss (faint) against ``tokens``, ``flops`` or ``seconds``; boundaries as dots."""
     titles = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.4, 4.2))
+        figure = Figure(figsize=(8.4, 4.4))
         axes = figure.subplots()
         for number, group in enumerate(groups):
             style = _line(number)
             for index, run in enumerate(group.runs):
                 x: Array = getattr(run, axis)
-                axes.plot(*curve_points(x, run.loss, _POINTS), alpha=0.18, linewidth=0.8, zorder=1, color=style["color"])
+                axes.plot(
+                    *curve_points(x, run.loss, _POINTS), alpha=0.18, linewidth=0.8, zorder=1, color=style["color"]
+                )
                 label = group.label if index == 0 else None
                 axes.plot(x[run.val_at], run.val_loss, linewidth=1.4, label=label, zorder=3, **style)
                 _mark(axes, run, x, style["color"])
@@ -96,10 +99,10 @@ def _limits(groups: Sequence[Group]) -> tuple[float, float]:
     """What there is to see: from a little under the lowest loss to where the second twentieth of training lies."""
     runs = [run for group in groups for run in group.runs]
     losses = [run.loss[np.isfinite(run.loss)] for run in runs]
-    lowest = min(
-        float(np.nanmin(each)) for run in runs for each in (run.val_loss, run.loss) if np.isfinite(each).any()
+    lowest = min(float(np.nanmin(each)) for run in runs for each in (run.val_loss, run.loss) if np.isfinite(each).any())
+    early = max(
+        (float(np.median(each[len(each) // 20 : len(each) // 10 + 1])) for each in losses if len(each)), default=lowest
     )
-    early = max((float(np.median(each[len(each) // 20 : len(each) // 10 + 1])) for each in losses if len(each)), default=lowest)
     room = max(early - lowest, 0.1)
     return lowest - 0.05 * room, early + 0.1 * room
 
@@ -131,13 +134,15 @@ def primitives_plot(groups: Sequence[Group], shots: int, chance: float) -> str:
         axes.set_xlabel("layers executed")
         axes.set_ylabel("mean accuracy")
         axes.margins(x=0.25)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, columnspacing=1.2)
         return _svg(figure)
 
 
 def shots_plot(groups: Sequence[Group], chance: float) -> str:
     """The mean accuracy against the number of shots."""
-    return _curves(groups, lambda group: by_shots(group, MEAN), "solved examples before the question", "mean accuracy", chance)
+    return _curves(
+        groups, lambda group: by_shots(group, MEAN), "solved examples before the question", "mean accuracy", chance
+    )
 
 
 def loops_plot(groups: Sequence[Group], shots: int, chance: float, data: str | None = None) -> str:
@@ -151,11 +156,18 @@ def loops_plot(groups: Sequence[Group], shots: int, chance: float, data: str | N
         return {count: losses[0] for count, losses in found.items() if losses}
 
     name = "mean accuracy" if data is None else "held-out loss, nats per token"
-    return _curves(groups, points, "times that the middle block runs", name, chance if data is None else None)
+    return _curves(
+        groups, points, "times that the middle block runs", name, chance if data is None else None, ring=True
+    )
 
 
 def _curves(
-    groups: Sequence[Group], points: Callable[[Group], dict[int, Cell]], x: str, y: str, chance: float | None
+    groups: Sequence[Group],
+    points: Callable[[Group], dict[int, Cell]],
+    x: str,
+    y: str,
+    chance: float | None,
+    ring: bool = False,
 ) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.6))
@@ -164,11 +176,13 @@ def _curves(
         for number, group in enumerate(groups):
             if found := points(group):
                 _errorbar(axes, found, label=group.label, **_line(number))
+                if ring and (trained := trained_loops(group.runs[-1])) in found:
+                    axes.plot([trained], [found[trained].value], "o", **_RING, color=COLOURS[number % len(COLOURS)])
                 places |= set(found)
         if chance is not None:
             axes.axhline(chance, color=_INK, linewidth=0.8, linestyle=":")
         axes.set_xticks(sorted(places))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, columnspacing=1.2)
         return _svg(figure)

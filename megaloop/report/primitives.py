@@ -109,7 +109,9 @@ def cells(groups: Sequence[Group], task: str, shots: int, metric: Metric = accur
         _cell(
             group,
             task,
-            lambda run, record: record.subject.shots == shots and record.subject.task in TASKS and at_trained_depth(record, run),
+            lambda run, record: (
+                record.subject.shots == shots and record.subject.task in TASKS and at_trained_depth(record, run)
+            ),
             metric,
         )
         for group in groups

@@ -128,7 +128,9 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise MegaloopError(f"report: {path / 'config.yaml'} cannot be read; give run directories of megaloop train") from None
+        raise MegaloopError(
+            f"report: {path / 'config.yaml'} cannot be read; give run directories of megaloop train"
+        ) from None
     if not isinstance(config, dict) or not isinstance((config.get("train") or {}).get("steps"), int):
         raise MegaloopError(f"report: {path / 'config.yaml'} is no configuration of a run")
     return config

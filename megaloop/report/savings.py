@@ -30,6 +30,7 @@ __all__ = [
     "flops_to_reach",
     "group_runs",
     "savings",
+    "trained_loops",
 ]
 
 VALIDATION = "validation"
@@ -226,10 +227,11 @@ def _flat(values: Any, prefix: str = "") -> dict[str, str]:
 
 def at_trained_depth(record: Record, run: Run) -> bool:
     """The evaluation ran the model as it was trained."""
-    return _trained_loops(run) == record.subject.loops
+    return trained_loops(run) == record.subject.loops
 
 
-def _trained_loops(run: Run) -> int:
+def trained_loops(run: Run) -> int:
+    """How often the looped block ran at the end of training; 1 without loop."""
     if run.depth == run.layers:
         return 1
     loops = {record.subject.loops for record in run.evaluations if _executed(record.subject.depth) == run.depth}
