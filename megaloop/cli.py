@@ -200,6 +200,10 @@ def train(
         int | None,
         typer.Option(metavar="STEP", min=1, help="Save and end after this step; --resume goes on from there."),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(metavar="CKPT", help="Begin with this checkpoint's weights (or a run's newest): as init=CKPT."),
+    ] = None,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Start the ranks again, resuming, so often when one of them dies.")
     ] = 0,
@@ -210,7 +214,7 @@ def train(
     """
     from megaloop.config import load_config
 
-    values = overrides or []
+    values = [*(overrides or []), *([f"init={init}"] if init is not None else [])]
     configuration = load_config(config, values)
     if started_by_launcher():
         _train_here(configuration, resume, stop_at)

@@ -140,6 +140,16 @@ class DataConfig(_Section):
     """One or more sets of shards, mixed by weight."""
     sequence_length: PositiveInt = 2048
     """Tokens per sample (predicted tokens; a sample holds one more)."""
+    format: Literal["tokens", "sft"] = "tokens"
+    """tokens: shards made by ``megaloop prep``; sft: jsonl of prompts and answers, of which the answers are learnt."""
+    prompt_field: str = "prompt"
+    """Of sft: the field that holds the prompt."""
+    answer_field: str = "answer"
+    """Of sft: the field that holds the answer."""
+    tokenizer: Path | None = None
+    """Of sft: sentencepiece model; empty: that of the checkpoint in ``init``."""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Of sft: share of the examples that are held out, chosen by a hash of their text; at least one."""
     prefetch: int = Field(default=4, ge=0)
     """Micro-batches read ahead in the background."""
 
@@ -509,8 +519,21 @@ class Config(_Section):
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {self.train.steps}"
             )
         self._check_weights()
+        self._check_fine_tuning()
         if self.growth is not None:
             self._check_growth(self.growth)
+
+    def _check_fine_tuning(self) -> None:
+        """Refuse options of fine-tuning that nothing would take up, and fine-tuning without a tokenizer."""
+        data, default = self.data, DataConfig.model_fields
+        if data.format == "tokens":
+            for name in ("prompt_field", "answer_field", "tokenizer", "validation_fraction"):
+                if getattr(data, name) != default[name].default:
+                    raise MegaloopError(f"data.{name} is of data.format sft; set that, or leave it out")
+        elif data.tokenizer is None and self.init is None:
+            raise MegaloopError(
+                "data.format sft: no tokenizer; begin with a checkpoint that has one (--init CKPT), or set data.tokenizer"
+            )
 
     def _check_weights(self) -> None:
         """Refuse phases of the mixture without samples, and a cooldown's weights where there is no cooldown."""

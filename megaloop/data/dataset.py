@@ -91,11 +91,13 @@ class Sample:
         tokens: sequence_length + 1 token ids.
         starts: positions among the first sequence_length at which a document begins, ascending.
         bytes: UTF-8 bytes of text that the predicted tokens (all but the first) stand for.
+        learnt: which of the predicted tokens count, bool [sequence_length]; None: all of them.
     """
 
     tokens: NDArray[np.int64]
     starts: NDArray[np.int32]
     bytes: int
+    learnt: NDArray[np.bool_] | None = None
 
 
 class DataSet:
@@ -165,6 +167,23 @@ class DataSet:
     @property
     def tokenizer(self) -> Path:
         return self.path / self.description.tokenizer.file
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the tokenizer."""
+        return self.description.tokenizer.vocab_size
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self.description.tokenizer.sha256
+
+    def describe(self) -> str:
+        """What there is to train on."""
+        train = self.description.splits["train"]
+        return (
+            f"{train.tokens:,} tokens of {train.documents:,} documents, "
+            f"{len(self.split('train')):,} samples of {self.sequence_length}"
+        )
 
     def split(self, name: Literal["train", "validation"]) -> Split:
         """The samples of a split."""

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaloop.data.dataset import DataSet, Sample
+from megaloop.data.dataset import DataSet, Sample, Split
 from megaloop.data.holes import Holes, past_holes
 from megaloop.data.order import SampleOrder
+from megaloop.data.sft import FineTuningSet, FineTuningSplit
 from megaloop.errors import MegaloopError
 
 __all__ = ["BatchLoader", "MicroBatch", "usable_validation", "validation_batches"]
@@ -36,6 +37,9 @@ class MicroBatch:
         documents: for each input the index of its document within the sample, int32 [B, S].
         sample_ids: global sample numbers (positions in the order).
         bytes: UTF-8 bytes of text that the targets stand for.
+        weights: factors of the targets' losses, float32 [B, S], where not all targets count alike: their sum over the
+            micro-batch is its loss, and the mean of micro-batches is the mean over all targets that count in the
+            global batch. None: the loss is the mean of all targets.
     """
 
     inputs: Tensor
@@ -43,6 +47,7 @@ class MicroBatch:
     documents: Tensor
     sample_ids: list[int]
     bytes: int
+    weights: Tensor | None = None
 
 
 class BatchLoader:
@@ -61,7 +66,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        datasets: Sequence[DataSet],
+        datasets: Sequence[DataSet] | Sequence[FineTuningSet],
         order: SampleOrder,
         *,
         global_batch: int,
@@ -74,6 +79,7 @@ class BatchLoader:
     ):
         self._splits = [dataset.split("train") for dataset in datasets]
         self._order = order
+        self._global_batch, self._micro_batch = global_batch, micro_batch
         self._numbers = _slices(start_sample, global_batch, micro_batch, dp_rank, dp_size, holes)
         self._stop = threading.Event()
         self._queue: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=max(prefetch, 1))
@@ -89,22 +95,27 @@ class BatchLoader:
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
         if self._thread is None:
-            return self._read(next(self._numbers))
+            return self._read(*next(self._numbers))
         item = self._queue.get()
         if isinstance(item, BaseException):
             self.close()
             raise item
         return item
 
-    def _read(self, numbers: list[int]) -> MicroBatch:
-        places = [self._order(number) for number in numbers]
-        return _collate([self._splits[source].sample(index) for source, index in places], numbers)
+    def _read(self, start: int, numbers: list[int]) -> MicroBatch:
+        samples = [self._splits[source].sample(index) for source, index in map(self._order, numbers)]
+        if samples[0].learnt is None:
+            return _collate(samples, numbers)
+        # what counts in the whole global batch: every rank works it out by itself, from the order
+        places = map(self._order, range(start, start + self._global_batch))
+        learnt = sum(_learnt(self._splits[source], index) for source, index in places)
+        return _collate(samples, numbers, self._global_batch // self._micro_batch / max(learnt, 1))
 
     def _read_ahead(self) -> None:
         item: MicroBatch | BaseException
         while not self._stop.is_set():
             try:
-                item = self._read(next(self._numbers))
+                item = self._read(*next(self._numbers))
             except BaseException as error:  # whatever it is, the reader of the queue must learn of it
                 item = error
             while not self._stop.is_set():
@@ -132,7 +143,12 @@ class BatchLoader:
 
 
 def validation_batches(
-    datasets: Sequence[DataSet], *, samples: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+    datasets: Sequence[DataSet] | Sequence[FineTuningSet],
+    *,
+    samples: int,
+    micro_batch: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
 ) -> list[MicroBatch]:
     """The first ``samples`` validation samples of the sources taken in turn, as micro-batches of one rank.
 
@@ -147,13 +163,22 @@ def validation_batches(
     places = [(split, index) for index in range(turns) for split in splits if index < len(split)]
     numbers = _slices(0, usable, micro_batch, dp_rank, dp_size)
     batches = []
+    learnt = sum(_learnt(split, index) for split, index in places[:usable])
     for _ in range(usable // (micro_batch * dp_size)):
-        chosen = next(numbers)
-        batches.append(_collate([places[n][0].sample(places[n][1]) for n in chosen], chosen))
+        _, chosen = next(numbers)
+        read = [places[n][0].sample(places[n][1]) for n in chosen]
+        batches.append(_collate(read, chosen, usable // micro_batch / max(learnt, 1)))
     return batches
 
 
-def usable_validation(datasets: Sequence[DataSet], *, samples: int, micro_batch: int, dp_sizes: Collection[int]) -> int:
+def _learnt(split: Split | FineTuningSplit, index: int) -> int:
+    """Tokens of a sample that count; of shards, where all do, without reading it: 0."""
+    return split.learnt(index) if isinstance(split, FineTuningSplit) else 0
+
+
+def usable_validation(
+    datasets: Sequence[DataSet] | Sequence[FineTuningSet], *, samples: int, micro_batch: int, dp_sizes: Collection[int]
+) -> int:
     """How many validation samples make whole micro-batches on every rank, whichever of ``dp_sizes`` there are.
 
     Where the topology changes during a run, all its validations so go over the same samples (unless there are too few
@@ -167,25 +192,26 @@ def usable_validation(datasets: Sequence[DataSet], *, samples: int, micro_batch:
     if found < most:
         raise MegaloopError(
             f"{found} validation samples (validation.samples {samples}) are fewer than one micro-batch on each rank, "
-            f"{micro_batch} x dp {max(dp_sizes)} = {most}; hold out more with --validation-fraction, or raise validation.samples"
+            f"{micro_batch} x dp {max(dp_sizes)} = {most}; hold out more with --validation-fraction (of fine-tuning: data.validation_fraction), or raise validation.samples"
         )
     return found // together * together or found
 
 
 def _slices(
     start: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, holes: Holes = ()
-) -> Iterator[list[int]]:
-    """Global sample numbers of one rank's micro-batches."""
+) -> Iterator[tuple[int, list[int]]]:
+    """(first sample of the global batch, global sample numbers) of one rank's micro-batches."""
     share = global_batch // dp_size
     while True:
         start = past_holes(start, global_batch, holes)
         first = start + dp_rank * share
         for offset in range(0, share, micro_batch):
-            yield list(range(first + offset, first + offset + micro_batch))
+            yield start, list(range(first + offset, first + offset + micro_batch))
         start += global_batch
 
 
-def _collate(samples: Sequence[Sample], numbers: list[int]) -> MicroBatch:
+def _collate(samples: Sequence[Sample], numbers: list[int], weight: float = 0.0) -> MicroBatch:
+    """Samples as one micro-batch; ``weight``: of each target that counts, where not all do."""
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
     begins = np.zeros((len(samples), tokens.shape[1] - 1), dtype=np.int32)
     for row, sample in enumerate(samples):
@@ -197,4 +223,10 @@ def _collate(samples: Sequence[Sample], numbers: list[int]) -> MicroBatch:
         documents=torch.from_numpy(np.cumsum(begins, axis=1, dtype=np.int32)),
         sample_ids=numbers,
         bytes=sum(sample.bytes for sample in samples),
+        weights=_weights(samples, weight),
     )
+
+
+def _weights(samples: Sequence[Sample], weight: float) -> Tensor | None:
+    learnt = [sample.learnt for sample in samples if sample.learnt is not None]
+    return torch.from_numpy(np.stack(learnt).astype(np.float32)) * weight if learnt else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from megaloop.config import Config, DataConfig
 from megaloop.data.dataset import DataSet
 from megaloop.data.order import SampleOrder
+from megaloop.data.sft import FineTuningSet
 from megaloop.data.tokenizer import file_sha256
 from megaloop.errors import MegaloopError
 
@@ -24,14 +25,14 @@ class Sources:
         cooldown: their shares in the cooldown.
     """
 
-    datasets: tuple[DataSet, ...]
+    datasets: tuple[DataSet, ...] | tuple[FineTuningSet, ...]
     weights: tuple[float, ...]
     cooldown: tuple[float, ...]
 
     @property
     def vocab_size(self) -> int:
         """Tokens of the tokenizer."""
-        return self.datasets[0].description.tokenizer.vocab_size
+        return self.datasets[0].vocab_size
 
     @property
     def tokenizer(self) -> Path:
@@ -39,7 +40,7 @@ class Sources:
 
     @property
     def tokenizer_sha256(self) -> str:
-        return self.datasets[0].description.tokenizer.sha256
+        return self.datasets[0].tokenizer_sha256
 
     def order(self, seed: int, cooldown_sample: int | None = None) -> SampleOrder:
         """The order of the sources' training samples.
@@ -54,23 +55,29 @@ class Sources:
     def describe(self) -> str:
         """One line about each source."""
         lines = []
-        for dataset, weight, cooldown in zip(self.datasets, self.weights, self.cooldown, strict=True):
+        for number, (weight, cooldown) in enumerate(zip(self.weights, self.cooldown, strict=True)):
+            dataset = self.datasets[number]
             share, changed = weight / sum(self.weights), cooldown / sum(self.cooldown)
-            train = dataset.description.splits["train"]
             lines.append(
-                f"data {dataset.path}: {train.tokens:,} tokens of {train.documents:,} documents, "
-                f"{len(dataset.split('train')):,} samples of {dataset.sequence_length}, share {share:.0%}"
+                f"data {dataset.path}: {dataset.describe()}, share {share:.0%}"
                 + (f", {changed:.0%} in the cooldown" if changed != share else "")
             )
         return "\n".join(lines)
 
 
-def open_sources(config: DataConfig) -> Sources:
+def open_sources(config: DataConfig, init: Path | None = None) -> Sources:
     """Open every source of a configuration.
+
+    Args:
+        init: the checkpoint (or run) that the run begins with, whose tokenizer fine-tuning takes.
 
     Raises:
         MegaloopError: one cannot be opened, holds no training sample, or has another tokenizer than the first.
     """
+    stable, cooldown = (tuple(each.weights[phase] for each in config.sources) for phase in (0, 1))
+    if config.format == "sft":
+        tokenizer = config.tokenizer or _tokenizer_of(init)
+        return Sources(tuple(FineTuningSet(each.path, tokenizer, config) for each in config.sources), stable, cooldown)
     datasets = tuple(DataSet.open(source.path, config.sequence_length) for source in config.sources)
     for dataset in datasets:
         entry = dataset.description.tokenizer
@@ -89,8 +96,20 @@ def open_sources(config: DataConfig) -> Sources:
             )
         if not len(dataset.split("train")):
             raise MegaloopError(f"data {dataset.path}: no training samples")
-    stable, cooldown = (tuple(each.weights[phase] for each in config.sources) for phase in (0, 1))
     return Sources(datasets, stable, cooldown)
+
+
+def _tokenizer_of(init: Path | None) -> Path:
+    from megaloop.checkpoint import Checkpoint, resolve_checkpoint
+
+    if init is None:
+        raise MegaloopError(
+            "data.format sft: no tokenizer; begin with a checkpoint that has one (--init CKPT), or set data.tokenizer"
+        )
+    with Checkpoint.open(resolve_checkpoint(init), verify="sizes") as checkpoint:
+        if checkpoint.tokenizer is None:
+            raise MegaloopError(f"checkpoint {checkpoint.path} holds no tokenizer.model; set data.tokenizer")
+        return checkpoint.tokenizer
 
 
 def embedding_rows(config: Config, sources: Sources) -> int:

@@ -3,12 +3,13 @@
 from megaloop.model.decoder import Decoder, DecoderStage
 from megaloop.model.kernels import Kernels, build_adamw, choose_kernels
 from megaloop.model.parameters import ParameterSpec, grown_from, initial_values, parameter_specs
-from megaloop.model.tensor_parallel import TensorParallel, vocab_parallel_cross_entropy
+from megaloop.model.tensor_parallel import Labels, TensorParallel, vocab_parallel_cross_entropy
 
 __all__ = [
     "Decoder",
     "DecoderStage",
     "Kernels",
+    "Labels",
     "ParameterSpec",
     "TensorParallel",
     "build_adamw",

@@ -35,6 +35,7 @@ from megaloop.errors import MegaloopError
 __all__ = [
     "SEQUENCE_DIM",
     "ColumnParallelLinear",
+    "Labels",
     "RowParallelLinear",
     "TensorParallel",
     "VocabParallelEmbedding",
@@ -207,21 +208,25 @@ class VocabParallelEmbedding(nn.Module):
         return F.linear(self.tp.enter(x_BSD), self.weight)
 
 
+Labels = Tensor | tuple[Tensor, Tensor]
+"""Targets [B, S]; or they, and the factors of their losses, where not all count alike."""
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy in nats over logits that are split along the vocabulary.
+    """Mean (or weighted sum of) cross-entropy in nats over logits that are split along the vocabulary.
 
     Three numbers per token cross the ranks (maximum, sum of exponentials, the target's logit), never the logits.
     """
 
     @staticmethod
-    def spmd_typecheck(*, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel) -> Any:
+    def spmd_typecheck(*, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel, weights_N: Tensor | None) -> Any:
         # over the vocabulary: sums of varying parts, the same on every rank and with the same gradient
-        rules.ignore(targets_N)
+        rules.ignore(targets_N, *([] if weights_N is None else [weights_N]))
         token_loss = rules.einsum("nv->n", logits_NV)
         return rules.all_reduce(rules.einsum("n->", token_loss), tp.group, src=spmd.V, dst=spmd.I)
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel, weights_N: Tensor | None) -> Tensor:
         max_N1 = logits_NV.amax(dim=-1, keepdim=True).float()
         if tp.group is not None:
             dist.all_reduce(max_N1, op=dist.ReduceOp.MAX, group=tp.group)
@@ -237,26 +242,32 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums_N2, group=tp.group)
         sum_N1, target_N1 = sums_N2.split(1, dim=-1)
         ctx.dtype = logits_NV.dtype
-        ctx.save_for_backward(exp_NV, sum_N1.clone(), local_N1, elsewhere_N1)
-        return (sum_N1.log() - target_N1).mean()
+        weights_N1 = None if weights_N is None else weights_N.unsqueeze(-1)
+        ctx.save_for_backward(exp_NV, sum_N1.clone(), local_N1, elsewhere_N1, weights_N1)
+        losses_N1 = sum_N1.log() - target_N1
+        return losses_N1.mean() if weights_N1 is None else (losses_N1 * weights_N1).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        exp_NV, sum_N1, local_N1, elsewhere_N1 = ctx.saved_tensors
-        scale = grad / exp_NV.shape[0]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        exp_NV, sum_N1, local_N1, elsewhere_N1, weights_N1 = ctx.saved_tensors
+        scale = grad / exp_NV.shape[0] if weights_N1 is None else grad * weights_N1
         # softmax minus one at the target; the exponentials are ours, and of no further use
         grad_NV = exp_NV.mul_(scale / sum_N1)
         grad_NV.scatter_add_(-1, local_N1, torch.where(elsewhere_N1, 0.0, -scale))
-        return grad_NV.to(ctx.dtype), None, None
+        return grad_NV.to(ctx.dtype), None, None, None
 
 
-def vocab_parallel_cross_entropy(logits_BSV: Tensor, targets_BS: Tensor, tp: TensorParallel) -> Tensor:
+def vocab_parallel_cross_entropy(
+    logits_BSV: Tensor, targets_BS: Tensor, tp: TensorParallel, weights_BS: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy in nats per token, in fp32, the same on every tensor-parallel rank.
 
     Args:
         logits_BSV: this rank's part of the vocabulary (all of it without tensor parallelism).
         targets_BS: token ids over the whole vocabulary.
         tp: the ranks that hold the other parts.
+        weights_BS: instead of the mean, the sum of tokens' losses times these.
     """
-    loss: Tensor = _VocabParallelCrossEntropy.apply(logits_BSV.flatten(0, 1), targets_BS.flatten(), tp)
+    weights_N = None if weights_BS is None else weights_BS.flatten()
+    loss: Tensor = _VocabParallelCrossEntropy.apply(logits_BSV.flatten(0, 1), targets_BS.flatten(), tp, weights_N)
     return loss

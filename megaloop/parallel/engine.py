@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
-from megaloop.model import Kernels, build_adamw, choose_kernels, parameter_specs
+from megaloop.model import Kernels, Labels, build_adamw, choose_kernels, parameter_specs
 from megaloop.parallel.partition import LayerCosts, Slices, estimated_costs, slice_rounds
 from megaloop.parallel.placement import StatePiece
 from megaloop.parallel.replicas import differing_replicas
@@ -48,8 +48,8 @@ __all__ = [
     "split_rounds",
 ]
 
-Batch = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
-"""(tokens [b, S], or (tokens, document indices)) and targets [b, S]."""
+Batch = tuple[Tensor | tuple[Tensor, Tensor], Labels]
+"""(tokens [b, S], or (tokens, document indices)) and targets [b, S] (or they and the factors of their losses)."""
 
 
 def local_device() -> torch.device:

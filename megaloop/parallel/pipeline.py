@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
-from megaloop.model import DecoderStage, Kernels, TensorParallel, vocab_parallel_cross_entropy
+from megaloop.model import DecoderStage, Kernels, Labels, TensorParallel, vocab_parallel_cross_entropy
 from megaloop.model.decoder import Recompute
 from megaloop.parallel.partition import Slices, owned_layers
 from megaloop.parallel.topology import Topology
@@ -104,10 +104,11 @@ class PipelinedDecoder(PipelineModule):
         result: Tensor = self.stage(inputs)
         return result
 
-    def _finite_loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-        loss = self._loss(logits_BSV, targets_BS)
+    def _finite_loss(self, logits_BSV: Tensor, labels: Labels) -> Tensor:
+        loss = self._loss(logits_BSV, labels)
         # an infinite loss may have finite gradients; times nan they are none, and the optimizer skips the step
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
-    def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-        return vocab_parallel_cross_entropy(logits_BSV, targets_BS, self.tp)
+    def _loss(self, logits_BSV: Tensor, labels: Labels) -> Tensor:
+        targets_BS, weights_BS = labels if isinstance(labels, tuple) else (labels, None)
+        return vocab_parallel_cross_entropy(logits_BSV, targets_BS, self.tp, weights_BS)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaloop.depth import DepthPlan
+from megaloop.model import Labels
 from megaloop.model.decoder import LoopEntry
 from megaloop.parallel.partition import Slices
 from megaloop.parallel.rounds import Pass
@@ -223,7 +224,7 @@ class _Step:
             if self._work.leaves_loop(work) and not learns:
                 self._entered.pop(number, None)  # in validation there is no backward pass that would do it
             if ends:
-                out = e._engine.module.loss_fn(out, self._batches[number][1].to(e._device))
+                out = e._engine.module.loss_fn(out, _moved(self._batches[number][1], e._device))
                 self.total += out.detach().float()
         if learns:
             self._inputs[key], self._outputs[key] = x, out
@@ -276,3 +277,10 @@ def _open_channels(topology: Topology, at: Coordinate) -> dict[tuple[int, bool],
                     if (dp, tp) == (at.dp, at.tp) and at.pp in (source, target):
                         channels[source, backward] = group
     return channels
+
+
+def _moved(labels: Labels, device: torch.device) -> Labels:
+    if isinstance(labels, tuple):
+        targets_BS, weights_BS = labels
+        return targets_BS.to(device), weights_BS.to(device)
+    return labels.to(device)

@@ -75,7 +75,7 @@ def run(
             config.check_world(world_size, first, stop_at)
             if stop_at is not None and not 0 < stop_at <= config.train.steps:
                 raise MegaloopError(f"--stop-at {stop_at}: expected a step from 1 to train.steps, {config.train.steps}")
-            sources = open_sources(config.data)
+            sources = open_sources(config.data, config.init)
             vocab_size = embedding_rows(config, sources)
             samples = _validation_samples(config, sources, world_size, first, stop_at)
         with _open_directory(config, resume) as directory:
@@ -411,7 +411,7 @@ def _engine_batches(config: Config, batches: Any) -> Iterator[Any]:
 
 def _as_engine_batch(config: Config, batch: MicroBatch) -> Any:
     inputs = (batch.inputs, batch.documents) if config.model.document_masking else batch.inputs
-    return inputs, batch.targets
+    return inputs, batch.targets if batch.weights is None else (batch.targets, batch.weights)
 
 
 class _Validation:
@@ -432,7 +432,9 @@ class _Validation:
             for dp_rank in range(engine.topology.dp)
         ]
         everything = [batch for batches in replicas for batch in batches]
-        tokens = sum(batch.targets.numel() for batch in everything)
+        tokens = sum(
+            batch.targets.numel() if batch.weights is None else int((batch.weights > 0).sum()) for batch in everything
+        )
         # bits per byte = nats per token x tokens per byte / ln 2
         self._bits = tokens / max(sum(batch.bytes for batch in everything), 1) / math.log(2)
         self._batches = replicas[engine.coordinate.dp]

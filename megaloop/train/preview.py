@@ -185,7 +185,7 @@ def _vocab_size(config: Config) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     try:
-        sources = open_sources(config.data)
+        sources = open_sources(config.data, config.init)
     except MegaloopError as error:
         raise MegaloopError(
             f"the vocabulary's size is not known without the data ({error}); set model.vocab_size, for example 49152"

@@ -35,8 +35,8 @@ def test_what_is_found_has_no_hole_in_it(start: int, count: int, holes: list[tup
 
 @given(HOLES, st.sampled_from([1, 2, 4]))
 def test_replicas_together_read_what_one_reads(holes: list[tuple[int, int]], replicas: int) -> None:
-    alone = list(islice(_slices(0, 4, 1, 0, 1, holes), 40))
-    ranks = [iter(_slices(0, 4, 1, rank, replicas, holes)) for rank in range(replicas)]
+    alone = [numbers for _, numbers in islice(_slices(0, 4, 1, 0, 1, holes), 40)]
+    ranks = [(numbers for _, numbers in _slices(0, 4, 1, rank, replicas, holes)) for rank in range(replicas)]
     together = [number for _ in range(10) for rank in ranks for number in islice(rank, 4 // replicas)]
     assert together == alone
     read = [number for numbers in alone for number in numbers]

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ def browser() -> str:
     if reason is not None:
         skip(f"no browser: {reason}")
     return "chromium"
+
+
+def _curve(seed: int) -> Callable[[int], float]:
+    return lambda step: 2 + 3 * math.exp(-step / 20) + seed / 100
 
 
 def _shown(browser: str, page: Path, folder: Path) -> tuple[str, str]:
@@ -47,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             growth = None if grown_at is None else {"start": 4, "end": 0.4}
             run = write_run(
                 folder / f"{name}-seed{seed}", f"{name}-seed{seed}", seed=seed, depth=depth, grown_at=grown_at, growth=growth,
-                loss=lambda step, s=seed: 2 + 3 * math.exp(-step / 20) + s / 100,
+                loss=_curve(seed),
             )  # fmt: skip
             for number, task in enumerate([*TASKS, "validation"]):
                 for loops in (1, 2):

@@ -1,0 +1,192 @@
+"""Prompts and answers for supervised fine-tuning: jsonl in, samples out whose answers alone are learnt.
+
+A sample is laid out as pretraining lays out documents: each example is a document, its prompt followed by its answer
+and by ``</s>``; examples are packed, in the order of the file, into as few samples as that allows, and none is cut.
+
+    tokens    </s> P P P A A </s> P P A A A </s> padding
+    learnt          . . . a a  a   . . a a a  a
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from megaloop.config import DataConfig
+from megaloop.data.dataset import Sample
+from megaloop.data.tokenizer import Tokenizer, file_sha256
+from megaloop.errors import MegaloopError
+
+__all__ = ["FineTuningSet", "FineTuningSplit"]
+
+_SHARD = 256
+"""Samples are shuffled in blocks of a few times so many."""
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Token ids, with the end-of-text token in the answer, and the answer's bytes of text."""
+
+    prompt: list[int]
+    answer: list[int]
+    bytes: int
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+class FineTuningSplit:
+    """Samples in memory; what :class:`megaloop.data.dataset.Split` is to shards.
+
+    Attributes:
+        shard_sizes: samples by block of neighbours.
+        documents: examples.
+    """
+
+    def __init__(self, packed: Sequence[Sequence[_Example]], sequence_length: int, end: int):
+        self._samples = [_sample(examples, sequence_length, end) for examples in packed]
+        self._learnt = [int(sample.learnt.sum()) for sample in self._samples if sample.learnt is not None]
+        self.documents = sum(map(len, packed))
+        count = len(self._samples)
+        self.shard_sizes = [min(_SHARD, count - first) for first in range(0, count, _SHARD)]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, index: int) -> Sample:
+        return self._samples[index]
+
+    def learnt(self, index: int) -> int:
+        """Tokens of a sample that are learnt."""
+        return self._learnt[index]
+
+
+class FineTuningSet:
+    """The examples of a jsonl file; what :class:`megaloop.data.dataset.DataSet` is to shards.
+
+    Attributes:
+        path: the file.
+        tokenizer: the sentencepiece model.
+        left_out: examples that are longer than a sample.
+    """
+
+    def __init__(self, path: Path, tokenizer: Path, config: DataConfig):
+        """Read, tokenize and pack the examples.
+
+        Raises:
+            MegaloopError: a file that cannot be read, a line that is no example, or too few of them.
+        """
+        self.path, self.tokenizer, self.sequence_length = path, tokenizer, config.sequence_length
+        opened = Tokenizer.load(tokenizer)
+        self.vocab_size, self.tokenizer_sha256 = opened.vocab_size, file_sha256(tokenizer)
+        if opened.eos_id < 0:
+            raise MegaloopError(f"tokenizer {tokenizer} has no end-of-text token (</s>); answers could not end")
+        examples: dict[str, list[tuple[int, _Example]]] = {"train": [], "validation": []}
+        hashed: list[tuple[int, _Example]] = []
+        self.left_out = 0
+        for prompt, answer in _read(path, config):
+            made = _Example(opened.encode(prompt), [*opened.encode(answer), opened.eos_id], len(answer.encode()))
+            if len(made) > config.sequence_length:
+                self.left_out += 1
+                continue
+            hashed.append((_hash(prompt, answer), made))
+        if len(hashed) < 2:
+            raise MegaloopError(
+                f"data {path}: {len(hashed)} examples of at most {config.sequence_length} tokens "
+                f"({self.left_out} are longer); at least 2 are needed, one of them held out: "
+                "give more, or raise data.sequence_length"
+            )
+        limit = max(int(config.validation_fraction * 2**64), min(number for number, _ in hashed))
+        for number, each in hashed:
+            examples["validation" if number <= limit else "train"].append((number, each))
+        if not examples["train"]:
+            raise MegaloopError(f"data {path}: all examples are held out; lower data.validation_fraction")
+        self._splits = {
+            name: FineTuningSplit(
+                list(_packed([each for _, each in found], config.sequence_length)),
+                config.sequence_length,
+                opened.eos_id,
+            )
+            for name, found in examples.items()
+        }
+
+    def split(self, name: Literal["train", "validation"]) -> FineTuningSplit:
+        return self._splits[name]
+
+    def describe(self) -> str:
+        """What there is to train on."""
+        train = self._splits["train"]
+        learnt = sum(train.learnt(index) for index in range(len(train)))
+        left = f", {self.left_out:,} longer than a sample left out" if self.left_out else ""
+        return (
+            f"{train.documents:,} examples, {learnt:,} tokens of answers, "
+            f"{len(train):,} samples of {self.sequence_length}{left}"
+        )
+
+
+def _hash(prompt: str, answer: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{prompt}\0{answer}".encode(), digest_size=8).digest(), "big")
+
+
+def _read(path: Path, config: DataConfig) -> Iterator[tuple[str, str]]:
+    """(prompt, answer) of each line."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise MegaloopError(
+            f"data {path}: cannot be read ({error.strerror}); data.format sft takes a jsonl file with a prompt and an answer a line"
+        ) from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                raise MegaloopError(f"data {path}, line {number}: not JSON; expected an object a line") from None
+            texts = [
+                value.get(name) if isinstance(value, dict) else None
+                for name in (config.prompt_field, config.answer_field)
+            ]
+            for name, text in zip((config.prompt_field, config.answer_field), texts, strict=True):
+                if not isinstance(text, str) or (name == config.answer_field and not text):
+                    raise MegaloopError(
+                        f"data {path}, line {number}: no text in field {name!r}; name the fields with data.prompt_field and "
+                        "data.answer_field"
+                    )
+            yield str(texts[0]), str(texts[1])
+
+
+def _packed(examples: Sequence[_Example], length: int) -> Iterator[list[_Example]]:
+    """Examples, in order, by the sample that they fill."""
+    sample: list[_Example] = []
+    room = length
+    for example in examples:
+        if sample and len(example) > room:
+            yield sample
+            sample, room = [], length
+        sample.append(example)
+        room -= len(example)
+    if sample:
+        yield sample
+
+
+def _sample(examples: Sequence[_Example], length: int, end: int) -> Sample:
+    tokens = np.full(length + 1, end, dtype=np.int64)
+    learnt = np.zeros(length, dtype=np.bool_)
+    starts, at = [], 1
+    for example in examples:
+        starts.append(at)
+        tokens[at : at + len(example)] = [*example.prompt, *example.answer]
+        learnt[at - 1 + len(example.prompt) : at - 1 + len(example)] = True  # place i predicts token i + 1
+        at += len(example)
+    if at < length:
+        starts.append(at)  # the padding is a document of its own
+    kept = [start for start in starts if start < length]
+    return Sample(tokens, np.array(kept, dtype=np.int32), sum(example.bytes for example in examples), learnt)
