@@ -8,6 +8,7 @@ the machine and the number of documents.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -263,6 +264,7 @@ def write_jsonl(
         size = partial.stat().st_size
         os.replace(partial, out)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise MegaloopError(f"synthesize: cannot write {out} ({error.strerror})") from None
     return Written(count, problems, size)

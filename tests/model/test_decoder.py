@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaloop.config import ModelConfig
@@ -79,6 +79,7 @@ def test_selective_recomputation_keeps_less_than_everything_and_more_than_nothin
     assert kept["selective"] < kept["none"]
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_box_of_the_initial_values_is_that_box_of_the_whole(data: st.DataObject) -> None:
     specs = parameter_specs(ModelConfig.model_validate(SHAPE), DepthPlan.plain(1), VOCAB)

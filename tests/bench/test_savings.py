@@ -1,0 +1,170 @@
+"""Contenders are one configuration in seven ways, and the bench that trains them goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megaloop.bench.contenders import CONTENDERS, contender, counted_flops, looped_depth, looped_parameters_depth
+from megaloop.config import Config, load_config
+from megaloop.depth.schedule import run_flops
+from megaloop.errors import MegaloopError
+from megaloop.savings_command import _PRESETS
+from tests.data.corpus import write_corpus
+from tests.test_cli import megaloop
+from tests.train.runs import configuration, metrics
+
+VOCAB = 512
+
+
+def _flops(config: Config) -> int:
+    tokens = config.train.global_batch * config.data.sequence_length
+    stages = run_flops(config.stages, config.model, config.data.sequence_length, tokens, vocab_size=VOCAB)
+    return stages.total
+
+
+def _base(**changes: Any) -> Config:
+    values = configuration(
+        Path("data"), Path("run"), depth="24", train={"steps": 200, "global_batch": 4, "micro_batch": 4},
+        growth={"start": 4}, **changes,
+    )  # fmt: skip
+    return Config.model_validate(values)
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_every_contender_of_the_presets_is_a_run(preset: str) -> None:
+    config = load_config(_PRESETS / f"savings_{preset}.yaml")
+    made = {name: contender(config, name, VOCAB, seed=1) for name in CONTENDERS}
+    costs = {name: _flops(each) for name, each in made.items()}
+    base = costs["baseline"]
+    assert costs["lidas"] == costs["midas"] < 0.785 * base
+    assert costs["baseline-matched"] == pytest.approx(costs["lidas"], rel=2e-3)
+    assert costs["looped"] == base
+    assert costs["looped-params"] > costs["lidas+loop"] > costs["lidas"]
+    for name, each in made.items():
+        assert each.name == f"{name}-seed1"
+        assert each.seed == 1
+        # the recipe is one for all
+        for section in ("model", "data", "optimizer", "parallel", "loop"):
+            assert getattr(each, section) == getattr(config, section)
+
+
+def test_contenders_have_the_depths_that_their_names_say() -> None:
+    config = _base()
+    depths = {name: contender(config, name, VOCAB).stages[-1].plan for name in CONTENDERS}
+    assert {name: (plan.layers, plan.depth) for name, plan in depths.items()} == {
+        "baseline": (24, 24),
+        "baseline-matched": (24, 24),
+        "midas": (24, 24),
+        "lidas": (24, 24),
+        "looped": (12, 24),
+        "looped-params": (24, 28),
+        "lidas+loop": (24, 28),
+    }
+    stages = contender(config, "lidas+loop", VOCAB).stages
+    assert stages[-1].first_step == 170  # the loop comes with the cooldown
+    assert stages[-2].plan.layers == 24
+
+
+def test_loops_have_the_shape_of_the_paper() -> None:
+    assert looped_depth(24, 4) == "4-4x4-4"
+    assert [looped_depth(layers, 4) for layers in (8, 12, 16, 32)] == ["0-4x2-0", "2-4x2-2", "2-4x3-2", "6-4x5-6"]
+    assert looped_parameters_depth(24, 4) == "10-4x2-10"
+    with pytest.raises(MegaloopError, match="6 layers hold no block of 4 twice"):
+        looped_depth(6, 4)
+
+
+@pytest.mark.parametrize("name", ["baseline", "looped", "lidas+loop"])
+def test_flops_are_those_that_torch_counts(name: str) -> None:
+    ours, theirs = counted_flops(contender(_base(), name, VOCAB), VOCAB)
+    assert ours == theirs
+
+
+def test_what_makes_no_contender_is_refused() -> None:
+    with pytest.raises(MegaloopError, match="unknown contender 'baselin'; choose of baseline, baseline-matched"):
+        contender(_base(), "baselin", VOCAB)
+    with pytest.raises(MegaloopError, match="loops already; give the full-depth model"):
+        contender(Config.model_validate({**_base().model_dump(), "depth": "8-4x2-8", "growth": None}), "lidas", VOCAB)
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    """A bench of seconds."""
+    corpus = write_corpus(tmp_path, sequence_length=32)
+    values = configuration(corpus, tmp_path / "unused", depth="4", train={"steps": 30, "global_batch": 4, "micro_batch": 4})
+    values |= {"growth": {"start": 2, "block": 2}, "validation": {"every": 5, "samples": 4}}
+    values["train"]["precision"] = "fp32"
+    values["checkpoint"] = {"every": 5, "keep": 1}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return file
+
+
+def _arguments(preset: Path, out: Path) -> list[str]:
+    return [
+        "bench", "savings", "--preset", str(preset), "--out", str(out), "--contenders", "baseline,lidas+loop",
+        "--examples", "25", "--shots", "0,1", "--loops", "1,2", "--jobs", "2",
+    ]  # fmt: skip
+
+
+def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> None:
+    """Terminated while both train, it leaves both saved; started again, it trains the rest alone, and reports."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megaloop", *_arguments(preset, out), "train.steps=250"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "100"},
+    )  # fmt: skip
+    runs = [out / "runs" / name for name in ("baseline-seed0", "lidas+loop-seed0")]
+    limit = time.monotonic() + 120
+    while not all((run / "metrics.jsonl").is_file() and len(metrics(run)) > 10 for run in runs):
+        assert time.monotonic() < limit
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    assert process.returncode == 130
+    saved = [len(metrics(run)) for run in runs]
+    assert all(10 < count < 250 for count in saved)
+
+    other = megaloop(*_arguments(preset, out), "train.steps=250", "optimizer.lr=0.5")
+    assert other.returncode == 2
+    assert "holds contenders of another configuration (optimizer.lr was 0.003, is 0.5)" in other.stderr
+
+    limited = megaloop(*_arguments(preset, out), "train.steps=250", "--minutes", "0.1")
+    assert limited.returncode == 75, limited.stderr
+    assert "2 of 2 runs are left: the same command goes on" in limited.stderr
+
+    done = megaloop(*_arguments(preset, out), "train.steps=250", "--json")
+    assert done.returncode == 0, done.stderr
+    for run, count in zip(runs, saved, strict=True):
+        records = metrics(run)
+        assert [record["step"] for record in records] == list(range(1, 251))
+        starts = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        assert max(each["step"] for each in starts if each["event"] == "start") >= count
+    report = json.loads(done.stdout)
+    assert [row["group"] for row in report["savings"]] == ["baseline", "lidas+loop"]
+    assert 0.6 < report["savings"][1]["fraction_of_baseline"] < 1
+    assert {each["loops"] for each in report["loops"]} == {1, 2}
+    assert len([each for each in report["primitives"] if each["task"] == "mean"]) == 2
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_bad_input_is_one_line(preset: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--preset", tmp_path / "none.yaml"), "no such file"),
+        (("--preset", preset, "--contenders", "best"), "unknown contender 'best'"),
+        (("--preset", preset, "--text", preset), "--text is for the presets"),
+        (("--preset", preset, "--loops", "0"), "--loops 0: expected whole numbers from 1 on"),
+    ):
+        result = megaloop("bench", "savings", *arguments, "--out", tmp_path / "out")
+        assert (result.returncode, message in result.stderr) == (2, True), result.stderr
+        assert len(result.stderr.splitlines()) == 1
