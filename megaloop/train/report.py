@@ -399,16 +399,22 @@ class RunReporter:
             self._metrics.event("save_failed", step, reason=reason)
             self._progress.message(f"step {step}  warning: {reason.removesuffix(', then go on with --resume')}")
 
-    def saved(self, step: int, path: Path, size: int, seconds: float, stall: float) -> None:
+    def saved(
+        self, step: int, path: Path, size: int, seconds: float, stall: float, not_deleted: str | None = None
+    ) -> None:
         """Record a checkpoint.
 
         Args:
             seconds: until it was whole.
             stall: how long training stood still for it.
+            not_deleted: why an older one, which was to go, is still there.
         """
         if self._directory is not None:
-            self._metrics.event("save", step, seconds=seconds, bytes=size, path=str(path), stall_seconds=stall)
+            more = {} if not_deleted is None else {"not_deleted": not_deleted}
+            self._metrics.event("save", step, seconds=seconds, bytes=size, path=str(path), stall_seconds=stall, **more)
             self._progress.saved(step, path, seconds=seconds, bytes=size)
+            if not_deleted is not None:
+                self._progress.message(f"step {step}  warning: {not_deleted}")
 
 
 def _depth(plan: DepthPlan) -> str:

@@ -38,6 +38,7 @@ class Saver:
         self._needed = 0
         self._pause = _FIRST_PAUSE
         self._failed_at: float | None = None
+        self._not_deleted: str | None = None
 
     def prepare(self, pieces: Iterable[StatePiece]) -> None:
         """Make ready for such state; returns at once."""
@@ -103,7 +104,12 @@ class Saver:
         else:
             self.saved, self._failed_at = step, None
             stall = self._background.stall_seconds if self._background else result.seconds
-            self._reporter.saved(step, result.path, result.bytes, result.seconds, stall)
+            self._reporter.saved(step, result.path, result.bytes, result.seconds, stall, self._not_deleted)
 
     def _prune(self) -> None:
-        prune(self._directory, self._config.keep, self._config.keep_every)
+        """Delete what is superfluous; that this fails makes the new checkpoint no less whole. Rank 0, maybe in a thread."""
+        self._not_deleted = None
+        try:
+            prune(self._directory, self._config.keep, self._config.keep_every)
+        except MegaloopError as error:
+            self._not_deleted = str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +81,28 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(corpus: Path, tmp_path: Path
     output, _ = again.communicate(timeout=60)
     assert again.returncode == 0, output.decode()
     assert len(losses(tmp_path / "run")) == 6
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_old_checkpoint_that_cannot_be_deleted_makes_the_new_one_no_less_whole(
+    ranks_1: RankPool, corpus: Path, tmp_path: Path, asynchronous: bool
+) -> None:
+    """Something is mounted in it. The run ends well, with the new checkpoint, and says what is in the way."""
+    run = tmp_path / "run"
+    values = configuration(corpus, run, checkpoint={"every": 5, "keep": 9, "asynchronous": asynchronous})
+    ranks_1.run(train, {**values, "train": {**values["train"], "steps": 10}})
+    mounted = run / "checkpoints" / "step-00000005" / "model"
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        values["checkpoint"]["keep"] = 1
+        ranks_1.run(train, values, resume=True)
+    finally:
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
+    saves = events(run, "save")
+    assert [event["step"] for event in saves] == [5, 10, 15, 20]
+    assert "step-00000005 cannot be deleted" in saves[-1]["not_deleted"]
+    assert "not_deleted" not in saves[0]
+    assert not events(run, "save_failed")
+    assert list_checkpoints(run / "checkpoints")[-1].name == "step-00000020"
