@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from megaloop.config import Config, GrowthConfig
 from megaloop.depth import DepthPlan
 from megaloop.depth.flops import flops_per_token
-from megaloop.depth.schedule import run_flops
+from megaloop.depth.schedule import RunFlops, run_flops
 from megaloop.errors import MegaloopError
 from megaloop.model import Decoder
 
-__all__ = ["CONTENDERS", "contender", "counted_flops", "looped_depth", "looped_parameters_depth"]
+__all__ = ["CONTENDERS", "contender", "counted_flops", "looped_depth", "looped_parameters_depth", "total_flops"]
 
 _COUNTED_LENGTH = 64
 """Tokens of the sample on which FLOPs are counted."""
@@ -52,17 +52,10 @@ def _baseline(values: dict[str, Any], config: Config, vocab_size: int) -> None:
 
 def _matched(values: dict[str, Any], config: Config, vocab_size: int) -> None:
     """Full depth for as many steps as cost what LIDAS costs."""
-    grown = contender(config, "lidas", vocab_size)
-    flops = run_flops(
-        grown.stages,
-        grown.model,
-        grown.data.sequence_length,
-        grown.train.global_batch * grown.data.sequence_length,
-        vocab_size=vocab_size,
-    )
+    steps = _flops(contender(config, "lidas", vocab_size), vocab_size).matched_steps
     values["growth"] = None
-    values["train"]["steps"] = flops.matched_steps
-    values["schedule"]["warmup_steps"] = min(config.schedule.warmup_steps, flops.matched_steps)
+    values["train"]["steps"] = steps
+    values["schedule"]["warmup_steps"] = min(config.schedule.warmup_steps, steps)
 
 
 def _growing(operator: str) -> Callable[[dict[str, Any], Config, int], None]:
@@ -134,6 +127,16 @@ def contender(
     made = Config.model_validate(values)
     made.check()
     return made
+
+
+def _flops(config: Config, vocab_size: int) -> RunFlops:
+    tokens = config.train.global_batch * config.data.sequence_length
+    return run_flops(config.stages, config.model, config.data.sequence_length, tokens, vocab_size=vocab_size)
+
+
+def total_flops(config: Config, vocab_size: int) -> int:
+    """Training FLOPs of a contender."""
+    return _flops(config, vocab_size).total
 
 
 def counted_flops(config: Config, vocab_size: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launchers.rank import CONTINUE
-from megaloop.bench.contenders import contender
+from megaloop.bench.contenders import contender, total_flops
 from megaloop.checkpoint import list_checkpoints, step_of
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
@@ -110,6 +110,7 @@ class Job:
     Attributes:
         name: of contender and seed.
         steps: of the whole run.
+        seed, flops: of the whole run; dear runs begin first, so that none is left to run alone at the end.
         done: steps done.
         state: what is going on.
         seconds: spent so far by processes of this command.
@@ -119,6 +120,8 @@ class Job:
     config: Path
     run: Path
     steps: int
+    seed: int
+    flops: int
     evaluations: list[list[str]]
     state: State = "waiting"
     done: int = 0
@@ -163,7 +166,10 @@ def prepare_jobs(
     for each in made.values():
         file = directory / "configs" / f"{each.name}.yaml"
         replace_file(file, each.to_yaml().encode())
-        jobs.append(Job(each.name, file, each.directory, each.train.steps, evaluation.commands(each)))
+        flops = total_flops(each, vocab_size)
+        jobs.append(
+            Job(each.name, file, each.directory, each.train.steps, each.seed, flops, evaluation.commands(each))
+        )  # fmt: skip
     return jobs
 
 
@@ -205,7 +211,7 @@ class Runner:
         Raises:
             MegaloopError: a process failed; the others were ended, those that train after saving.
         """
-        waiting = list(self.jobs)
+        waiting = sorted(self.jobs, key=lambda job: (job.seed, -job.flops))
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self._at_once:

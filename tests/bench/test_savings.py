@@ -14,9 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
-from megaloop.bench.contenders import CONTENDERS, contender, counted_flops, looped_depth, looped_parameters_depth
+from megaloop.bench.contenders import (
+    CONTENDERS,
+    contender,
+    counted_flops,
+    looped_depth,
+    looped_parameters_depth,
+    total_flops,
+)
 from megaloop.config import Config, load_config
-from megaloop.depth.schedule import run_flops
 from megaloop.errors import MegaloopError
 from megaloop.savings_command import _PRESETS
 from tests.data.corpus import write_corpus
@@ -24,12 +30,6 @@ from tests.test_cli import megaloop
 from tests.train.runs import configuration, metrics
 
 VOCAB = 512
-
-
-def _flops(config: Config) -> int:
-    tokens = config.train.global_batch * config.data.sequence_length
-    stages = run_flops(config.stages, config.model, config.data.sequence_length, tokens, vocab_size=VOCAB)
-    return stages.total
 
 
 def _base(**changes: Any) -> Config:
@@ -44,7 +44,7 @@ def _base(**changes: Any) -> Config:
 def test_every_contender_of_the_presets_is_a_run(preset: str) -> None:
     config = load_config(_PRESETS / f"savings_{preset}.yaml")
     made = {name: contender(config, name, VOCAB, seed=1) for name in CONTENDERS}
-    costs = {name: _flops(each) for name, each in made.items()}
+    costs = {name: total_flops(each, VOCAB) for name, each in made.items()}
     base = costs["baseline"]
     assert costs["lidas"] == costs["midas"] < 0.785 * base
     assert costs["baseline-matched"] == pytest.approx(costs["lidas"], rel=2e-3)
@@ -100,7 +100,9 @@ def test_what_makes_no_contender_is_refused() -> None:
 def preset(tmp_path: Path) -> Path:
     """A bench of seconds."""
     corpus = write_corpus(tmp_path, sequence_length=32)
-    values = configuration(corpus, tmp_path / "unused", depth="4", train={"steps": 30, "global_batch": 4, "micro_batch": 4})
+    values = configuration(
+        corpus, tmp_path / "unused", depth="4", train={"steps": 30, "global_batch": 4, "micro_batch": 4}
+    )
     values |= {"growth": {"start": 2, "block": 2}, "validation": {"every": 5, "samples": 4}}
     values["train"]["precision"] = "fp32"
     values["checkpoint"] = {"every": 5, "keep": 1}

@@ -118,7 +118,9 @@ def test_a_template_makes_documents_of_any_jsonl(tmp_path: Path) -> None:
     lines = [{"question": f"What is {n} and {n}?", "answer": str(2 * n), "note": "x {y}"} for n in range(300)]
     source = tmp_path / "qa.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    prepare([source], tmp_path / "out", vocab_size=300, sequence_length=16, template="Q: {question}\nA: {answer} {{}}\n")
+    prepare(
+        [source], tmp_path / "out", vocab_size=300, sequence_length=16, template="Q: {question}\nA: {answer} {{}}\n"
+    )
     dataset = DataSet.open(tmp_path / "out")
     tokenizer = Tokenizer.load(dataset.tokenizer)
     split = dataset.split("train")
