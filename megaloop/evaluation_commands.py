@@ -6,9 +6,8 @@ import json as json_module
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
     from megaloop.evaluation.records import Record
 
 __all__ = ["evaluate_command", "numbers"]
-
-
-class _Precision(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 def evaluate_command(
@@ -51,7 +45,7 @@ def evaluate_command(
         list[Path] | None, typer.Option(help="Data set for the held-out loss; again for more; default: the run's own.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out samples of each data set, at most.")] = 256,
-    precision: Annotated[_Precision, typer.Option(help="Arithmetic.")] = _Precision.fp32,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic.")] = "fp32",
     ranks: Annotated[int, typer.Option(min=1, help="Local ranks that share the examples.")] = 1,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
     out: Annotated[
@@ -96,7 +90,7 @@ def evaluate_command(
                 shots=None if shots == "5" else shot_counts[0],
                 loops=loop_counts[0],
                 block=parsed,
-                precision=precision.value,
+                precision=precision,
             )
             _print_harness(results, json)
             return
@@ -111,7 +105,7 @@ def evaluate_command(
                 seed=seed,
                 data=data,
                 samples=samples,
-                precision=precision.value,
+                precision=precision,
                 again=again,
                 out=out,
                 on_step=show,

@@ -151,9 +151,8 @@ def evaluate(
     work = _Work(
         model, checkpoint, precision, seed, examples, samples, _remembered(checkpoint, out), again, on_step or _silent
     )
-    datasets = _datasets(checkpoint, data, required=VALIDATION in tasks or data is not None, note=on_note or _mute)
-    if tasks and VALIDATION not in tasks and data is None:
-        datasets = []
+    asked = VALIDATION in tasks or data is not None
+    datasets = _datasets(checkpoint, data, required=asked, note=on_note or _mute) if asked or not tasks else []
     records = []
     for depth in dict.fromkeys(depths):
         model.plan, model.times = depth.plan, depth.times

@@ -28,7 +28,7 @@ __all__ = [
     "tasks_named",
 ]
 
-TASKS_VERSION = 1
+TASKS_VERSION = 2
 """Of the generators and prompts; results of different versions do not compare."""
 CANDIDATES = 5
 BLOCK = 50
@@ -222,9 +222,11 @@ def _hopping(hops: int, length: int) -> Callable[[random.Random, int], Example]:
         others = [letter for letter in letters if letter != right]
         rng.shuffle(others)
         others.insert(place, right)
-        while True:  # about one sequence in six will do
+        while (
+            True
+        ):  # one sequence in seven will do; a walk back to the letter it began with would favour frequent letters
             sequence = rng.choices(letters, k=length)
-            if set(sequence) == set(letters) and p_hop(sequence, hops) == right:
+            if sequence[-1] != right and set(sequence) == set(letters) and p_hop(sequence, hops) == right:
                 break
         query = f"Sequence: {' '.join(sequence)}\nAfter {hops} hops:"
         return Example(query, tuple(f" {letter}\n" for letter in others), place)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from megaloop import __version__
 from megaloop.errors import MegaloopError
+from megaloop.evaluation.tasks import CANDIDATES
 from megaloop.report import plots
 from megaloop.report.primitives import (
     MEAN,
@@ -32,7 +33,7 @@ from megaloop.train.rundir import replace_file
 
 __all__ = ["Report", "make_report", "write_report"]
 
-_CHANCE = 0.2
+_CHANCE = 1 / CANDIDATES
 _NONE = "\N{EN DASH}"
 """What the tables show for no value."""
 

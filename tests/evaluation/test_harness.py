@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 
 from megaloop.checkpoint.huggingface import export_huggingface
 from megaloop.evaluation.tasks import TASKS, examples
 from tests.data.corpus import documents
 from tests.test_cli import megaloop
-
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make venv brings it)")
 
 TASK_FILES = {
     "local_choice": """

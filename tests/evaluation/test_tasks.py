@@ -119,6 +119,16 @@ def test_guessers_that_look_at_the_candidates_alone_score_about_chance(task: Tas
         assert right == pytest.approx(task.chance, abs=0.025)  # four standard errors
 
 
+def _most_frequent(example: Example) -> int:
+    letters = example.query.splitlines()[0].split()
+    return max(range(5), key=lambda i: letters.count(example.candidates[i].strip()))
+
+
+def test_counting_letters_does_not_solve_p_hop() -> None:
+    asked = examples(TASKS["p-hop"], 4000, 1)
+    assert sum(_most_frequent(example) == example.correct for example in asked) / len(asked) < 0.24
+
+
 @every_task
 def test_no_training_text_holds_a_template_of_the_evaluation(task: Task) -> None:
     """Not its sentences, and not the shape of its lines."""

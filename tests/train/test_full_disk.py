@@ -15,6 +15,7 @@ import pytest
 
 from launchers.rank import CONTINUE
 from megaloop.checkpoint import list_checkpoints
+from tests.debian import skip
 from tests.distributed import RankPool
 from tests.train.runs import configuration, events, losses, start, train, wait_for
 
@@ -94,7 +95,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_makes_the_new_one_no_less_whol
     mounted = run / "checkpoints" / "step-00000005" / "model"
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("nothing can be mounted here")
+        skip("nothing can be mounted here")
     try:
         values["checkpoint"]["keep"] = 1
         ranks_1.run(train, values, resume=True)
