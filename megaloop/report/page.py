@@ -165,7 +165,8 @@ def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: in
         clear = _clear(best, second[1])
         said.append(
             f"Over the primitives, {label} has the highest mean accuracy, {_cell(best)}; next is {second[0]} with "
-            f"{_cell(second[1])}" + ("." if clear else ", which is within their errors: no difference is shown.")
+            f"{_cell(second[1])}"
+            + ("." if clear else ", less than three standard errors behind: no difference is shown.")
         )
     if any(not group.finished for group in groups):
         said.append("Some runs are unfinished: their last values are compared.")
@@ -175,8 +176,8 @@ def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: in
 
 
 def _clear(best: Cell, other: Cell) -> bool:
-    """The lead is more than two standard errors of the difference."""
-    return best.value - other.value > 2 * math.hypot(best.error or 0.0, other.error or 0.0)
+    """The lead is more than three standard errors of the difference."""
+    return best.value - other.value > 3 * math.hypot(best.error or 0.0, other.error or 0.0)
 
 
 def _task_rows(groups: Sequence[Group], tasks: list[str], shots: int) -> list[dict[str, Any]]:
@@ -293,7 +294,9 @@ def _run_numbers(run: Run) -> dict[str, Any]:
 def _spread(value: Spread, digits: int = 4) -> str:
     if not value.count:
         return _NONE
-    return f"{value.mean:.{digits}f}" + ("" if value.deviation is None else f" ± {value.deviation:.{digits}f}")
+    return f"{value.mean:.{digits}f}" + (
+        "" if value.deviation is None else f" ±\N{NO-BREAK SPACE}{value.deviation:.{digits}f}"
+    )
 
 
 def _cell(cell: Cell | None, digits: int = 1) -> str:

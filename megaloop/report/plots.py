@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -107,7 +107,7 @@ def _limits(groups: Sequence[Group]) -> tuple[float, float]:
     return lowest - 0.05 * room, early + 0.1 * room
 
 
-def _errorbar(axes: Any, points: dict[int, Cell], **style: Any) -> None:
+def _errorbar(axes: Any, points: Mapping[int, Cell] | Mapping[float, Cell], **style: Any) -> None:
     axes.errorbar(
         list(points),
         [cell.value for cell in points.values()],
@@ -125,13 +125,17 @@ def primitives_plot(groups: Sequence[Group], shots: int, chance: float) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.6))
         axes = figure.subplots()
+        depths = sorted({group.runs[-1].depth for group in groups})
+        # contenders share depths: side by side, or they would lie on each other
+        apart = 0.03 * max(depths[-1] - depths[0], 4)
         for number, (group, cell) in enumerate(zip(groups, cells(groups, MEAN, shots), strict=True)):
             if cell is not None:
-                style = _line(number)
-                points = {group.runs[-1].depth: cell}
-                _errorbar(axes, points, color=style["color"], label=f"{group.label}, {group.runs[-1].layers} unique")
+                points = {group.runs[-1].depth + apart * (number - (len(groups) - 1) / 2): cell}
+                label = f"{group.label}, {group.runs[-1].layers} unique"
+                _errorbar(axes, points, color=_line(number)["color"], label=label)
         axes.axhline(chance, color=_INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("layers executed")
+        axes.set_xticks(depths)
         axes.set_ylabel("mean accuracy")
         axes.margins(x=0.25)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, columnspacing=1.2)

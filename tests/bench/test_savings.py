@@ -122,7 +122,7 @@ def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> No
     """Terminated while both train, it leaves both saved; started again, it trains the rest alone, and reports."""
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-m", "megaloop", *_arguments(preset, out), "train.steps=250"],
+        [sys.executable, "-m", "megaloop", *_arguments(preset, out), "train.steps=500"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "100"},
     )  # fmt: skip
     runs = [out / "runs" / name for name in ("baseline-seed0", "lidas+loop-seed0")]
@@ -135,21 +135,21 @@ def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> No
     process.communicate(timeout=90)
     assert process.returncode == 130
     saved = [len(metrics(run)) for run in runs]
-    assert all(10 < count < 250 for count in saved)
+    assert all(10 < count < 500 for count in saved)
 
-    other = megaloop(*_arguments(preset, out), "train.steps=250", "optimizer.lr=0.5")
+    other = megaloop(*_arguments(preset, out), "train.steps=500", "optimizer.lr=0.5")
     assert other.returncode == 2
     assert "holds contenders of another configuration (optimizer.lr was 0.003, is 0.5)" in other.stderr
 
-    limited = megaloop(*_arguments(preset, out), "train.steps=250", "--minutes", "0.1")
+    limited = megaloop(*_arguments(preset, out), "train.steps=500", "--minutes", "0.1")
     assert limited.returncode == 75, limited.stderr
     assert "2 of 2 runs are left: the same command goes on" in limited.stderr
 
-    done = megaloop(*_arguments(preset, out), "train.steps=250", "--json")
+    done = megaloop(*_arguments(preset, out), "train.steps=500", "--json")
     assert done.returncode == 0, done.stderr
     for run, count in zip(runs, saved, strict=True):
         records = metrics(run)
-        assert [record["step"] for record in records] == list(range(1, 251))
+        assert [record["step"] for record in records] == list(range(1, 501))
         starts = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         assert max(each["step"] for each in starts if each["event"] == "start") >= count
     report = json.loads(done.stdout)
