@@ -80,6 +80,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         same = {key: value for key, value in run.config.items() if key not in _OF_A_SEED}
+        if isinstance(same.get("init"), str):  # fine-tuned, each from the pretrained run of its seed
+            same["init"] = _without_seed(same["init"])
         groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(run)
     labels = [_label(members) for members in groups.values()]
     made = []
@@ -90,8 +92,13 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _label(runs: Sequence[Run]) -> str:
-    names = {re.sub(r"[-_.](?:seed|s)[-_]?\d+$", "", run.name) for run in runs}
+    names = {_without_seed(run.name) for run in runs}
     return names.pop() if len(names) == 1 else runs[0].name
+
+
+def _without_seed(name: str) -> str:
+    """A name, or the names in a path, without ``-seed3`` at the end."""
+    return re.sub(r"[-_.](?:seed|s)[-_]?\d+(?=/|$)", "", name)
 
 
 def choose_baseline(groups: Sequence[Group], name: str | None) -> Group:

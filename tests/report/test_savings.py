@@ -77,6 +77,18 @@ def test_seeds_make_a_group_with_a_spread(tmp_path: Path) -> None:
     assert differences(groups) == [("depth", ["8", "9"])]
 
 
+def test_fine_tuned_seeds_are_of_the_pretrained_seeds(tmp_path: Path) -> None:
+    runs = [
+        write_run(
+            tmp_path / f"{name}{seed}", f"{name}-seed{seed}", seed=seed, init=f"runs/{name}-seed{seed}/checkpoints"
+        )
+        for name in ("baseline", "lidas")
+        for seed in range(3)
+    ]
+    groups = group_runs([read_run(run) for run in runs])
+    assert [(group.label, len(group.runs)) for group in groups] == [("baseline", 3), ("lidas", 3)]
+
+
 def test_configurations_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(depth), "same", depth=str(depth)) for depth in (8, 9)]
     assert [group.label for group in group_runs([read_run(run) for run in runs])] == ["same (1)", "same (2)"]
