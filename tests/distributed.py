@@ -1,8 +1,8 @@
 """Run functions on several real ranks: processes of their own that talk over gloo.
 
 ``run_ranks(2, function, *args)`` starts two ranks, calls the function in both and returns their results in
-rank order. ``RankPool(2)`` keeps the ranks alive for many calls, because importing torch and DeepSpeed costs
-seconds; fixtures ``ranks_2`` and ``ranks_4`` hold one pool each for the whole test session.
+rank order. ``RankPool(2)`` keeps the ranks alive for many calls; fixtures ``ranks_2`` and ``ranks_4`` hold one pool
+each for the whole test session. Ranks are forks of a server that has imported what they need (:mod:`tests.processes`).
 
 A function is sent by name, so it must be defined at the top of a module; arguments and results travel by
 value. While it runs, torch.distributed is initialised and RANK, WORLD_SIZE and LOCAL_RANK are set.
@@ -11,7 +11,6 @@ value. While it runs, torch.distributed is initialised and RANK, WORLD_SIZE and 
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import pickle
 import signal
@@ -21,8 +20,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
+
+from tests.processes import server
 
 __all__ = ["RankError", "RankPool", "run_ranks"]
 
@@ -54,7 +56,7 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._store: Any = None
         self._left_group = False
 
@@ -107,7 +109,7 @@ class RankPool:
 
         # the store lives here and its port is chosen by the system: no race for a free port
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = server()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             arguments = (rank, self.world_size, self._store.port, theirs)

@@ -10,19 +10,13 @@ from pathlib import Path
 import pytest
 
 from megaloop import __version__
+from tests import processes
 
 CONFIG = "depth: 2\ndata:\n  sources:\n    - path: nowhere\n"
 
 
 def megaloop(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megaloop", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "COLUMNS": "100", **(environment or {})},
-    )
+    return processes.run(*arguments, env={**os.environ, "COLUMNS": "100", **(environment or {})})
 
 
 @pytest.fixture
@@ -58,6 +52,7 @@ def test_help_answers_without_importing_torch(command: str) -> None:
     program = """
 import sys
 from megaloop.cli import main
+from tests import processes
 try:
     main()
 except SystemExit as end:

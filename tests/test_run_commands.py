@@ -5,20 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests import processes
 from tests.checkpoint.states import save
 
 
 def _megaloop(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megaloop", *map(str, arguments)], capture_output=True, text=True, timeout=60
-    )
+    return processes.run(*arguments)
 
 
 def _listed(*arguments: object) -> dict[str, Any]:

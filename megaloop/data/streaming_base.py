@@ -1,9 +1,9 @@
 """The one place that imports MosaicML-Streaming: its MDS shard format, without its vision and text extras.
 
-``import streaming`` runs ``streaming/__init__.py``, which imports torchvision; beside a CPU build of torch the
-torchvision that pip resolves fails on import. ``streaming.base`` alone needs none of it, but Python runs a
-package's ``__init__`` before its submodules. So where the real package will not import, an empty one of
-its name stands in for it, with the real package's path, and ``streaming.base`` is imported below that.
+``import streaming`` runs ``streaming/__init__.py``, which imports torchvision: beside a CPU build of torch the torchvision that
+pip resolves fails on import. ``streaming/base/__init__.py`` imports transformers, which takes two seconds of every rank's
+start. The format alone needs neither, but Python runs a package's ``__init__`` before its submodules. So empty packages of
+their names stand in for both, with the real packages' paths. Where somebody has imported the real one before, it stays.
 """
 
 from __future__ import annotations
@@ -18,19 +18,16 @@ __all__ = ["mds_reader", "mds_writer"]
 
 
 def _base(module: str) -> Any:
-    try:
-        return importlib.import_module(f"streaming.base.{module}")
-    except Exception:  # torchvision raises whatever its extension raises
-        for name in [name for name in sys.modules if name.partition(".")[0] == "streaming"]:
-            del sys.modules[name]
-        spec = importlib.util.find_spec("streaming")
-        if spec is None:
-            raise
-        package = types.ModuleType("streaming")
-        package.__path__ = list(spec.submodule_search_locations or ())
-        package.__spec__ = spec
-        sys.modules["streaming"] = package
-        return importlib.import_module(f"streaming.base.{module}")
+    if "streaming" not in sys.modules:
+        for name in ("streaming", "streaming.base"):
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            package = types.ModuleType(name)
+            package.__path__ = list(spec.submodule_search_locations or ())
+            package.__spec__ = spec
+            sys.modules[name] = package
+    return importlib.import_module(f"streaming.base.{module}")
 
 
 def mds_writer() -> Any:

@@ -75,6 +75,8 @@ def join_ranks() -> int:
         device = local_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # asked for nothing but an op for inference on CPUs, which DeepSpeed would compile here for half a minute the first time
+        deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,

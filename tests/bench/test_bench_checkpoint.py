@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests import processes
 
 CONFIG = {
     "depth": 3,
@@ -28,8 +29,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megaloop", "bench", "checkpoint", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return processes.run("bench", "checkpoint", *arguments)
 
 
 def test_everything_is_measured_and_nothing_is_left(config: Path, tmp_path: Path) -> None:

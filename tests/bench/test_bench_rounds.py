@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 
+from tests import processes
+
 
 def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megaloop", "bench", "rounds", "--shape", "tiny", "--sequence-length", "16"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True)
+    return processes.run("bench", "rounds", "--shape", "tiny", "--sequence-length", "16", *arguments, timeout=300)
 
 
 def test_rounds_are_measured_against_stock_deepspeed() -> None:

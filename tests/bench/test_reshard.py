@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests import processes
 
 CONFIG = {
     "depth": 6,
@@ -28,8 +29,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megaloop", "bench", "reshard", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return processes.run("bench", "reshard", *arguments)
 
 
 def test_a_growth_is_measured_both_ways(config: Path) -> None:

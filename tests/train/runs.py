@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +24,18 @@ from megaloop.depth import Growth
 from megaloop.parallel.engine import StepResult, TrainingEngine
 from megaloop.parallel.live import Resharded
 from megaloop.parallel.topology import Topology
+from tests import processes
+from tests.processes import Command
 
 __all__ = [
     "configuration",
     "events",
+    "hold",
     "losses",
     "metrics",
+    "release",
     "start",
+    "start_held",
     "steps_done",
     "train",
     "train_dying_in_growth",
@@ -204,22 +207,47 @@ def losses(directory: Path) -> list[float]:
     return [record["loss"] for record in records]
 
 
-def start(values: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start(values: dict[str, Any], folder: Path, *arguments: str, **options: Any) -> Command:
     """``megaloop train``, as a user starts it."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megaloop", "train", str(path), *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return processes.start("train", path, *arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
-def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def hold(folder: Path) -> None:
+    """A run's ``setup``: it stands before each step S for which there is a file ``hold-S``, until that is gone."""
+    plainly = TrainingEngine.train_step
+    count = 0
+
+    def held(engine: TrainingEngine, *arguments: Any) -> StepResult:
+        nonlocal count
+        count += 1
+        while (folder / f"hold-{count}").exists():
+            time.sleep(0.01)
+        return plainly(engine, *arguments)
+
+    TrainingEngine.train_step = held  # type: ignore[method-assign, assignment]
+
+
+def start_held(values: dict[str, Any], folder: Path, step: int, *arguments: str, **options: Any) -> Command:
+    """A run that stands after ``step`` steps, which it has done when this returns; ``release`` lets it go on."""
+    (folder / f"hold-{step + 1}").touch()
+    process = start(values, folder, *arguments, setup=hold, setup_arguments=(folder,), **options)
+    wait_for(lambda: steps_done(Path(values["run_dir"])) == step, process)
+    return process
+
+
+def release(folder: Path) -> None:
+    """Let a run that stands go on."""
+    for path in folder.glob("hold-*"):
+        path.unlink()
+
+
+def wait_for(condition: Any, process: Command, seconds: float = 300) -> None:
     """Wait while the process lives and the condition does not hold."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+        assert process.poll() is None, process.communicate(60)[0].decode()
         assert time.monotonic() < deadline, "the run did not get that far"
         time.sleep(0.02)
 

@@ -6,7 +6,6 @@ import hashlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ import pytest
 import yaml
 
 from data_prep.prepare import prepare
+from tests import processes
 from tests.distributed import RankPool
 from tests.train.runs import configuration, metrics, train
 
 
 def _megaloop(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megaloop", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+    return processes.run(*arguments)
 
 
 def _train(folder: Path, values: dict[str, Any], *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -144,7 +142,7 @@ def test_a_live_run_keeps_its_directory(corpus: Path, tmp_path: Path) -> None:
     values = configuration(corpus, tmp_path / "run", train__steps=100_000, validation__every=0)
     path = tmp_path / "live.yaml"
     path.write_text(yaml.safe_dump(values))
-    live = subprocess.Popen([sys.executable, "-m", "megaloop", "train", str(path)], stdout=subprocess.DEVNULL)
+    live = processes.start("train", path)
     try:
         deadline = time.monotonic() + 60
         while not ((tmp_path / "run" / "metrics.jsonl").exists() and metrics(tmp_path / "run")):

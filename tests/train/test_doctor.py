@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megaloop.train.doctor import Diagnosis, examine
+from tests import processes
 from tests.distributed import RankPool
 from tests.train.runs import configuration, start, steps_done, train, train_on_bad_samples, wait_for
 
@@ -132,9 +132,7 @@ def test_half_a_line_does_not_stop_it(tmp_path: Path) -> None:
 
 
 def _megaloop(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megaloop", *map(str, arguments)], capture_output=True, text=True, timeout=60
-    )
+    return processes.run(*arguments)
 
 
 def test_the_command(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from megaloop.checkpoint.depth import grow_checkpoint
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, grow
 from megaloop.depth.flops import flops_per_token
+from tests import processes
 from tests.distributed import RankError, RankPool
 from tests.train.runs import configuration, events, metrics, train, train_dying_in_growth, train_keeping_growths
 
@@ -270,6 +269,6 @@ def test_the_command_line_grows_in_flight_and_offline(corpus: Path, tmp_path: Pa
 
 
 def _megaloop(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, "-m", "megaloop", *arguments], capture_output=True, text=True)
+    done = processes.run(*arguments)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr

@@ -17,6 +17,7 @@ from megaloop.config import Config
 from megaloop.depth import run_flops
 from megaloop.errors import MegaloopError
 from megaloop.train.preview import preview, show
+from tests import processes
 
 VALUES: dict[str, Any] = {
     "name": "tiny",
@@ -170,8 +171,7 @@ def test_the_data_tell_the_vocabulary_or_need_not_exist(config_file: Path) -> No
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(config_file: Path, arguments: list[str], complaint: str) -> None:
-    command = [sys.executable, "-m", "megaloop", "plan", str(config_file), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = processes.run("plan", config_file, *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -184,6 +184,7 @@ import sys
 from megaloop.config import load_config
 from megaloop.train.preview import preview
 from pathlib import Path
+from tests import processes
 preview(load_config(Path({str(config_file)!r})), 4)
 assert "deepspeed" not in sys.modules
 """

@@ -16,11 +16,12 @@ from tests.train.runs import (
     configuration,
     losses,
     metrics,
+    release,
     start,
+    start_held,
     steps_done,
     train,
     train_with_a_drifting_replica,
-    wait_for,
 )
 
 Layout = tuple[int, int, int]
@@ -107,22 +108,18 @@ def test_no_sample_is_repeated_or_skipped(ranks_1: RankPool, ranks_2: RankPool, 
     assert sorted(second[0] + second[1]) == list(range(40, 80))
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus: Path, tmp_path: Path, straight: Any) -> None:
     """Real processes, SIGKILL beyond the checkpoint, --resume: the same bits, each step once."""
-    changes = {"train__global_batch": 32, "train__steps": 20}
-    values = configuration(corpus, tmp_path / "killed", (2, 1, 1), **changes)
-    process = start(values, tmp_path)
-    try:
-        wait_for(lambda: steps_done(tmp_path / "killed") >= 12, process)
-    finally:
-        process.send_signal(signal.SIGKILL)  # its ranks die with it
-        process.wait()
-    assert 12 <= steps_done(tmp_path / "killed") < 20
+    values = configuration(corpus, tmp_path / "killed", (2, 1, 1))
+    process = start_held(values, tmp_path, 12)
+    process.send_signal(signal.SIGKILL)  # its ranks die with it
+    process.wait()
+    assert steps_done(tmp_path / "killed") == 12
+    release(tmp_path)
     resumed = start(values, tmp_path, "--resume")
     output, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, output.decode()
-    ranks_2.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 1), **changes))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert losses(tmp_path / "killed") == losses(straight((2, 1, 1)))
     kinds = [json.loads(line)["event"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
     assert kinds == ["start", "save", "resume", "start", "save", "stop"]
 

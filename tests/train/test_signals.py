@@ -14,7 +14,8 @@ import pytest
 
 from launchers.rank import CONTINUE
 from tests.distributed import RankPool
-from tests.train.runs import configuration, events, losses, start, steps_done, train, wait_for
+from tests.processes import children
+from tests.train.runs import configuration, events, losses, release, start, start_held, steps_done, train, wait_for
 
 
 def _endless(corpus: Path, directory: Path, layout: tuple[int, int, int]) -> dict[str, Any]:
@@ -42,14 +43,14 @@ def test_a_signal_ends_the_step_saves_and_asks_to_be_continued(
 
 
 def test_the_curve_does_not_show_where_a_run_was_signalled(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"train__global_batch": 32, "checkpoint__every": 0}
+    changes: dict[str, Any] = {"checkpoint__every": 0}
     values = configuration(corpus, tmp_path / "run", (2, 1, 1), **changes)
-    process = start(values, tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "run") >= 3, process)
+    process = start_held(values, tmp_path, 3)
     process.send_signal(signal.SIGUSR1)
+    release(tmp_path)
     process.communicate(timeout=60)
     assert process.returncode == CONTINUE
-    assert 3 <= steps_done(tmp_path / "run") < 20
+    assert 3 <= steps_done(tmp_path / "run") <= 4
     ranks_2.run(train, values, True)
     ranks_2.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 1), **changes))
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
@@ -60,8 +61,7 @@ def test_a_signal_to_one_rank_of_several_is_enough(corpus: Path, tmp_path: Path)
     values = _endless(corpus, tmp_path / "run", (2, 1, 1))
     process = start(values, tmp_path)
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGUSR1)
+    os.kill(children(process.pid)[1], signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == CONTINUE, output.decode()
 
@@ -70,8 +70,7 @@ def test_a_second_signal_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
     """Rank 0 is stopped, so that rank 1 sits in a collective and no step ends."""
     process = start(_endless(corpus, tmp_path / "run", (2, 1, 1)), tmp_path)
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
-    first = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
-    os.kill(int(first), signal.SIGSTOP)
+    os.kill(children(process.pid)[0], signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
     time.sleep(1)
     assert process.poll() is None, "it waits for the step to end"
@@ -109,11 +108,9 @@ with StopSignals() as signals:
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 2)], ids=str)
 def test_a_run_under_nohup_outlives_its_terminal(corpus: Path, tmp_path: Path, layout: tuple[int, int, int]) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # children inherit it: all that nohup does
-    try:
-        process = start(_endless(corpus, tmp_path / "run", layout), tmp_path)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = start(
+        _endless(corpus, tmp_path / "run", layout), tmp_path, ignored=(signal.SIGHUP,)
+    )  # all that nohup does
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
     process.send_signal(signal.SIGHUP)
     done = steps_done(tmp_path / "run")
@@ -151,11 +148,11 @@ def test_stop_at_beyond_the_run_is_refused(corpus: Path, tmp_path: Path) -> None
 def test_a_dead_rank_is_started_again_and_the_run_resumes(
     request: pytest.FixtureRequest, corpus: Path, tmp_path: Path, layout: tuple[int, int, int]
 ) -> None:
-    changes: dict[str, Any] = {"train__global_batch": 32, "checkpoint__every": 3}
+    changes: dict[str, Any] = {"checkpoint__every": 3}
     values = configuration(corpus, tmp_path / "run", layout, **changes)
-    process = start(values, tmp_path, "--max-restarts", "1")
-    wait_for(lambda: steps_done(tmp_path / "run") >= 5, process)
-    os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]), signal.SIGKILL)
+    process = start_held(values, tmp_path, 5, "--max-restarts", "1")
+    release(tmp_path)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output.decode()
     assert "starting the ranks again, restart 1 of 1" in output.decode()
@@ -169,7 +166,7 @@ def test_more_deaths_than_restarts_end_the_run(corpus: Path, tmp_path: Path) -> 
     process = start(_endless(corpus, tmp_path / "run", (2, 1, 1)), tmp_path)
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, process)
     began = time.monotonic()
-    os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[1]), signal.SIGKILL)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert time.monotonic() - began < 5, "the others do not wait for it"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from megaloop.errors import MegaloopError
 from megaloop.parallel.rounds import Rounds
 from megaloop.train.timeline import StepPicture, draw_png, draw_text
+from tests import processes
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -48,13 +47,13 @@ def test_a_long_step_is_cut_where_the_terminal_ends() -> None:
 
 
 def test_the_command_draws_text_and_png(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megaloop", "plan", str(DEMO), "model.vocab_size=4096"]
+    command = ["plan", DEMO, "model.vocab_size=4096"]
     picture = tmp_path / "step.png"
-    done = subprocess.run([*command, "--timeline", "--timeline-png", str(picture)], capture_output=True, text=True)
+    done = processes.run(*command, "--timeline", "--timeline-png", picture)
     assert done.returncode == 0, done.stderr
     assert "Stage 3: 12 layers, pp 2 x tp 1 x dp 1  ranks wait 20.5% of a step" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    alone = subprocess.run([*command, "parallel.pp=1", "--timeline-png", str(picture)], capture_output=True, text=True)
+    alone = processes.run(*command, "parallel.pp=1", "--timeline-png", picture)
     assert (alone.returncode, alone.stderr.count("\n")) == (2, 1)
     assert "no stage has a pipeline (pp 1)" in alone.stderr
 
