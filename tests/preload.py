@@ -14,6 +14,7 @@ _MODULES = (
     "deepspeed.runtime.pipe.engine",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed asks for it when an engine is built; it imports torch's compiler
     "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.module_inject.auto_ep_layer",
     "launchers.local",
     "megaloop.bench.checkpoint",
     "megaloop.bench.contenders",
@@ -25,6 +26,7 @@ _MODULES = (
     "megaloop.evaluation.evaluate",
     "megaloop.evaluation.harness",
     "megaloop.inference",
+    "megaloop.parallel.pipeline",
     "megaloop.report",
     "megaloop.train.doctor",
     "megaloop.train.loop",
