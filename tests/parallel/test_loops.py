@@ -121,13 +121,27 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("depth", ["1-2x3-1", "0-4x4-0"])
-@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (4, 1, 1)], ids=str)
+PIPELINES = [(1, 1, 1), (2, 1, 1), (4, 1, 1)]
+PAIRS = [
+    (name, PIPELINES[(first + second) % 3], depth)
+    for first, name in enumerate(OPTIONS)
+    for second, depth in enumerate(("1-2x3-1", "0-4x4-0", "1-2x3-1"))
+]
+"""Every option on every pipeline and with every depth, every depth on every pipeline; not all three in all combinations."""
+
+
+@pytest.mark.parametrize(("name", "layout", "depth"), PAIRS, ids=str)
 def test_options_of_loops_do_not_depend_on_the_pipeline(
-    request: pytest.FixtureRequest, layout: tuple[int, int, int], depth: str, options: tuple[tuple[str, Any], ...]
+    request: pytest.FixtureRequest, layout: tuple[int, int, int], depth: str, name: str
 ) -> None:
-    _check(request, layout, depth=depth, loop=options)
+    _check(request, layout, depth=depth, loop=OPTIONS[name])
+
+
+def test_options_depths_and_pipelines_meet_in_pairs() -> None:
+    depths = {depth for _, _, depth in PAIRS}
+    assert {(name, layout) for name, layout, _ in PAIRS} == {(name, layout) for name in OPTIONS for layout in PIPELINES}
+    assert {(name, depth) for name, _, depth in PAIRS} == {(name, depth) for name in OPTIONS for depth in depths}
+    assert {(layout, depth) for _, layout, depth in PAIRS} == {(each, depth) for each in PIPELINES for depth in depths}
 
 
 @pytest.mark.parametrize("layout", [(2, 1, 1), (4, 1, 1)], ids=str)

@@ -1,6 +1,6 @@
-"""A rank of a run that is killed at a chosen moment: ``python chaos_rank.py ATTEMPT``, under the local launcher.
+"""A run that is killed at a chosen moment.
 
-ATTEMPT is a directory with ``attempt.json``: the run's configuration, whether to resume, and the kill. A rank that
+``python -m tests.train.chaos_rank ATTEMPT RANKS LOGS`` is the launcher, ``python -m tests.train.chaos_rank ATTEMPT`` a rank. ATTEMPT is a directory with ``attempt.json``: the run's configuration, whether to resume, and the kill. A rank that
 reaches the moment leaves a file ``killed`` there, so that no death goes on its account that was another's doing.
 Besides training, each rank notes which samples each of its steps took.
 """
@@ -27,10 +27,12 @@ from typing import Any, Literal, get_args
 
 from launchers.rank import open_store, report_error
 
-__all__ = ["Kill", "Kind", "after_first_save", "kill_plan", "prepare", "samples_of"]
+__all__ = ["KILLED", "Kill", "Kind", "after_first_save", "kill_plan", "prepare", "samples_of"]
 
 Kind = Literal["save", "growth", "data", "start", "random"]
 
+KILLED = 3
+"""Exit code of a launcher whose rank was killed."""
 _PATIENCE = 120
 """Seconds after which a rank that hangs ends itself, and with it the test."""
 
@@ -112,7 +114,7 @@ _POINTS: dict[str, tuple[_Point, ...]] = {
         _Point("train.report", "RunReporter.begins", after=True),
     ),
 }  # fmt: skip
-_DELAYS: dict[str, tuple[float, float]] = {"start": (0.0, 3.0), "random": (2.5, 5.5)}
+_DELAYS: dict[str, tuple[float, float]] = {"start": (0.0, 0.3), "random": (0.2, 2.5)}
 """Seconds from a process's start on in which a moment may lie that no function marks."""
 
 
@@ -172,12 +174,11 @@ def after_first_save() -> Kill:
     return Kill("save", "all", None, names.index(("prune", True)), 1)
 
 
-def prepare(attempt: Path, values: dict[str, Any], resume: bool, kill: Kill | None) -> list[str]:
-    """Write down an attempt; returns the command of its ranks."""
+def prepare(attempt: Path, values: dict[str, Any], resume: bool, kill: Kill | None) -> None:
+    """Write down an attempt."""
     attempt.mkdir(parents=True)
     task = {"values": values, "resume": resume, "kill": None if kill is None else asdict(kill)}
     (attempt / "attempt.json").write_text(json.dumps(task))
-    return [sys.executable, "-m", "tests.train.chaos_rank", str(attempt)]
 
 
 def samples_of(run: Path, ranks: int) -> list[dict[int, list[int]]]:
@@ -276,7 +277,21 @@ def _record_samples(run: Path) -> None:
     RunReporter.stepped = noting  # type: ignore[method-assign, assignment]
 
 
+def _launch(attempt: str, ranks: str, logs: str) -> None:
+    from launchers.local import RankFailed, launch
+    from megaloop.errors import MegaloopError
+
+    try:
+        launch([sys.executable, "-m", "tests.train.chaos_rank", attempt], int(ranks), Path(logs), grace=5.0)
+    except (RankFailed, MegaloopError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(KILLED if isinstance(error, RankFailed) else 2)
+
+
 def main() -> None:
+    if len(sys.argv) > 2:
+        _launch(*sys.argv[1:])
+        return
     attempt = Path(sys.argv[1])
     task = json.loads((attempt / "attempt.json").read_text())
     signal.alarm(_PATIENCE)

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from launchers.local import RankFailed, launch
 from megaloop.checkpoint import Checkpoint, list_checkpoints
-from megaloop.errors import MegaloopError
-from tests.train.chaos_rank import Kill, after_first_save, kill_plan, prepare, samples_of
+from tests import processes
+from tests.train.chaos_rank import KILLED, Kill, after_first_save, kill_plan, prepare, samples_of
 from tests.train.runs import configuration, events, metrics
 
-KILLS = int(os.environ.get("MEGALOOP_CHAOS_KILLS", "30"))
+KILLS = int(os.environ.get("MEGALOOP_CHAOS_KILLS", "10"))
 SEED = int(os.environ.get("MEGALOOP_CHAOS_SEED", "0"))
 RANKS, STEPS, BATCH, KEEP = 2, 96, 4, 2
 
@@ -63,17 +62,15 @@ class _Runs:
         self.attempts += 1
         folder = self._folder / f"run-{len(self.finished)}"
         attempt = folder / f"attempt-{self.attempts}"
-        command = prepare(attempt, _values(self._corpus, folder / "run"), not self.fresh, kill)
-        try:
-            launch(command, RANKS, folder / "logs", grace=5.0)
-        except RankFailed as error:
+        prepare(attempt, _values(self._corpus, folder / "run"), not self.fresh, kill)
+        done = processes.run(attempt, RANKS, folder / "logs", module="tests.train.chaos_rank", timeout=300)
+        if done.returncode == KILLED:
             if not (attempt / "killed").exists():
-                pytest.fail(f"{kill or 'nobody was killed'}: {error}")
+                pytest.fail(f"{kill or 'nobody was killed'}: {done.stderr}")
             self.fresh = False
             return True
-        except MegaloopError as error:  # the last kill came after the last save
-            if "nothing is left to train" not in str(error):
-                raise
+        # the last kill may have come after the last save
+        assert done.returncode == 0 or "nothing is left to train" in done.stderr, done.stderr
         self.finished.append(folder)
         self.fresh = True
         return False

@@ -18,7 +18,7 @@ from megaloop.train.report import RunReporter
 from tests.distributed import RankPool
 from tests.train.runs import configuration, events, losses, train
 
-STEPS = int(os.environ.get("MEGALOOP_SOAK_STEPS", "2000"))
+STEPS = int(os.environ.get("MEGALOOP_SOAK_STEPS", "600"))
 CHANGES = STEPS // 50
 LIMIT = 0.05
 DEPTHS = {"1-2x2-1": 6, "4": 4}
