@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
+# before torch is imported: tests run beside each other, and threads that wait for a core cost more than they bring
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.distributed import RankPool
+
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("MEGALOOP_HYPOTHESIS", "ci"))
 
 
 @pytest.fixture(scope="session")

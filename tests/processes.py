@@ -41,7 +41,6 @@ def server() -> ForkServerContext:
     """The server that everything is forked from; started by the first fork."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads are counted when it is imported, once for all
     return context
 
 

@@ -168,7 +168,10 @@ def run_harness(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=[str(path) for path in task_directories] or None)
+    folders = [str(path) for path in task_directories] or None
+    manager = TaskManager(include_path=folders, include_defaults=folders is None)
+    if not set(tasks) <= set(manager.all_tasks):  # lm-eval's own, thousands of files, are read where one is asked for
+        manager = TaskManager(include_path=folders)
     missing = [name for name in tasks if name not in manager.all_tasks]
     if missing or not tasks:
         raise MegaloopError(

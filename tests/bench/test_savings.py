@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +22,9 @@ from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
 from megaloop.savings_command import _PRESETS
 from tests.data.corpus import write_corpus
+from tests.processes import start
 from tests.test_cli import megaloop
-from tests.train.runs import configuration, metrics
+from tests.train.runs import configuration, hold, metrics, pace, release, steps_done, wait_for
 
 VOCAB = 512
 
@@ -121,35 +118,32 @@ def _arguments(preset: Path, out: Path) -> list[str]:
 def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> None:
     """Terminated while both train, it leaves both saved; started again, it trains the rest alone, and reports."""
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megaloop", *_arguments(preset, out), "train.steps=500"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "100"},
-    )  # fmt: skip
+    (tmp_path / "hold-12").touch()
+    arguments = [*_arguments(preset, out), "train.steps=150"]
+    process = start(*arguments, setup=hold, setup_arguments=(tmp_path,))
     runs = [out / "runs" / name for name in ("baseline-seed0", "lidas+loop-seed0")]
-    limit = time.monotonic() + 120
-    while not all((run / "metrics.jsonl").is_file() and len(metrics(run)) > 10 for run in runs):
-        assert time.monotonic() < limit
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    wait_for(lambda: all(steps_done(run) == 11 for run in runs), process)
     process.send_signal(signal.SIGTERM)
+    release(tmp_path)
     process.communicate(timeout=90)
     assert process.returncode == 130
     saved = [len(metrics(run)) for run in runs]
-    assert all(10 < count < 500 for count in saved)
+    assert all(11 <= count < 150 for count in saved)
 
-    other = megaloop(*_arguments(preset, out), "train.steps=500", "optimizer.lr=0.5")
+    other = megaloop(*arguments, "optimizer.lr=0.5")
     assert other.returncode == 2
     assert "holds contenders of another configuration (optimizer.lr was 0.003, is 0.5)" in other.stderr
 
-    limited = megaloop(*_arguments(preset, out), "train.steps=500", "--minutes", "0.1")
-    assert limited.returncode == 75, limited.stderr
-    assert "2 of 2 runs are left: the same command goes on" in limited.stderr
+    limited = start(*arguments, "--minutes", "0.1", setup=pace, setup_arguments=(0.1,))
+    output, _ = limited.communicate(timeout=120)
+    assert limited.returncode == 75, output.decode()
+    assert "2 of 2 runs are left: the same command goes on" in output.decode()
 
-    done = megaloop(*_arguments(preset, out), "train.steps=500", "--json")
+    done = megaloop(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     for run, count in zip(runs, saved, strict=True):
         records = metrics(run)
-        assert [record["step"] for record in records] == list(range(1, 501))
+        assert [record["step"] for record in records] == list(range(1, 151))
         starts = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         assert max(each["step"] for each in starts if each["event"] == "start") >= count
     report = json.loads(done.stdout)

@@ -33,6 +33,7 @@ __all__ = [
     "hold",
     "losses",
     "metrics",
+    "pace",
     "release",
     "start",
     "start_held",
@@ -227,6 +228,17 @@ def hold(folder: Path) -> None:
         return plainly(engine, *arguments)
 
     TrainingEngine.train_step = held  # type: ignore[method-assign, assignment]
+
+
+def pace(seconds: float) -> None:
+    """A run's ``setup``: each of its steps takes at least so long."""
+    plainly = TrainingEngine.train_step
+
+    def slowly(engine: TrainingEngine, *arguments: Any) -> StepResult:
+        time.sleep(seconds)
+        return plainly(engine, *arguments)
+
+    TrainingEngine.train_step = slowly  # type: ignore[method-assign, assignment]
 
 
 def start_held(values: dict[str, Any], folder: Path, step: int, *arguments: str, **options: Any) -> Command:

@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import pytest
 
 from launchers.rank import CONTINUE
 from megaloop.checkpoint import list_checkpoints
+from megaloop.train.report import RunReporter
 from tests.debian import skip
 from tests.distributed import RankPool
-from tests.train.runs import configuration, events, losses, start, train, wait_for
+from tests.train.runs import configuration, events, losses, pace, start, train, wait_for
 
 Disk = Callable[[str], Path]
 
@@ -28,6 +28,18 @@ def _fill(path: Path) -> None:
         while True:
             file.write(b"x" * 4096)
     assert shutil.disk_usage(path.parent).free < 4096
+
+
+def slowly(folder: Path) -> None:
+    """A run's ``setup``: no step is shorter than a tick, and a file tells that a checkpoint could not be written."""
+    pace(0.03)
+    not_saved = RunReporter.not_saved
+
+    def telling(reporter: RunReporter, *arguments: Any) -> None:
+        not_saved(reporter, *arguments)
+        (folder / "not-saved").touch()
+
+    RunReporter.not_saved = telling  # type: ignore[method-assign, assignment]
 
 
 def _count(run: Path, kind: str) -> int:
@@ -42,13 +54,12 @@ def test_a_run_outlives_a_full_disk(
     small = disk("8m")
     changes: dict[str, Any] = {"train__steps": 100_000, "validation__every": 0, "schedule__cooldown": 0}
     values = configuration(corpus, small / "run", (1, 1, 2), **changes)
-    values["checkpoint"] = {"every": 20, "keep": 1, "asynchronous": asynchronous}
+    values["checkpoint"] = {"every": 10, "keep": 1, "asynchronous": asynchronous}
     values["logging"]["tensorboard"] = True
-    process = start(values, tmp_path)
+    process = start(values, tmp_path, setup=slowly, setup_arguments=(tmp_path,))
     wait_for(lambda: _count(small / "run", "save") >= 1, process)
     _fill(small / "filler")
-    until = time.monotonic() + 5  # for a checkpoint or more that cannot be written
-    wait_for(lambda: time.monotonic() > until, process)
+    wait_for((tmp_path / "not-saved").exists, process)
     assert list_checkpoints(small / "run/checkpoints"), "the last whole one is there"
     (small / "filler").unlink()
     wait_for(lambda: _count(small / "run", "save_failed") >= 1, process)
