@@ -5,8 +5,11 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# tests in processes of pytest's own beside each other: more than there are cores, as some only wait (for Slurm, for a watchdog)
+WORKERS ?= 3
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv test lint types unit chaos demo clean
+.PHONY: help venv test test-fast lint types unit chaos soak demo clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +34,16 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 unit: $(STAMP)  ## pytest; PYTEST_ARGS="-k resume" to choose
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(PYTEST) $(if $(CI),--durations=10) $(PYTEST_ARGS)
 
-chaos: $(STAMP)  ## kill ranks at 200 random moments and compare with the undisturbed run: half an hour
+test-fast: $(STAMP)  ## what is left of the tests without those marked slow: under 90 seconds, for the inner loop
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+chaos: $(STAMP)  ## kill ranks at 200 random moments instead of 10, and compare with the undisturbed run
 	MEGALOOP_CHAOS_KILLS=200 $(BIN)/python -m pytest -q -s tests/train/test_chaos.py
+
+soak: $(STAMP)  ## 2,000 steps and 40 changes of depth and topology instead of 600 and 12, watching memory
+	MEGALOOP_SOAK_STEPS=2000 $(BIN)/python -m pytest -q -s tests/train/test_soak.py
 
 demo: $(STAMP)  ## text to shards to a trained model, resumed, exported and generating: under 5 minutes
 	@VENV=$(abspath $(VENV)) tools/demo.sh

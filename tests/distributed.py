@@ -61,7 +61,7 @@ class RankPool:
         self._left_group = False
 
     def run(
-        self, function: Callable[..., Any], *args: Any, timeout: float = 180.0, init: bool = True, **kwargs: Any
+        self, function: Callable[..., Any], *args: Any, timeout: float = 400.0, init: bool = True, **kwargs: Any
     ) -> list[Any]:
         """Call ``function(*args, **kwargs)`` on every rank.
 
@@ -160,7 +160,7 @@ class RankPool:
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 400.0, **kwargs: Any
 ) -> list[Any]:
     """Call a function on ``world_size`` fresh ranks; see :meth:`RankPool.run`."""
     with RankPool(world_size) as pool:
@@ -234,4 +234,4 @@ def _join() -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=300))

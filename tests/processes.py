@@ -49,7 +49,7 @@ def run(
     module: str = "megaloop",
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """A command from start to end, with what it printed.

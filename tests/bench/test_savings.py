@@ -125,7 +125,7 @@ def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> No
     wait_for(lambda: all(steps_done(run) == 11 for run in runs), process)
     process.send_signal(signal.SIGTERM)
     release(tmp_path)
-    process.communicate(timeout=90)
+    process.communicate(timeout=300)
     assert process.returncode == 130
     saved = [len(metrics(run)) for run in runs]
     assert all(11 <= count < 150 for count in saved)
@@ -135,7 +135,7 @@ def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> No
     assert "holds contenders of another configuration (optimizer.lr was 0.003, is 0.5)" in other.stderr
 
     limited = start(*arguments, "--minutes", "0.1", setup=pace, setup_arguments=(0.1,))
-    output, _ = limited.communicate(timeout=120)
+    output, _ = limited.communicate(timeout=300)
     assert limited.returncode == 75, output.decode()
     assert "2 of 2 runs are left: the same command goes on" in output.decode()
 

@@ -122,16 +122,16 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 def test_twelve_long_runs_make_a_small_page_soon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """12 runs of 10,000 steps: 1.5 s on two busy cores; the promise is 20 s, and 60 s is what a busy machine gets."""
+    """12 runs of 10,000 steps: 1.5 s; the promise is 20 s, counted in seconds of a core, whatever else the machine does."""
     paths = [
         write_run(tmp_path / f"{name}{seed}", f"{name}-seed{seed}", seed=seed, steps=10_000, validate=500, depth=depth)
         for name, depth in (("a", "8"), ("b", "9"), ("c", "10"))
         for seed in range(4)
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     write_report(paths, tmp_path / "report.html")
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     with capsys.disabled():
         print(f" [report of 12 x 10,000 steps: {seconds:.1f} s]", end="")
-    assert seconds < 60
+    assert seconds < 20
     assert (tmp_path / "report.html").stat().st_size < 3 << 20

@@ -66,7 +66,7 @@ def test_a_run_outlives_a_full_disk(
     failed = events(small / "run", "save_failed")[-1]
     wait_for(lambda: events(small / "run", "save")[-1]["step"] > failed["step"], process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == CONTINUE, output.decode()
     assert "warning: checkpoint " in output.decode()
     assert "warning: no room on the disk; metrics and events wait in memory" in output.decode()
@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(corpus: Path, tmp_path: Path
     small = disk("1200k")
     values = configuration(corpus, small / "run", (1, 1, 2), train__steps=6, checkpoint__every=2)
     process = start(values, tmp_path)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output.decode()
     error = output.decode().splitlines()[-1]
     assert error.startswith("error: checkpoint ")
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(corpus: Path, tmp_path: Path
     assert [path.name for path in (small / "run/checkpoints").iterdir()] == ["step-00000002"]
     shutil.copytree(small / "run", tmp_path / "run")
     again = start(configuration(corpus, tmp_path / "run", (1, 1, 2), train__steps=6), tmp_path, "--resume")
-    output, _ = again.communicate(timeout=60)
+    output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output.decode()
     assert len(losses(tmp_path / "run")) == 6
 

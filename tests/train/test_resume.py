@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus: Path, tmp_path:
     assert steps_done(tmp_path / "killed") == 12
     release(tmp_path)
     resumed = start(values, tmp_path, "--resume")
-    output, _ = resumed.communicate(timeout=120)
+    output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output.decode()
     assert losses(tmp_path / "killed") == losses(straight((2, 1, 1)))
     kinds = [json.loads(line)["event"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
