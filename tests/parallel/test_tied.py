@@ -31,8 +31,7 @@ def train_tied(values: dict[str, Any]) -> dict[str, Any]:
     return {"losses": [each.loss for each in results], "norms": [each.grad_norm for each in results]}
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("pipeline", [2, 4])
+@pytest.mark.parametrize(("pipeline", "depth"), [*((2, depth) for depth in DEPTHS), (4, "1-2x3-1")])
 def test_the_losses_of_rounds_are_those_of_tied_layers(
     request: pytest.FixtureRequest, pipeline: int, depth: str
 ) -> None:

@@ -20,7 +20,8 @@ from tests.distributed import RankError, RankPool
 from tests.train.runs import configuration, events, metrics, train, train_dying_in_growth, train_keeping_growths
 
 Layout = tuple[int, int, int]
-LAYOUTS: list[Layout] = [(2, 1, 1), (1, 2, 1), (2, 1, 2), (2, 2, 1)]
+LAYOUTS: list[Layout] = [(2, 1, 1), (2, 1, 2), (2, 2, 1)]
+"""Every axis, and tensor parallelism only where there is a pipeline as well: what it adds is the same with and without."""
 
 
 def growing(corpus: Path, directory: Path, layout: Layout = (1, 1, 1), **changes: Any) -> dict[str, Any]:
@@ -70,7 +71,8 @@ def test_live_equals_offline_equals_on_load(
 ) -> None:
     pool = _pool(request, layout)
     live, kept = tmp_path / "live", tmp_path / "kept"
-    pool.run(train_keeping_growths, growing(corpus, live, layout, train__precision=precision), str(kept))
+    changes: dict[str, Any] = {"train__precision": precision, "train__micro_batch": 2 if layout[1] > 1 else 1}
+    pool.run(train_keeping_growths, growing(corpus, live, layout, **changes), str(kept))
     if precision == "fp32":
         assert _furthest(_losses(live), _losses(alone)) < (1e-4 if layout[1] > 1 else 2e-5)
 
@@ -85,7 +87,7 @@ def test_live_equals_offline_equals_on_load(
     for name, checkpoint in (("offline", kept / "grown"), ("on-load", kept / "before-10")):
         directory = tmp_path / name
         _stop_at(live, directory, 10, checkpoint)
-        pool.run(train, growing(corpus, directory, layout, train__precision=precision), True)
+        pool.run(train, growing(corpus, directory, layout, **changes), True)
         assert _furthest(_losses(directory)[10:], _losses(live)[10:]) < 1e-5
         assert [event["live"] for event in events(directory, "grow")] == ([False] if name == "on-load" else [])
 

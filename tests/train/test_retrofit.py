@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,37 @@ def values(corpus: Path, directory: Path, layout: tuple[int, int, int], case: Ca
     return configuration(corpus, directory, layout, **case.settings, schedule__cooldown=0.3, **changes)
 
 
-@pytest.mark.parametrize(("layout", "precision"), [((2, 1, 1), "fp32"), ((2, 1, 2), "bf16")], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(scope="module")
+def alone(ranks_1: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a case on one rank, in fp32, made once."""
+
+    @cache
+    def run(name: str) -> Path:
+        directory = tmp_path_factory.mktemp("alone") / "run"
+        ranks_1.run(train, values(corpus, directory, (1, 1, 1), CASES[name]))
+        return directory
+
+    return run
+
+
+REPLICATED = [
+    "a grown model loops, with parameters of the loop's own",
+    "a looped model grows",
+    "a looped model is untied",
+]
+"""One of each kind, with replicas and in bf16 as well."""
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "precision"),
+    [*((name, (2, 1, 1), "fp32") for name in CASES), *((name, (2, 1, 2), "bf16") for name in REPLICATED)],
+    ids=str,
+)
 def test_live_equals_offline_equals_on_load(
     request: pytest.FixtureRequest,
     corpus: Path,
     tmp_path: Path,
+    alone: Callable[[str], Path],
     name: str,
     layout: tuple[int, int, int],
     precision: str,
@@ -106,9 +132,7 @@ def test_live_equals_offline_equals_on_load(
     live, kept = tmp_path / "live", tmp_path / "kept"
     pool.run(train_keeping_growths, values(corpus, live, layout, case, train__precision=precision), str(kept))
     if precision == "fp32":
-        alone: RankPool = request.getfixturevalue("ranks_1")
-        alone.run(train, values(corpus, tmp_path / "alone", (1, 1, 1), case))
-        assert _furthest(_losses(live), _losses(tmp_path / "alone")) < 2e-5
+        assert _furthest(_losses(live), _losses(alone(name))) < 2e-5
 
     case.offline(kept / "before-10", kept / "changed")
     with Checkpoint.open(kept / "changed") as changed, Checkpoint.open(kept / "after-10") as after:
@@ -141,14 +165,13 @@ def _furthest(found: list[float], expected: list[float]) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_a_run_tells_of_it(ranks_1: RankPool, corpus: Path, tmp_path: Path, name: str) -> None:
-    case = CASES[name]
-    settings = values(corpus, tmp_path / "run", (1, 1, 1), case)
-    ranks_1.run(train, settings)
-    records = metrics(tmp_path / "run")
+def test_what_a_run_tells_of_it(alone: Callable[[str], Path], corpus: Path, name: str) -> None:
+    case, run = CASES[name], alone(name)
+    settings = values(corpus, run, (1, 1, 1), case)
+    records = metrics(run)
     expected = [max(step for step in case.depths if step <= index) for index in range(20)]
     assert [record["depth"] for record in records] == [case.depths[step] for step in expected]
-    last = events(tmp_path / "run", case.event)[-1]
+    last = events(run, case.event)[-1]
     assert last["step"] == 10
     plan = Config.model_validate(settings).stages[-1].plan
     assert last["plan"] == plan.to_json()
@@ -158,7 +181,7 @@ def test_what_a_run_tells_of_it(ranks_1: RankPool, corpus: Path, tmp_path: Path,
     else:
         assert last["loss_before"] != last["loss_after"]
     per_token = flops_per_token(
-        plan, Config.model_validate(settings).model, 32, vocab_size=_rows(tmp_path / "run")
+        plan, Config.model_validate(settings).model, 32, vocab_size=_rows(run)
     )  # fmt: skip
     assert records[-1]["flops"] - records[-2]["flops"] == per_token.total * 4 * 32
 
