@@ -1,7 +1,7 @@
 """Start the ranks of a run on this machine and stay with them until the last has ended.
 
 Plain processes rather than torch elastic, for what the user sees: rank 0 keeps the terminal (its live progress
-line works), an error that every rank hits is shown once, Ctrl-C ends all ranks quietly, and none outlives the
+line works), an error that every rank hits is shown once, Ctrl-C lets all ranks save, and none outlives the
 launcher. Elastic stops the other ranks at the first exit, whatever it was, and reports with a page of its own.
 ``torchrun -m megaloop train CONFIG`` works as well: where RANK and WORLD_SIZE are set, no ranks are started.
 """
@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -29,7 +29,7 @@ from megaloop.errors import MegaloopError
 
 __all__ = ["RankFailed", "gpu_count", "launch", "local_ranks", "rank_environment", "single_rank"]
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 _TAIL = 30
 """Lines of a failed rank's log to show."""
 
@@ -113,23 +113,19 @@ def launch(command: Sequence[str], ranks: int, log_dir: Path, *, grace: float = 
     Args:
         command: a Python program that calls :func:`launchers.rank.follow_launcher` first and :func:`open_store`
             before it joins the ranks.
-        grace: seconds that ranks get to end by themselves after Ctrl-C, a second signal or a user's error.
+        grace: seconds that ranks get to end by themselves after a second signal or a user's error.
 
-    A first SIGTERM, SIGHUP or SIGUSR1 is passed on, and the ranks have as long as they need to save and leave. When
-    one has died or failed with a traceback, the others are killed at once: they would wait for it in a collective.
+    A first SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C is passed on, and the ranks have as long as they need to save and leave. When
+    one has died or failed with a traceback, the others are killed at once: they would wait for it in a collective. After
+    an error that the user can mend or a signal, empty logs and directories that were made for these ranks are removed.
 
     Raises:
         MegaloopError: a rank left an error that the user can mend (exit code 2).
         RankFailed: a rank was killed, or failed with a traceback.
-        KeyboardInterrupt: Ctrl-C; the ranks have ended.
-        SystemExit: a signal was passed on and the ranks have ended: with CONTINUE where they say so, otherwise with
-            128 + the signal's number.
+        SystemExit: a signal was passed on and the ranks have ended: with CONTINUE where they say so (and it was not
+            Ctrl-C), otherwise with 128 + the signal's number.
     """
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MegaloopError(f"run directory: cannot make {log_dir} ({error.strerror})") from None
-    with tempfile.TemporaryDirectory(prefix="megaloop-") as errors:
+    with _log_directory(log_dir), tempfile.TemporaryDirectory(prefix="megaloop-") as errors:
         team = _Team(command, ranks, log_dir, Path(errors))
         try:
             with _passing_on_signals(team):
@@ -140,15 +136,38 @@ def launch(command: Sequence[str], ranks: int, log_dir: Path, *, grace: float = 
                         team.stop(signal.SIGTERM, grace)
                     raise team.failure(*failed)
                 if team.to_be_continued:
-                    raise SystemExit(CONTINUE)
-        except KeyboardInterrupt:
-            team.stop(signal.SIGINT, grace)
-            raise
+                    raise SystemExit(128 + signal.SIGINT if team.signalled == signal.SIGINT else CONTINUE)
         except _Signalled as ended:
             team.stop(ended.number, grace)
             raise SystemExit(128 + ended.number) from None
         finally:
             team.kill()
+
+
+@contextmanager
+def _log_directory(path: Path) -> Iterator[None]:
+    """Make the directory of the logs; what is empty goes again where the ranks were refused, or ended before they began."""
+    made: list[Path] = []
+    try:
+        for each in (path, path.parent):
+            if not each.exists():
+                made.append(each)
+        before = set() if path in made else set(path.iterdir())
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MegaloopError(
+            f"run directory {path.parent}: cannot make {path.name}/ in it ({error.strerror}); choose another run_dir"
+        ) from None
+    try:
+        yield
+    except (MegaloopError, SystemExit):
+        with suppress(OSError):
+            for log in set(path.iterdir()) - before:
+                if log.is_file() and log.stat().st_size == 0:
+                    log.unlink()
+            for each in made:
+                each.rmdir()
+        raise
 
 
 class _Team:
@@ -167,12 +186,16 @@ class _Team:
 
     def start(self) -> None:
         """Start the ranks, and a thread each that waits for its end."""
+        # a rank inherits this: Ctrl-C waits until the interpreter is there to take it (follow_launcher)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 for rank in range(len(self.logs)):
                     self.processes.append(self._start(rank, listener))
         except OSError as error:
             raise MegaloopError(f"cannot start {len(self.logs)} ranks: {error}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for rank, process in enumerate(self.processes):
             threading.Thread(target=self._follow, args=(rank, process), daemon=True).start()
         self.started = True

@@ -16,6 +16,7 @@ from typing import Any
 __all__ = [
     "CONTINUE",
     "ERROR_FILE",
+    "GO_ON",
     "LAUNCHER",
     "RESTARTS",
     "STORE_FD",
@@ -27,9 +28,13 @@ __all__ = [
 ]
 
 CONTINUE = 75
-"""Exit code of a run that a signal ended: all is saved, and it wants to be continued (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that a signal ended: all is saved, and it wants to be continued (EX_TEMPFAIL of sysexits.h).
+
+A rank leaves with it after Ctrl-C as well; the local launcher, which knows what it passed on, makes 130 of it."""
 ERROR_FILE = "MEGALOOP_ERROR_FILE"
 """Environment: where this rank leaves the line of an error that the user can mend."""
+GO_ON = "MEGALOOP_GO_ON"
+"""Environment: the command that goes on with the run."""
 LAUNCHER = "MEGALOOP_LAUNCHER"
 """Environment: process id of the local launcher."""
 RESTARTS = "MEGALOOP_RESTARTS"
@@ -46,7 +51,7 @@ def started_by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def follow_launcher() -> None:
-    """Die with the launcher, even where it is killed outright, and end quietly when it passes on Ctrl-C."""
+    """Die with the launcher, even where it is killed outright, and end when it passes on Ctrl-C."""
     launcher = os.environ.pop(LAUNCHER, None)
     if launcher is None:
         return
@@ -54,8 +59,10 @@ def follow_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(launcher):  # it died before this call
             os._exit(1)
-    # the default handler: a rank is started in a process group of its own and only the launcher signals it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a rank is started in a process group of its own, with Ctrl-C blocked, and only the launcher signals it; an exception
+    # instead would be a traceback for each rank, and imports of others' modules do not survive it
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def open_store() -> Any:

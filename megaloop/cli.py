@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from launchers.rank import CONTINUE, RESTARTS, follow_launcher, launched, open_store, report_error, started_by_launcher
+from launchers.rank import CONTINUE, GO_ON, RESTARTS, follow_launcher, open_store, report_error, started_by_launcher
 from launchers.slurm_rank import join_slurm, record_exit
 from megaloop import __version__, cluster_commands, evaluation_commands, report_command, run_commands, savings_command
 from megaloop.depth import InsertAt, Operator
@@ -68,7 +69,7 @@ def main() -> None:
     """Run the command line; every way out has its exit code.
 
     0 done · 1 a bug or a rank that died · 2 an error the user can mend, or wrong usage · 75 a signal ended the run, which
-    has saved and wants to be continued · 130 Ctrl-C.
+    has saved and wants to be continued · 130 Ctrl-C, after which a run has saved as well.
     """
     join_slurm()
     follow_launcher()
@@ -79,6 +80,8 @@ def main() -> None:
         app(arguments, prog_name="megaloop")
     except SystemExit as end:
         _leave(end.code if isinstance(end.code, int) else 0)
+    except KeyboardInterrupt:  # before a command had begun
+        _leave(130)
     except MegaloopError as error:
         if os.environ.get(_DEBUG):
             raise
@@ -190,7 +193,10 @@ def synthesize(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")],
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG|RUN", help="YAML file, for example configs/demo.yaml; or a run's directory."),
+    ],
     overrides: Overrides = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Local ranks to start; default: what the topology needs, or all GPUs.")
@@ -210,21 +216,23 @@ def train(
 ) -> None:
     """Train a model; starts its own local ranks unless a launcher (torchrun, Slurm) already did.
 
-    SIGUSR1, SIGTERM and SIGHUP end the step, save, and leave with exit code 75; a second one leaves at once.
+    SIGUSR1, SIGTERM and SIGHUP end the step, save, and leave with exit code 75, Ctrl-C with 130; a second one leaves at once.
     """
-    from megaloop.config import load_config
-
     values = [*(overrides or []), *([f"init={init}"] if init is not None else [])]
-    configuration = load_config(config, values)
+    configuration = _configuration_of(config, values)
     if started_by_launcher():
         _train_here(configuration, resume, stop_at)
         return
     from launchers import local
 
     count = local.local_ranks(configuration, ranks)
+    options = {"--ranks": ranks, "--stop-at": stop_at, "--max-restarts": max_restarts or None}
+    go_on = ["megaloop", "train", str(configuration.directory), "--resume"]
+    go_on += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    os.environ[GO_ON] = shlex.join(go_on)
     if count == 1 and not max_restarts:
         with local.single_rank():
-            _train_here(configuration, resume, stop_at)
+            _train_here(configuration, resume, stop_at, alone=True)
         return
     command = [sys.executable, "-m", "megaloop", "train", str(config), *values]
     command += ["--stop-at", str(stop_at)] if stop_at is not None else []
@@ -241,24 +249,40 @@ def train(
             Console(stderr=True).print(f"starting the ranks again, restart {restarts + 1} of {max_restarts}")
 
 
-def _train_here(configuration: Any, resume: bool, stop_at: int | None) -> None:
-    """Be one rank of the run."""
+def _configuration_of(path: Path, overrides: list[str]) -> Any:
+    """The configuration of a file, or of a run's directory: what it trained with last, wherever the directory is now."""
+    from megaloop.config import load_config
+    from megaloop.train.rundir import CONFIG
+
+    if not os.path.isdir(path):  # which takes any name, however long
+        return load_config(path, overrides)
+    if not (path / CONFIG).is_file():
+        raise MegaloopError(
+            f"{path}: a directory without {CONFIG}, so no run has begun in it; expected a YAML file or a run's directory"
+        )
+    configuration = load_config(path / CONFIG, overrides)
+    if any(each.partition("=")[0].strip() == "run_dir" for each in overrides) or (
+        configuration.directory.resolve() == path.resolve()
+    ):
+        return configuration
+    return configuration.model_copy(update={"run_dir": path})
+
+
+def _train_here(configuration: Any, resume: bool, stop_at: int | None, *, alone: bool = False) -> None:
+    """Be one rank of the run; ``alone``: in the process that the user started."""
     from megaloop.train.signals import StopSignals
 
+    go_on = os.environ.get(GO_ON)
     with StopSignals() as signals:
         store = open_store()
         try:
             from megaloop.train.loop import run
 
-            ending = run(configuration, resume=resume, stop_at=stop_at, signals=signals)
-        except KeyboardInterrupt:
-            if launched():
-                _leave(130)
-            raise
+            ending = run(configuration, resume=resume, stop_at=stop_at, signals=signals, go_on=go_on)
         finally:
             del store
-    if ending == "signalled":
-        _leave(CONTINUE)
+    if ending in ("signalled", "interrupted"):
+        _leave(130 if ending == "interrupted" and alone else CONTINUE)
 
 
 @app.command()

@@ -16,12 +16,15 @@ from pathlib import Path
 from megaloop.config import FaultsConfig
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import StepResult
+from megaloop.text import printable
 from megaloop.train.report import Position
 from megaloop.train.rundir import replace_file
 
 __all__ = ["HOLES", "Faults", "RollBack", "Spike", "add_hole", "read_holes"]
 
 HOLES = "passed-over.json"
+_MOST_SAMPLES = 10**18
+"""No global sample number is as large."""
 _FEWEST = 20
 """Losses that a window must hold before one can stick out of it."""
 _NORMAL = 1.4826
@@ -56,13 +59,17 @@ class Faults:
 
     Args:
         batch: samples per step.
-        recent: the losses right before the first step, oldest first.
+        recent: as :meth:`remember` takes them.
     """
 
     def __init__(self, config: FaultsConfig, batch: int, recent: Iterable[float] = ()):
         self._config, self._batch = config, batch
         self._recent: deque[float] = deque(recent, maxlen=config.spike_window)
         self._skipped: list[int] = []
+
+    def remember(self, losses: Iterable[float]) -> None:
+        """Losses of steps before the first that is judged, oldest first."""
+        self._recent.extend(losses)
 
     def forget(self) -> None:
         """The model is another from here on: its losses are not to be measured by those before."""
@@ -119,15 +126,15 @@ def read_holes(run: Path) -> list[tuple[int, int]]:
     try:
         values = json.loads(path.read_bytes())
         holes = [(start, stop) for start, stop in values["samples"]]
-        if not all(type(each) is int and each >= 0 for hole in holes for each in hole):
-            raise ValueError("negative, or no integers")
+        if not all(type(each) is int and 0 <= each < _MOST_SAMPLES for hole in holes for each in hole):
+            raise ValueError("something else than sample numbers")
         return holes
     except FileNotFoundError:
         return []
     except OSError as error:
         raise MegaloopError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MegaloopError(
-            f'{path} is damaged ({error}); expected {{"samples": [[START, STOP], ...]}}: mend it, or delete it to train on '
-            "all samples"
+            f'{path} is damaged ({printable(error)}); expected {{"samples": [[START, STOP], ...]}}: mend it, or delete it '
+            "to train on all samples"
         ) from None

@@ -8,13 +8,14 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
 
 from launchers.rank import RESTARTS
-from megaloop.checkpoint import CheckpointInfo, GrowthEntry, list_checkpoints, step_of
+from megaloop.checkpoint import CheckpointInfo, GrowthEntry, list_checkpoints, set_aside, step_of
 from megaloop.config import Config
 from megaloop.data import (
     BatchLoader,
@@ -44,12 +45,17 @@ from megaloop.train.watchdog import Watchdog
 
 __all__ = ["Ending", "run"]
 
-Ending = Literal["finished", "stopped", "signalled"]
-"""All steps are done; or those until ``stop_at``; or a signal asked to end, and the run wants to be continued."""
+Ending = Literal["finished", "stopped", "signalled", "interrupted"]
+"""All steps are done; or those until ``stop_at``; or a signal asked to end (Ctrl-C: interrupted), and the rest is to follow."""
 
 
 def run(
-    config: Config, *, resume: bool = False, stop_at: int | None = None, signals: StopSignals | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    signals: StopSignals | None = None,
+    go_on: str | None = None,
 ) -> Ending:
     """Train as ``config`` says, on the ranks that the launcher started; called by every rank.
 
@@ -57,38 +63,44 @@ def run(
         resume: go on from the newest whole checkpoint of the run's directory (from the beginning, if there is none).
         stop_at: save and end after this step, as if the rest were to follow later; the schedules are those of all steps.
         signals: asks to end; looked at after each step.
+        go_on: the command that goes on with this run, to be named where it ends before its last step.
 
     Returns:
         How it ended, the same on every rank. Whatever was trained is saved.
 
     Raises:
-        MegaloopError: the same on every rank.
+        MegaloopError: the same on every rank. If it comes before the first step, the run's directory is as it was before.
     """
     joined_before = dist.is_initialized()
     world_size = join_ranks()
     try:
-        newest = _newest_step(config) if resume else 0
-        first = min(
-            newest, config.train.steps - 1
-        )  # it may be damaged, or nothing may be left: that is for later to say
-        with all_ranks_agree():
-            config.check_world(world_size, first, stop_at)
-            if stop_at is not None and not 0 < stop_at <= config.train.steps:
-                raise MegaloopError(f"--stop-at {stop_at}: expected a step from 1 to train.steps, {config.train.steps}")
-            sources = open_sources(config.data, config.init)
-            vocab_size = embedding_rows(config, sources)
-            samples = _validation_samples(config, sources, world_size, first, stop_at)
         with _open_directory(config, resume) as directory:
+            newest = _newest_step(config) if resume else 0
+            first = min(
+                newest, config.train.steps - 1
+            )  # it may be damaged, or nothing may be left: that is for later to say
+            with all_ranks_agree():
+                config.check_world(world_size, first, stop_at)
+                if stop_at is not None and not 0 < stop_at <= config.train.steps:
+                    raise MegaloopError(
+                        f"--stop-at {stop_at}: expected a step from 1 to train.steps, {config.train.steps}"
+                    )
+                sources = open_sources(config.data, config.init)
+                vocab_size = embedding_rows(config, sources)
+                samples = _validation_samples(config, sources, world_size, first, stop_at)
             if newest >= config.train.steps and int(os.environ.get(RESTARTS, "0")):
                 return "finished"  # it died after its last checkpoint: whoever started it again cannot know
             rolled_back: list[RollBack] = []
             while True:
                 holes = _holes(config, rolled_back)
                 start = starting_point(config, vocab_size, sources, resume or bool(rolled_back))
-                with RunReporter(config, vocab_size, start.position, directory) as reporter:
-                    end = _Run(config, sources, vocab_size, samples, start, reporter, holes, stop_at, signals).train(
-                        rolled_back
-                    )
+                reporter = RunReporter(config, vocab_size, start.position, directory, go_on)
+                training = _Run(config, sources, vocab_size, samples, start, reporter, holes, stop_at, signals)
+                with _accepted(config, start, reporter, directory):
+                    if signals:
+                        signals.training = True
+                    end = training.train(rolled_back)
+                del training  # its engine is not to be in memory while the next is built
                 if not isinstance(end, RollBack):
                     return end
                 rolled_back.append(end)
@@ -135,8 +147,7 @@ class _Run:
         )
         self.saver.prepare(self.engine.pieces())
         self.watchdog = Watchdog(config.directory, dist.get_rank(), config.faults.step_limit)
-        recent = reporter.recent_losses(config.faults.spike_window)
-        self.faults = Faults(config.faults, config.train.global_batch, recent)
+        self.faults = Faults(config.faults, config.train.global_batch)
 
     def train(self, rolled_back: Sequence[RollBack] = ()) -> Ending | RollBack:
         """Train through the growth stages that are left, resharding from each to the next, or until asked to end.
@@ -161,6 +172,7 @@ class _Run:
 
     def _train(self, rolled_back: Sequence[RollBack]) -> Ending:
         start, reporter = self._start, self._reporter
+        self.faults.remember(reporter.recent_losses(self._config.faults.spike_window))
         reporter.begins(self.engine, self._sources, start.checkpoint)
         reporter.passed_over(start.damaged)
         if rolled_back:
@@ -179,6 +191,8 @@ class _Run:
             self.saver.finish(self.at.step, self.engine.pieces(), self._checkpoint_info(), self._sources.tokenizer)
         if ending is None:
             reporter.finished()
+        else:
+            reporter.ends_early(self.at.step)
         self.engine.close()
         return ending or "finished"
 
@@ -186,7 +200,9 @@ class _Run:
         """What ranks agree on between two steps: whether to end, and what of the checkpoint under way; collective."""
         self.watchdog.feed()
         signalled = self._signals.number if self._signals else 0
-        number, busy, again = highest(signalled, self.saver.busy, self.saver.wants_again)
+        lost = self._reporter.lost
+        number, busy, again, gone = highest(signalled, self.saver.busy, not lost and self.saver.wants_again, lost)
+        self._check_directory(bool(gone))
         if not busy:
             self.saver.collect()
         if again:
@@ -195,9 +211,18 @@ class _Run:
             return None
         if number:
             self._reporter.signalled(self.at.step, signal.Signals(int(number)).name)
-            return "signalled"
+            return "interrupted" if number == signal.SIGINT else "signalled"
         self._reporter.stopped(self.at.step)
         return "stopped"
+
+    def _check_directory(self, lost: bool) -> None:
+        """End, on all ranks alike, where rank 0 has found that the run's directory is gone; there is nowhere to save."""
+        if lost:
+            raise MegaloopError(
+                f"run directory {self._config.directory}: deleted, moved or replaced while the run trained (noticed after "
+                f"step {self.at.step}), so nothing more can be saved there; put it back and add --resume to go on from its "
+                "last checkpoint, or start again"
+            )
 
     def _grow_into(self, stage: GrowthStage) -> None:
         """Reshard into the next stage. Nothing on disk changes: a rank that dies here leaves the last checkpoint."""
@@ -303,6 +328,10 @@ class _Run:
         )
 
     def _save(self) -> None:
+        (lost,) = highest(self._reporter.lost)
+        self._check_directory(
+            bool(lost)
+        )  # or the checkpoint would be all that is in a new directory, or in another run's
         self.saver.save(self.engine.pieces(), self._checkpoint_info(), self._sources.tokenizer)
 
     def _checkpoint_info(self) -> CheckpointInfo:
@@ -374,8 +403,24 @@ def _open_directory(config: Config, resume: bool) -> RunDirectory | _NoDirectory
     directory: RunDirectory | _NoDirectory = _NoDirectory()
     with all_ranks_agree():
         if dist.get_rank() == 0:
-            directory = RunDirectory.create_or_open(config.directory, config, resume=resume)
+            directory = RunDirectory.create_or_open(config.directory, resume=resume)
     return directory
+
+
+@contextmanager
+def _accepted(
+    config: Config, start: Start, reporter: RunReporter, directory: RunDirectory | _NoDirectory
+) -> Iterator[None]:
+    """From here on the run changes its directory: every rank has taken the configuration and built its engine; collective."""
+    with ExitStack() as stack:
+        with all_ranks_agree():
+            if isinstance(directory, RunDirectory):
+                for damage in start.damaged:
+                    set_aside(damage.path)
+            stack.enter_context(reporter)
+            if isinstance(directory, RunDirectory):
+                directory.accept(config.to_yaml())
+        yield
 
 
 class _NoDirectory:

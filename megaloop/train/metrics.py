@@ -29,6 +29,8 @@ __all__ = [
     "JsonLines",
     "MetricsWriter",
     "StepRecord",
+    "is_at",
+    "require_tensorboard",
     "timestamp",
     "write_event",
 ]
@@ -39,6 +41,7 @@ EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 EventKind = Literal[
     "start", "resume", "grow", "loop", "reshard", "save", "save_failed", "skip", "spike", "signal", "rollback", "stop"
@@ -118,6 +121,11 @@ class JsonLines:
         """How many lines wait for room on the disk."""
         return len(self._waiting)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the file was deleted, moved or replaced: what is appended would never be seen again."""
+        return not is_at(self.path, self._file.fileno())
+
     def append(self, value: dict[str, Any]) -> None:
         self._waiting.append(json.dumps(value, allow_nan=False).encode() + b"\n")
         try:
@@ -196,6 +204,11 @@ class MetricsWriter:
         """How many lines wait for room on the disk."""
         return self._metrics.waiting + self._events.waiting
 
+    @property
+    def lost(self) -> bool:
+        """Whether one of the files was deleted, moved or replaced."""
+        return self._metrics.lost or self._events.lost or self._ranks.lost
+
     def close(self) -> None:
         with ExitStack() as stack:  # each is closed, whatever happens to the others
             stack.callback(self._ranks.close)
@@ -245,6 +258,15 @@ def timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether a path still leads to an open file; where the file system fails to answer, nothing speaks against it."""
+    try:
+        there, own = path.stat(), os.fstat(descriptor)
+    except OSError as error:
+        return error.errno not in _NOT_THERE
+    return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+
+
 def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
@@ -262,7 +284,12 @@ def _drop_torn_line(path: Path) -> None:
         file.truncate(position + tail.rfind(b"\n") + 1)
 
 
-def _open_tensorboard(path: Path, start_step: int) -> SummaryWriter:
+def require_tensorboard() -> type[SummaryWriter]:
+    """TensorBoard's writer.
+
+    Raises:
+        MegaloopError: it is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -270,7 +297,11 @@ def _open_tensorboard(path: Path, start_step: int) -> SummaryWriter:
             "logging.tensorboard is true, but the tensorboard package is not installed: "
             "pip install tensorboard, or set logging.tensorboard=false"
         ) from None
-    return SummaryWriter(str(path), purge_step=start_step + 1)
+    return SummaryWriter
+
+
+def _open_tensorboard(path: Path, start_step: int) -> SummaryWriter:
+    return require_tensorboard()(str(path), purge_step=start_step + 1)
 
 
 _SCALARS = {

@@ -23,8 +23,9 @@ from megaloop.depth.flops import flops_per_token, parameters
 from megaloop.depth.schedule import full_depth
 from megaloop.parallel.engine import StepResult, TrainingEngine, local_device
 from megaloop.parallel.live import Resharded
+from megaloop.runs.records import number
 from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
-from megaloop.train.metrics import MetricsWriter, StepRecord, timestamp
+from megaloop.train.metrics import MetricsWriter, StepRecord, require_tensorboard, timestamp
 from megaloop.train.progress import ProgressReporter, format_bytes
 from megaloop.train.rundir import RunDirectory, last_records
 
@@ -99,14 +100,15 @@ class RunReporter:
     Args:
         start: where the run begins.
         directory: rank 0's run directory; anything else on other ranks.
+        go_on: the command that goes on with the run, where it is known.
 
     Attributes:
         flops_per_step: model FLOPs of one optimizer step, over all ranks.
     """
 
-    def __init__(self, config: Config, vocab_size: int, start: Position, directory: object):
+    def __init__(self, config: Config, vocab_size: int, start: Position, directory: object, go_on: str | None = None):
         self._config, self._vocab_size = config, vocab_size
-        self._start = start
+        self._start, self._go_on = start, go_on
         self._directory = directory if isinstance(directory, RunDirectory) else None
         self._began = time.monotonic()
         self._stack = ExitStack()
@@ -119,6 +121,8 @@ class RunReporter:
     def __enter__(self) -> Self:
         if self._directory is not None:
             config, step = self._config, self._start.step
+            if config.logging.tensorboard:
+                require_tensorboard()  # before anything changes
             if step or self._directory.last_step() is not None:
                 self._directory.resume_at(step)
             self._metrics = self._stack.enter_context(
@@ -137,6 +141,11 @@ class RunReporter:
             seconds = time.monotonic() - self._began
             self._stack.callback(self._metrics.event, "stop", self._done.step, seconds=seconds, reason=reason)
         self._stack.close()  # the event comes first; the live line ends even where it can't be written
+
+    @property
+    def lost(self) -> bool:
+        """Whether the run's directory, or a file that the run appends to, was deleted, moved or replaced; rank 0 looks."""
+        return self._directory is not None and (self._directory.lost or self._metrics.lost)
 
     def begins(self, engine: TrainingEngine, sources: Sources, checkpoint: Path | None) -> None:
         """Say what was built, from what, on what."""
@@ -213,7 +222,7 @@ class RunReporter:
             ),
             reversed(records),
         )
-        return [each["loss"] for each in same if isinstance(each.get("loss"), float)][::-1]
+        return [loss for each in same if (loss := number(each, "loss")) is not None][::-1]
 
     def spiked(self, step: int, spike: Spike) -> None:
         """Record a loss that sticks out."""
@@ -385,13 +394,20 @@ class RunReporter:
         self._ending = f"signal {name}"
         if self._directory is not None:
             self._metrics.event("signal", step, name=name)
-            self._progress.message(f"step {step}  {name}: saving, then leaving; add --resume to go on")
+            self._progress.message(f"step {step}  {name}: saving, then leaving")
 
     def stopped(self, step: int) -> None:
         """Say that the run ends here because it was started with ``stop_at``."""
         self._ending = "stop_at"
         if self._directory is not None:
-            self._progress.message(f"step {step}  stopping here as --stop-at asks; add --resume to go on")
+            self._progress.message(f"step {step}  stopping here as --stop-at asks")
+
+    def ends_early(self, step: int) -> None:
+        """Say what is saved, and how to go on."""
+        if self._directory is not None:
+            done = f"stopped after step {step}, which is saved" if step else "stopped before the first step"
+            how = f"go on with: {self._go_on}" if self._go_on else "add --resume to go on"
+            self._progress.message(f"{done}; {how}")
 
     def not_saved(self, step: int, reason: str) -> None:
         """Warn that a checkpoint could not be written; the run goes on."""

@@ -1,4 +1,4 @@
-"""Signals that end a run early: the first asks for a checkpoint, the second leaves at once. See docs/RUNS.md.
+"""Signals that end a run early, Ctrl-C among them: the first asks for a checkpoint, the second leaves at once. See docs/RUNS.md.
 
 Python runs its own signal handlers between two instructions of the main thread, which may sit in a collective for
 minutes (or for ever, when another rank is gone). So a thread listens: the interpreter's C handler writes each signal's
@@ -14,12 +14,12 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 __all__ = ["STOP_SIGNALS", "StopSignals"]
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
-"""Slurm's warning before a time limit (``--signal``), a preemption or ``scancel``, and a terminal that was closed."""
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+"""Slurm's warning before a time limit (``--signal``), a preemption or ``scancel``, a terminal that was closed, Ctrl-C."""
 
 
 class StopSignals:
@@ -27,10 +27,12 @@ class StopSignals:
 
     Attributes:
         number: the first signal that came; 0 as long as there was none.
+        training: set it once there is something to save. Until then Ctrl-C leaves at once.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self.training = False
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] = (-1, -1)
         self._wakeup = -1
@@ -62,14 +64,34 @@ class StopSignals:
     def _listen(self) -> None:
         while received := os.read(self._pipe[0], 64):
             for number in received:
-                if number not in STOP_SIGNALS:  # Ctrl-C comes by here as well
+                if number not in STOP_SIGNALS:
                     continue
+                first = os.environ.get("RANK", "0") == "0"
                 if self.number:
-                    with contextlib.suppress(OSError):
-                        os.write(2, f"second signal ({signal.Signals(number).name}): leaving without saving\n".encode())
-                    os._exit(128 + number)
+                    _leave(number, f"second signal ({signal.Signals(number).name}): leaving without saving")
+                if number == signal.SIGINT and not self.training:
+                    _leave(number, "interrupted before the first step: there is nothing to save" if first else "")
                 self.number = number
+                if number == signal.SIGINT and first:
+                    _say("Ctrl-C: the run saves after this step, then leaves; once more to leave at once")
 
 
 def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
     """A handler there has to be: without one the signal would have its default effect, which is the end."""
+
+
+def _leave(number: int, line: str) -> NoReturn:
+    """End the process, wherever its main thread is; a live progress line has hidden the cursor."""
+    if line:
+        _say(line)
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")
+    os._exit(128 + number)
+
+
+def _say(line: str) -> None:
+    """Write to stderr without the interpreter's help; over a progress line, where there is one."""
+    with contextlib.suppress(OSError):
+        clear = "\r\x1b[2K" if os.isatty(2) else ""
+        os.write(2, f"{clear}{line}\n".encode())

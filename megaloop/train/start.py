@@ -16,7 +16,6 @@ from megaloop.checkpoint import (
     list_checkpoints,
     list_torn,
     resolve_checkpoint,
-    set_aside,
     step_of,
 )
 from megaloop.config import Config
@@ -34,10 +33,14 @@ __all__ = ["Damage", "Start", "catch_up", "stages_from", "starting_point"]
 
 @dataclass(frozen=True)
 class Damage:
-    """A checkpoint that was passed over: its step, and what is wrong with it."""
+    """A checkpoint that was passed over, and what is wrong with it."""
 
-    step: int
+    path: Path
     reason: str
+
+    @property
+    def step(self) -> int:
+        return step_of(self.path)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,12 @@ class _WeightsOnly:
 def starting_point(config: Config, vocab_size: int, sources: Sources, resume: bool) -> Start:
     """A new run's first step, or where the newest whole checkpoint left off; collective.
 
-    Checkpoints that are damaged are passed over and renamed, so that none is tried twice.
+    Checkpoints that are damaged are passed over; once the run has been accepted, whoever starts it renames them
+    (:func:`megaloop.checkpoint.set_aside`), so that none is tried twice.
 
     Raises:
-        MegaloopError: on every rank: all checkpoints are damaged (none is renamed then), or the newest whole one is of
-            another shape, or was grown in another way.
+        MegaloopError: on every rank: all checkpoints are damaged, or the newest whole one is of another shape, or was
+            grown in another way.
     """
     path, damaged = _newest_whole(config.directory / "checkpoints") if resume else (None, ())
     with all_ranks_agree():
@@ -120,11 +124,7 @@ def _newest_whole(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
     if whole is not None:
         # older ones without a manifest are what is left of a deletion; a newer one had a manifest once
         damaged |= {path: "no manifest.json" for path in from_rank_0(torn) if step_of(path) > step_of(whole)}
-        with all_ranks_agree():
-            if dist.get_rank() == 0:
-                for path in damaged:
-                    set_aside(path)
-    found = [Damage(step_of(path), problem) for path, problem in damaged.items()]
+    found = [Damage(path, problem) for path, problem in damaged.items()]
     return whole, tuple(sorted(found, key=lambda each: -each.step))
 
 

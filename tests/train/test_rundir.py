@@ -26,7 +26,9 @@ def configuration(**values: Any) -> Config:
 
 
 def open_run(path: Path, *, resume: bool = False, **values: Any) -> RunDirectory:
-    return RunDirectory.create_or_open(path, configuration(**values), resume=resume)
+    directory = RunDirectory.create_or_open(path, resume=resume)
+    directory.accept(configuration(**values).to_yaml())
+    return directory
 
 
 def write_steps(path: Path, *steps: int, loss: float = 1.0) -> None:
@@ -38,10 +40,9 @@ def write_steps(path: Path, *steps: int, loss: float = 1.0) -> None:
 HOLD = """
 import os, sys
 from pathlib import Path
-from megaloop.config import Config, DataConfig, SourceConfig
 from megaloop.train.rundir import RunDirectory
-config = Config(data=DataConfig(sources=(SourceConfig(path=Path("shards")),)))
-directory = RunDirectory.create_or_open(Path(sys.argv[1]), config, resume=True)
+directory = RunDirectory.create_or_open(Path(sys.argv[1]), resume=True)
+directory.accept("depth: 4")
 child = os.fork() if sys.argv[2] == "fork" else 0
 if sys.argv[2] == "fork" and child == 0:
     sys.stdin.read()  # a worker that outlives its parent
