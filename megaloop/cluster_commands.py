@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megaloop import run_commands
 from megaloop.errors import MegaloopError
 
 if TYPE_CHECKING:
@@ -267,7 +268,10 @@ class _Status:
 
 
 def status(run: Run, json: Json = False) -> None:
-    """Show where a run is: its jobs, as Slurm knows them, its step and loss, time left, last checkpoint, restarts."""
+    """Show where a run is, here or on a cluster: state or jobs, step, loss, time left, last checkpoint, how to go on."""
+    if not (run / _JOBS).exists():
+        run_commands.show_local_status(run, json)
+        return
     import statistics
 
     from megaloop.checkpoint import list_checkpoints

@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megaloop.errors import DamagedCheckpoint, MegaloopError
+from megaloop.text import printable
 
-__all__ = ["checkpoints", "doctor"]
+__all__ = ["checkpoints", "doctor", "show_local_status"]
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/demo.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -76,8 +77,8 @@ def doctor(run: Run, json: Json = False) -> None:
     if json:
         typer.echo(json_format.dumps(asdict(found), indent=2))
         return
-    console = Console(highlight=False)
-    console.print(f"{run}: {found.state}, {found.steps} steps", soft_wrap=True, style="bold")
+    console = Console(highlight=False, markup=False)
+    console.print(f"{printable(run, 1000)}: {found.state}, {found.steps} steps", soft_wrap=True, style="bold")
     styles = {"good": "green", "note": "default", "warning": "bold red"}
     width = max((len(each.topic) for each in found.findings), default=0)
     for each in sorted(found.findings, key=lambda each: ("warning", "note", "good").index(each.level)):
@@ -85,6 +86,27 @@ def doctor(run: Run, json: Json = False) -> None:
         console.print(line, soft_wrap=True)
     if not any(each.level == "warning" for each in found.findings):
         console.print("  nothing to worry about")
+
+
+def show_local_status(run: Path, json: bool) -> None:
+    """What ``megaloop status`` says of a run that no cluster knows."""
+    from megaloop.train.status import local_status
+
+    found = local_status(run)
+    if json:
+        typer.echo(json_format.dumps(asdict(found), indent=2))
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    state = f"{found.state} ({found.holder})" if found.holder else found.state
+    of = f" of {found.steps}" if found.steps is not None else ""
+    loss = f", loss {found.loss:.4f}" if found.loss is not None else ""
+    left = f", {found.seconds_left / 3600:.1f} h of training left" if found.seconds_left else ""
+    console.print(f"{printable(found.run, 1000)}: {state}, step {found.step}{of}{loss}{left}", style="bold")
+    console.print(f"last checkpoint {found.last_checkpoint or 'none'}, restarts {found.restarts}")
+    if found.state == "finished":
+        console.print("nothing is left to train; more train.steps go on from here")
+    if found.go_on:
+        console.print(f"go on with: {found.go_on}")
 
 
 def _step(path: Path) -> int:
@@ -150,28 +172,30 @@ class _bar:
 def _show(run: Path, rows: list[_Row], gone: list[Path]) -> None:
     from megaloop.train.progress import format_bytes
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for path in gone:
         console.print(f"deleted {path.name}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for header in ("step", "state", "size", "depth", "pp x tp x dp", "precision", "saved (UTC)"):
         table.add_column(header, justify="right" if header in ("step", "size") else "left", no_wrap=header != "depth")
     for row in rows:
-        topology = " x ".join(str(row.topology[key]) for key in ("pp", "tp", "dp")) if row.topology else ""
+        topology = (
+            " x ".join(printable(row.topology.get(key, "?")) for key in ("pp", "tp", "dp")) if row.topology else ""
+        )
         size = "" if row.bytes is None else format_bytes(row.bytes)
         table.add_row(
             str(row.step),
             row.state,
             size,
-            row.depth,
+            printable(row.depth or ""),
             topology,
-            row.precision,
-            (row.created or "").removesuffix("+00:00"),
+            printable(row.precision or ""),
+            printable((row.created or "").removesuffix("+00:00")),
         )
     if rows:
         console.print(table)
     else:
-        console.print(f"{run} has no checkpoints yet")
+        console.print(f"{printable(run, 1000)} has no checkpoints yet", soft_wrap=True)
     for row in rows:
         if row.problem:
-            console.print(f"{row.name}: {row.problem}", soft_wrap=True, style="bold red")
+            console.print(f"{row.name}: {printable(row.problem, 1000)}", soft_wrap=True, style="bold red")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megaloop.train.doctor import Diagnosis, examine
+from megaloop.train.rundir import RunDirectory
+from megaloop.train.status import local_status
 from tests import processes
 from tests.distributed import RankPool
 from tests.train.runs import configuration, start, steps_done, train, train_on_bad_samples, wait_for
@@ -129,6 +133,83 @@ def test_half_a_line_does_not_stop_it(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "sec')
     assert examine(run).steps == 3
+
+
+_VALUES = (
+    "null", "true", "-1", "0", "3", "2.5", "1" + "0" * 40, "1" * 5000, "1e308", "-1e308", "1e999", "NaN", '""', '"word"',
+    f'"{"x" * 3000}"', '"[/red]\\u001b[2J"', '"rollback"', '"error: [/b] \\u001b]0;x"', '"0001-01-01T00:00:00+23:59"',
+    '"2026-01-01T00:00:00Z"', "[]", "[1, 2]", '["a", "b"]', '[[], {}]', "[NaN, 1e308]", "{}", '{"pp": [1]}', "[" * 5000,
+)  # fmt: skip
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "metrics.jsonl": ("step", "loss", "seconds", "layers", "depth", "dp", "memory_bytes"),
+    "metrics.discarded.jsonl": ("step", "seconds"),
+    "ranks.jsonl": ("pp", "tp", "dp", "busy_seconds", "clock_seconds", "hosts"),
+    "events.jsonl": (
+        "step", "time", "seconds", "bytes", "reason", "loss", "step_before", "samples", "stall_seconds", "plan",
+        "plan_before", "ranks", "restarts",
+    ),
+}  # fmt: skip
+_KINDS = ("start", "resume", "stop", "skip", "spike", "rollback", "save", "save_failed", "grow", "signal")
+
+
+def _tampered(chance: random.Random, run: Path) -> None:
+    """Write records of which some values are what nobody expects there."""
+    for name, fields in _FIELDS.items():
+        lines = []
+        for _ in range(chance.randrange(12)):
+            values = dict.fromkeys(fields, "1") | {
+                "time": '"2026-01-01T00:00:00Z"',
+                "event": f'"{chance.choice(_KINDS)}"',
+            }
+            if name == "ranks.jsonl":
+                values |= {"busy_seconds": "[1.0]", "clock_seconds": "[0.0]", "hosts": '["a"]'}
+            for key in chance.sample(fields, min(chance.randrange(4), len(fields))):
+                values[key] = chance.choice(_VALUES)
+            if chance.random() < 0.1:
+                values["event"] = chance.choice(_VALUES)
+            lines.append("{" + ", ".join(f'"{key}": {value}' for key, value in values.items()) + "}")
+            if chance.random() < 0.1:
+                lines.append(chance.choice([*_VALUES, "\x00", "{", '{"step": 1']))
+        (run / name).write_text("\n".join(lines) + chance.choice(["", "\n"]), encoding="utf-8")
+
+
+def test_whatever_stands_in_its_files_the_doctor_has_an_answer(tmp_path: Path) -> None:
+    """So have status, and whoever resumes: tampered values are passed over, never a traceback or a flood."""
+    chance = random.Random(14)
+    for _ in range(120):
+        _tampered(chance, tmp_path)
+        found = examine(tmp_path)
+        json.dumps(asdict(found), allow_nan=False)
+        assert all(len(each.text) < 2000 and each.text.isprintable() for each in found.findings)
+        json.dumps(asdict(local_status(tmp_path)), allow_nan=False)
+        directory = RunDirectory.create_or_open(tmp_path, resume=True)
+        directory.last_step()
+        directory.resume_at(1)
+        assert directory.last_step() in (None, 0, 1)
+        directory.release()
+
+
+def test_what_is_left_of_tampered_records_still_counts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _write(run, "metrics.jsonl", [*_steps([1.0] * 3), {"step": "4", "seconds": [1]}, {"step": 10**40, "seconds": 1.0}])
+    _write(
+        run, "ranks.jsonl", [_ranks(busy_seconds=[1.0, 1.5, 1.0, 1.0]), _ranks(busy_seconds=[1.0]), _ranks(pp=10**9)]
+    )
+    _write(
+        run,
+        "events.jsonl",
+        [
+            {"event": "start", "step": 0},
+            {"event": "rollback", "step": 2, "step_before": 3, "reason": "x\x1b[2J" + "y" * 5000, "samples": [1, "a"]},
+            {"event": "spike", "step": 3, "loss": "[/red]"},
+        ],
+    )
+    found = examine(run)
+    assert (found.steps, found.state, found.slowest_ranks) == (3, "killed", [1])
+    assert _texts(found, "numbers") == ["1 spikes of the loss: step 3 (?)"]
+    (text,) = (each for each in _texts(found, "checkpoints") if "went back" in each)
+    assert text.startswith("went back from step 3 to 2: x\\x1b[2Jyyy")
+    assert len(text) < 600
 
 
 def _megaloop(*arguments: object) -> subprocess.CompletedProcess[str]:

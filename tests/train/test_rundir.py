@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 
 from megaloop.config import Config, DataConfig, SourceConfig, load_config
 from megaloop.errors import MegaloopError
+from megaloop.train import rundir
 from megaloop.train.metrics import EVENTS, METRICS, MetricsWriter
-from megaloop.train.rundir import CONFIG, DISCARDED, RunDirectory
+from megaloop.train.rundir import CONFIG, DISCARDED, RunDirectory, is_held
 from tests.train.test_metrics import RECORD, lines
 
 
@@ -101,6 +103,62 @@ def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
         assert (tmp_path / CONFIG).read_bytes() == before
 
 
+def contents(path: Path) -> dict[str, bytes | None]:
+    """Every file below a directory with its bytes, and every directory."""
+    return {str(each.relative_to(path)): each.read_bytes() if each.is_file() else None for each in path.rglob("*")}
+
+
+def test_until_it_is_accepted_a_start_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
+    run = tmp_path / "new"
+    directory = RunDirectory.create_or_open(run, resume=True)
+    assert (run / "run.lock").is_file()
+    directory.release()
+    assert not run.exists()
+    with open_run(run, depth="4"):
+        pass
+    write_steps(run, 1, 2)
+    (run / "run.lock").write_text('{"host": "a", "pid": 1}\n')  # as one that was killed leaves it
+    before = contents(run)
+    with pytest.raises(MegaloopError, match="already holds a run at step 2"):
+        open_run(run, depth="5")
+    RunDirectory.create_or_open(run, resume=True).release()
+    assert contents(run) == before
+
+
+def test_a_lock_that_a_refused_start_takes_away_is_not_held_by_who_waited_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or two runs would hold two files of the same name."""
+    refused = RunDirectory.create_or_open(tmp_path, resume=True)
+    monkeypatch.setattr(rundir.time, "sleep", lambda _: refused.release())  # while the other waits
+    with RunDirectory.create_or_open(tmp_path, resume=True) as directory:
+        assert directory.locked
+        assert not directory.lost
+        assert is_held(tmp_path)
+
+
+def test_a_directory_that_is_deleted_moved_or_replaced_is_lost(tmp_path: Path) -> None:
+    run, elsewhere, link = tmp_path / "run", tmp_path / "elsewhere", tmp_path / "link"
+    link.symlink_to(run)
+    run.mkdir()
+    with open_run(link) as directory, MetricsWriter(link, tensorboard=False) as writer:
+        assert not directory.lost
+        assert not writer.lost
+        run.rename(elsewhere)
+        assert directory.lost
+        assert writer.lost
+        with open_run(run):
+            assert directory.lost, "it is another run's now"
+        shutil.rmtree(run)
+        elsewhere.rename(run)
+        assert not directory.lost, "it is back"
+        (run / METRICS).unlink()
+        assert not directory.lost
+        assert writer.lost
+        shutil.rmtree(run)
+        assert directory.lost
+
+
 def test_a_directory_with_metrics_needs_resume(tmp_path: Path) -> None:
     open_run(tmp_path, depth="4").release()
     write_steps(tmp_path, 1, 2, 3)
@@ -179,5 +237,11 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_nothing(tmp_path:
 
 def test_a_path_that_cannot_be_a_directory_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MegaloopError, match="run directory"):
-        open_run(tmp_path / "file" / "run")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(
+            MegaloopError, match=r"run directory .*: cannot be used \(it is a file, or lies under one\)"
+        ):
+            open_run(path)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MegaloopError, match="a symbolic link that leads nowhere"):
+        open_run(tmp_path / "link")

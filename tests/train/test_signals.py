@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 from launchers.rank import CONTINUE
+from megaloop.train.status import local_status
+from tests import processes
 from tests.distributed import RankPool
 from tests.processes import children
 from tests.train.runs import configuration, events, losses, release, start, start_held, steps_done, train, wait_for
@@ -39,7 +42,31 @@ def test_a_signal_ends_the_step_saves_and_asks_to_be_continued(
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{done:08d}"]
     assert [(event["step"], event["name"]) for event in events(tmp_path / "run", "signal")] == [(done, number.name)]
     assert events(tmp_path / "run", "stop")[0]["reason"] == f"signal {number.name}"
-    assert f"{number.name}: saving, then leaving; add --resume to go on" in output.decode()
+    assert f"{number.name}: saving, then leaving" in output.decode()
+    assert f"stopped after step {done}, which is saved; go on with: megaloop train {tmp_path}/run --resume" in output.decode()
+
+
+def test_ctrl_c_saves_and_names_the_command_that_goes_on(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    process = start(_endless(corpus, run, (2, 1, 1)), tmp_path)
+    wait_for(lambda: steps_done(run) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output.decode()
+    done = len(losses(run))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    assert events(run, "stop")[0]["reason"] == "signal SIGINT"
+    assert "Ctrl-C: the run saves after this step, then leaves; once more to leave at once" in output.decode()
+    told = f"stopped after step {done}, which is saved; go on with: "
+    (line,) = (line for line in output.decode().splitlines() if line.startswith(told))
+    found = local_status(run)
+    assert (found.state, found.step, found.steps, found.go_on) == ("stopped", done, 100_000, line.removeprefix(told))
+    (tmp_path / "config.yaml").unlink()  # the run's own is enough
+    _, *command = shlex.split(line.removeprefix(told))
+    again = processes.run(*command, "--stop-at", done + 1, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert again.returncode == 0, again.stderr
+    assert f"stopped after step {done + 1}, which is saved" in again.stdout
+    assert len(losses(run)) == done + 1
 
 
 def test_the_curve_does_not_show_where_a_run_was_signalled(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -80,28 +107,43 @@ def test_a_second_signal_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_second_signal_works_while_the_main_thread_waits(tmp_path: Path) -> None:
-    """A lock held for ever stands for a collective whose other side is gone."""
-    program = """
-import ctypes
+_WAITS = """
+import ctypes, sys
 from megaloop.train.signals import StopSignals
 with StopSignals() as signals:
+    signals.training = sys.argv[1] == "training"
     print("ready", flush=True)
     while True:
         ctypes.CDLL(None).sleep(600)  # comes back after a signal
 """
+
+
+@pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_second_signal_works_while_the_main_thread_waits(last: signal.Signals) -> None:
+    """A sleep that C begins again and again stands for a collective whose other side is gone."""
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", _WAITS, "training"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.2)
-        process.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
-        assert process.stderr.read() == "second signal (SIGTERM): leaving without saving\n"
+        process.send_signal(signal.SIGINT)
+        heard = "Ctrl-C: the run saves after this step, then leaves; once more to leave at once\n"
+        assert process.stderr.readline() == heard
+        process.send_signal(last)
+        assert process.wait(10) == 128 + last
+        assert process.stderr.read() == f"second signal ({last.name}): leaving without saving\n"
+
+
+def test_ctrl_c_before_training_leaves_at_once() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _WAITS, "starting"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        assert (process.returncode, errors) == (130, "interrupted before the first step: there is nothing to save\n")
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 2)], ids=str)
