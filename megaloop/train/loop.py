@@ -257,12 +257,14 @@ class _Run:
                 self.at = self.at.after(config, self._reporter.step_flops(times), result.applied, self._holes)
                 seconds = time.perf_counter() - began
                 self.watchdog.feed()
+                ranks_due = config.logging.ranks_every > 0 and self.at.step % config.logging.ranks_every == 0
+                busy = self.engine.stopwatch.seconds if ranks_due else 0.0  # validation would add to it
                 validated = self.validation.run() if _due(self.at.step, config.validation.every, total) else None
                 self._reporter.stepped(self.at, result, lr, seconds, validated, times)
                 self._judge(result)
                 self.watchdog.feed()
-                if config.logging.ranks_every and self.at.step % config.logging.ranks_every == 0:
-                    self._record_ranks()
+                if ranks_due:
+                    self._record_ranks(busy)
                 if config.train.check_replicas and self.at.step % config.train.check_replicas == 0:
                     _check_replicas(self.engine, self.at.step)
                 if config.checkpoint.every and self.at.step % config.checkpoint.every == 0:
@@ -274,9 +276,9 @@ class _Run:
             if loader is not None:
                 loader.close()
 
-    def _record_ranks(self) -> None:
-        """Every rank's record of the step that was just done; collective."""
-        busy, memory = self.engine.stopwatch.seconds, memory_bytes(self.engine.device)
+    def _record_ranks(self, busy: float) -> None:
+        """Every rank's record of the step that was just done, in which it was busy for so many seconds; collective."""
+        memory = memory_bytes(self.engine.device)
         dist.barrier()  # the clocks are read at one moment, as far as that goes
         own = RankRecord(busy, memory, time.time(), socket.gethostname())
         records: list[RankRecord] = [own] * dist.get_world_size()

@@ -20,6 +20,8 @@ __all__ = ["RunStatus", "local_status"]
 
 _RECENT = 50
 """Steps from which the time that is left is estimated."""
+_LONGEST_STEP = 1e7
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,12 @@ def local_status(run: Path) -> RunStatus:
     config = load_config(run / CONFIG) if (run / CONFIG).is_file() else None
     events, records = list(read_records(run / EVENTS)), last_records(run, _RECENT)
     state = state_of(events, alive)
-    start = next((event for event in reversed(events) if event.get("event") == "start"), {})
+    start: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "start"), {})
     whole = list_checkpoints(run / "checkpoints")
     last: dict[str, Any] = records[-1] if records else {}
     step = whole_number(last, "step") or (step_of(whole[-1]) if whole else 0)
     steps = config.train.steps if config else None
-    seconds = [each for record in records if (each := number(record, "seconds")) is not None]
+    seconds = [each for record in records if (each := number(record, "seconds")) and 0 < each < _LONGEST_STEP]
     return RunStatus(
         run=str(run),
         state=state,

@@ -176,6 +176,7 @@ def _tampered(chance: random.Random, run: Path) -> None:
 def test_whatever_stands_in_its_files_the_doctor_has_an_answer(tmp_path: Path) -> None:
     """So have status, and whoever resumes: tampered values are passed over, never a traceback or a flood."""
     chance = random.Random(14)
+    (tmp_path / "config.yaml").write_text('{"data": {"sources": [{"path": "x"}]}, "train": {"steps": 1000000}}')
     for _ in range(120):
         _tampered(chance, tmp_path)
         found = examine(tmp_path)

@@ -15,6 +15,7 @@ from megaloop.cli import _configuration_of, app
 from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import TrainingEngine
+from megaloop.train.report import RunReporter
 from tests.distributed import RankPool
 from tests.train.runs import configuration, events, metrics, train
 from tests.train.test_rundir import contents
@@ -27,7 +28,7 @@ def refused(values: dict[str, Any], *, resume: bool = True, stop_at: int | None 
         raise MegaloopError("no room for the engine")
 
     if broken:
-        loop.TrainingEngine = build  # type: ignore[attr-defined]
+        loop.TrainingEngine = build  # type: ignore[attr-defined, assignment]
     try:
         loop.run(Config.model_validate(values), resume=resume, stop_at=stop_at)
     except MegaloopError as error:
@@ -88,7 +89,7 @@ def _delete_metrics(run: Path) -> None:
 
 def train_losing(values: dict[str, Any], lose: Callable[[Path], None]) -> tuple[str, int]:
     """Run on this rank; after step 3, rank 0 does something to the directory. Returns the error, and the steps done."""
-    plainly = loop.RunReporter.stepped
+    plainly = RunReporter.stepped
     done = 0
 
     def stepped(reporter: Any, at: Any, *arguments: Any) -> None:
@@ -98,11 +99,11 @@ def train_losing(values: dict[str, Any], lose: Callable[[Path], None]) -> tuple[
         if at.step == 3 and dist.get_rank() == 0:
             lose(Path(values["run_dir"]))
 
-    loop.RunReporter.stepped = stepped  # type: ignore[method-assign]
+    RunReporter.stepped = stepped  # type: ignore[method-assign, assignment]
     try:
         return refused(values, resume=False), done
     finally:
-        loop.RunReporter.stepped = plainly  # type: ignore[method-assign]
+        RunReporter.stepped = plainly  # type: ignore[method-assign]
 
 
 def test_a_directory_that_goes_away_ends_the_run(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:

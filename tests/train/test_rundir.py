@@ -17,7 +17,6 @@ import pytest
 
 from megaloop.config import Config, DataConfig, SourceConfig, load_config
 from megaloop.errors import MegaloopError
-from megaloop.train import rundir
 from megaloop.train.metrics import EVENTS, METRICS, MetricsWriter
 from megaloop.train.rundir import CONFIG, DISCARDED, RunDirectory, is_held
 from tests.train.test_metrics import RECORD, lines
@@ -130,7 +129,7 @@ def test_a_lock_that_a_refused_start_takes_away_is_not_held_by_who_waited_for_it
 ) -> None:
     """Or two runs would hold two files of the same name."""
     refused = RunDirectory.create_or_open(tmp_path, resume=True)
-    monkeypatch.setattr(rundir.time, "sleep", lambda _: refused.release())  # while the other waits
+    monkeypatch.setattr("megaloop.train.rundir.time.sleep", lambda _: refused.release())  # while the other waits
     with RunDirectory.create_or_open(tmp_path, resume=True) as directory:
         assert directory.locked
         assert not directory.lost

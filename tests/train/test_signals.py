@@ -43,7 +43,10 @@ def test_a_signal_ends_the_step_saves_and_asks_to_be_continued(
     assert [(event["step"], event["name"]) for event in events(tmp_path / "run", "signal")] == [(done, number.name)]
     assert events(tmp_path / "run", "stop")[0]["reason"] == f"signal {number.name}"
     assert f"{number.name}: saving, then leaving" in output.decode()
-    assert f"stopped after step {done}, which is saved; go on with: megaloop train {tmp_path}/run --resume" in output.decode()
+    assert (
+        f"stopped after step {done}, which is saved; go on with: megaloop train {tmp_path}/run --resume"
+        in output.decode()
+    )
 
 
 def test_ctrl_c_saves_and_names_the_command_that_goes_on(corpus: Path, tmp_path: Path) -> None:
