@@ -37,9 +37,12 @@ def test_a_checkpoint_is_read_and_verified(kept: Path) -> None:
     path = resolve_checkpoint(kept / "run")
     read_all(path)
     with Checkpoint.open(path) as checkpoint:
-        manifest = checkpoint.manifest
-        assert (manifest.step, manifest.samples, manifest.tokens) == (5, 20, 640)
-        assert (manifest.flops, manifest.skipped) == (20152320, 1)
+        run = checkpoint.manifest.run
+        assert (run.step, run.samples, run.tokens, run.flops, run.skipped) == (5, 20, 640, 20152320, 1)
+        assert (run.seed, run.batch, run.steps, run.order_version) == (3, 4, 14, 1)
+        assert run.data is not None
+        assert (run.data.sequence_length, run.data.cooldown_sample) == (32, 48)
+        assert [(each.train, each.stable) for each in run.data.sources] == [(None, 1.0)]
 
 
 def test_a_run_is_resumed_and_has_the_losses_that_it_would_have_had(kept: Path, ranks_1: RankPool) -> None:
@@ -55,4 +58,6 @@ def test_a_checkpoint_is_grown(kept: Path) -> None:
     read_all(kept / "grown")
     with Checkpoint.open(kept / "grown") as grown:
         assert DepthPlan.from_json(grown.manifest.plan).layers == 4
-        assert (grown.manifest.step, grown.manifest.samples) == (5, 20)
+        run = grown.manifest.run
+        assert (run.step, run.samples, run.skipped, run.batch) == (5, 20, 1, 4)
+        assert [(each.step, each.layers) for each in run.depths] == [(5, 4)]
