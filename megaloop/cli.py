@@ -25,6 +25,7 @@ from megaloop import __version__, cluster_commands, evaluation_commands, report_
 from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
+from megaloop.runs.allow import Allow, AllowOption, allow_arguments
 
 __all__ = ["app", "main"]
 
@@ -210,6 +211,7 @@ def train(
         Path | None,
         typer.Option(metavar="CKPT", help="Begin with this checkpoint's weights (or a run's newest): as init=CKPT."),
     ] = None,
+    allow: AllowOption = None,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Start the ranks again, resuming, so often when one of them dies.")
     ] = 0,
@@ -220,8 +222,10 @@ def train(
     """
     values = [*(overrides or []), *([f"init={init}"] if init is not None else [])]
     configuration = _configuration_of(config, values)
+    if allow and not (resume or max_restarts):
+        raise MegaloopError("--allow says what --resume may find changed; add --resume")
     if started_by_launcher():
-        _train_here(configuration, resume, stop_at)
+        _train_here(configuration, resume, stop_at, allow or [])
         return
     from launchers import local
 
@@ -232,10 +236,11 @@ def train(
     os.environ[GO_ON] = shlex.join(go_on)
     if count == 1 and not max_restarts:
         with local.single_rank():
-            _train_here(configuration, resume, stop_at, alone=True)
+            _train_here(configuration, resume, stop_at, allow or [], alone=True)
         return
     command = [sys.executable, "-m", "megaloop", "train", str(config), *values]
     command += ["--stop-at", str(stop_at)] if stop_at is not None else []
+    command += allow_arguments(allow)
     for restarts in range(max_restarts + 1):
         os.environ[RESTARTS] = str(restarts)
         again = ["--resume"] if resume or restarts else []
@@ -268,7 +273,9 @@ def _configuration_of(path: Path, overrides: list[str]) -> Any:
     return configuration.model_copy(update={"run_dir": path})
 
 
-def _train_here(configuration: Any, resume: bool, stop_at: int | None, *, alone: bool = False) -> None:
+def _train_here(
+    configuration: Any, resume: bool, stop_at: int | None, allowed: list[Allow], *, alone: bool = False
+) -> None:
     """Be one rank of the run; ``alone``: in the process that the user started."""
     from megaloop.train.signals import StopSignals
 
@@ -278,7 +285,7 @@ def _train_here(configuration: Any, resume: bool, stop_at: int | None, *, alone:
         try:
             from megaloop.train.loop import run
 
-            ending = run(configuration, resume=resume, stop_at=stop_at, signals=signals, go_on=go_on)
+            ending = run(configuration, resume=resume, stop_at=stop_at, signals=signals, go_on=go_on, allowed=allowed)
         finally:
             del store
     if ending in ("signalled", "interrupted"):

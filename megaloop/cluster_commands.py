@@ -17,6 +17,7 @@ from rich.table import Table
 
 from megaloop import run_commands
 from megaloop.errors import MegaloopError
+from megaloop.runs.allow import AllowOption, allow_arguments
 
 if TYPE_CHECKING:
     from megaloop.config import Config
@@ -78,6 +79,7 @@ def submit(
         int, typer.Option(min=0, help="Failures without a new checkpoint in between until the job gives up.")
     ] = 3,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that the directory holds.")] = False,
+    allow: AllowOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script; submit and write nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -105,7 +107,7 @@ def submit(
         )  # fmt: skip
         options.check()
         stop = ["--stop-at", str(stage.stop_at)] if stage.stop_at is not None else []
-        arguments = ["megaloop", "train", str(run / SUBMITTED), "--resume", *stop]
+        arguments = ["megaloop", "train", str(run / SUBMITTED), "--resume", *stop, *allow_arguments(allow)]
         name = configuration.name if len(stages) == 1 else f"{configuration.name}-{number + 1}"
         scripts.append(
             job_script(

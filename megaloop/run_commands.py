@@ -142,7 +142,7 @@ def _describe(path: Path, verify: bool) -> _Row:
                 bytes=sum(entry.bytes for entry in manifest.files),
                 created=manifest.created,
                 depth=DepthPlan.from_json(manifest.plan).notation,
-                topology=manifest.topology,
+                topology={str(name): size for name, size in manifest.topology.items()},
                 precision=manifest.precision,
             )
     except DamagedCheckpoint as error:

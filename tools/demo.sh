@@ -21,8 +21,8 @@ run rm -rf demo-data demo-export runs/demo
 run python -m data_prep.demo demo-data/kjv.jsonl
 run megaloop prep demo-data/kjv.jsonl --out demo-data/shards --vocab-size 4096 --sequence-length 256 --validation-fraction 0.02
 run megaloop plan configs/demo.yaml
-run megaloop train configs/demo.yaml
-run megaloop train configs/demo.yaml --resume parallel.pp=1 parallel.dp=2 train.steps=160
+run megaloop train configs/demo.yaml --stop-at 40
+run megaloop train configs/demo.yaml --resume parallel.pp=1 parallel.dp=2 # the rest on another topology, growth included
 run megaloop export runs/demo --out demo-export
 run megaloop generate runs/demo --prompt "$PROMPT" --max-tokens 48 --temperature 0.7 --top-p 0.9
 run megaloop generate runs/demo --prompt "$PROMPT" --max-tokens 32 --greedy

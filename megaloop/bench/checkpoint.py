@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaloop.checkpoint import BackgroundSaver, Checkpoint, CheckpointInfo, save_checkpoint
+from megaloop.checkpoint import BackgroundSaver, Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import TrainingEngine, join_ranks
@@ -205,7 +205,7 @@ def _round(
     count = iter(range(3))
     step = statistics.median(steps(lambda: next(count) == 2))
     info = CheckpointInfo(
-        step=1, tokens=0, samples=0, flops=0, plan=engine.plan, model=config.model, seed=config.seed,
+        run=RunState.fresh(config.seed).model_copy(update={"step": 1}), plan=engine.plan, model=config.model, growth=None,
         topology={"pp": engine.topology.pp, "tp": engine.topology.tp, "dp": engine.topology.dp},
         precision=config.train.precision, config=config.model_dump(mode="json"),
     )  # fmt: skip

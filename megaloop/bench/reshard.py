@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megaloop.checkpoint import Checkpoint, CheckpointInfo, save_checkpoint
+from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import Config
 from megaloop.depth import GrowthStage
 from megaloop.errors import MegaloopError
@@ -204,7 +204,7 @@ def _grow(config: Config, engine: TrainingEngine, after: GrowthStage) -> dict[st
 def _save(config: Config, engine: TrainingEngine, directory: Path) -> dict[str, Any]:
     began = time.time()
     info = CheckpointInfo(
-        step=_STEPS, tokens=0, samples=0, flops=0, plan=engine.plan, model=config.model, seed=config.seed,
+        run=RunState.fresh(config.seed).model_copy(update={"step": _STEPS}), plan=engine.plan, model=config.model, growth=None,
         topology={"pp": engine.topology.pp, "tp": engine.topology.tp, "dp": engine.topology.dp},
         precision=config.train.precision, config=config.model_dump(mode="json"),
     )  # fmt: skip

@@ -13,15 +13,20 @@ from megaloop.checkpoint.resolve import (
     set_aside,
     step_of,
 )
+from megaloop.checkpoint.run_state import DataState, DepthState, RunState, SourceState
 from megaloop.checkpoint.writer import CheckpointInfo, SaveResult, save_checkpoint
 
 __all__ = [
     "BackgroundSaver",
     "Checkpoint",
     "CheckpointInfo",
+    "DataState",
+    "DepthState",
     "GrowthEntry",
     "Manifest",
+    "RunState",
     "SaveResult",
+    "SourceState",
     "check_same_model",
     "list_checkpoints",
     "list_damaged",

@@ -208,20 +208,17 @@ def _rewrite(
         source.check_tensors(parameter_specs(model, before, model.vocab_size or 0))
         source.verify(partial(tell, "verifying"))
         pieces = list(_pieces(source, growth, model, moments))
-        if grown is None and manifest.growth is not None:
-            grown = GrowthEntry(operator=manifest.growth.operator)
+        entry = grown
+        if entry is None and manifest.growth is not None:
+            entry = GrowthEntry(operator=manifest.growth.operator)
         info = CheckpointInfo(
-            step=manifest.step,
-            tokens=manifest.tokens,
-            samples=manifest.samples,
-            flops=manifest.flops,
+            run=manifest.run.at_depth(growth.plan.layers, growth.plan.notation, grown is not None),
             plan=growth.plan,
             model=model,
-            seed=manifest.rng["seed"],
             topology={"pp": 1, "tp": 1, "dp": 1},
             precision=manifest.precision,
             config=manifest.config,
-            growth=grown,
+            growth=entry,
         )
         total, done = sum(each.bytes for each in pieces), 0
 
@@ -240,7 +237,7 @@ def _rewrite(
 def _pieces(source: Checkpoint, growth: Growth, model: ModelConfig, moments: Moments) -> Iterator[LazyPiece]:
     """Every tensor of the grown model, whole, with the state that it takes over; kinds as the checkpoint has them."""
     rows = model.vocab_size or 0
-    fresh = InitialValues(model, source.manifest.rng["seed"], growth.plan, rows)
+    fresh = InitialValues(model, source.manifest.run.seed, growth.plan, rows)
     state = GrownState(source, growth, fresh, moments)
     for kind, stored in source.manifest.tensors.items():
         dtype = getattr(torch, next(iter(stored.values())).dtype)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megaloop.checkpoint.huggingface_files import OutputDirectory, open_weights, read_json, write_json, write_weights
 from megaloop.checkpoint.huggingface_tokenizer import write_tokenizer
-from megaloop.checkpoint.manifest import Manifest
 from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import resolve_checkpoint
+from megaloop.checkpoint.run_state import RunState
 from megaloop.checkpoint.tensor_file import LazyTensor
 from megaloop.checkpoint.writer import CheckpointInfo, save_checkpoint
 from megaloop.config import ModelConfig
@@ -101,7 +101,7 @@ def export_huggingface(
         uses = plan.uses(times)
         name = dtype or manifest.precision
         kind = "master" if name == "fp32" and source.names("master") else "model"
-        length = _sequence_length(manifest)
+        length = manifest.sequence_length or _DEFAULT_LENGTH
         for ours, spec in parameter_specs(model, plan, model.vocab_size or 0).items():
             if (found := source.shape(kind, ours)) != spec.shape:
                 raise MegaloopError(
@@ -149,13 +149,6 @@ def _scales(plan: DepthPlan, uses: Sequence[Use]) -> dict[str, int]:
     }
 
 
-def _sequence_length(manifest: Manifest) -> int:
-    """Tokens per sample in training, as far as the checkpoint tells."""
-    data = manifest.config.get("data")
-    length = data.get("sequence_length") if isinstance(data, dict) else None
-    return length if isinstance(length, int) else _DEFAULT_LENGTH
-
-
 def import_huggingface(source: Path, out: Path) -> ImportSummary:
     """Read a Llama-architecture directory (``config.json`` and safetensors) into a checkpoint of step 0.
 
@@ -181,8 +174,7 @@ def import_huggingface(source: Path, out: Path) -> ImportSummary:
             pieces.append(StatePiece("master", piece, values.float()))
         tokenizer = source / "tokenizer.model"
         info = CheckpointInfo(
-            step=0, tokens=0, samples=0, flops=0, plan=plan, model=model, seed=0,
-            topology={"pp": 1, "tp": 1, "dp": 1}, precision=precision,
+            run=RunState.fresh(), plan=plan, model=model, topology={"pp": 1, "tp": 1, "dp": 1}, precision=precision, growth=None,
             config={"data": {"sequence_length": settings.get("max_position_embeddings", _DEFAULT_LENGTH)}},
         )  # fmt: skip
         save_checkpoint(out, pieces, info, tokenizer=tokenizer if tokenizer.is_file() else None)

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from itertools import combinations, pairwise
+from collections.abc import Collection
+from itertools import combinations, islice, pairwise, product
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 import xxhash
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
-from megaloop.config import ModelConfig
+from megaloop.checkpoint.run_state import Count, DataState, Entry, RunState, SourceState
+from megaloop.config import Config, ModelConfig
 from megaloop.depth import DepthPlan, Operator
 from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.parallel.placement import Box, Piece
+from megaloop.text import printable
 
 __all__ = [
     "MANIFEST",
@@ -40,42 +34,41 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_FIRST_VERSION = 1
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """The dtypes that a checkpoint may hold, by torch's name, and their sizes."""
 _LARGEST = 1 << 30
 _NO_CHECKSUM = "0" * 32
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+_MOST_LAYERS = 100_000
+_MOST_DIMENSIONS = 8
 
 
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path or not path.isprintable():
-        raise ValueError(f"{path!r} points outside the checkpoint")
+        raise ValueError(f"{printable(repr(path))} points outside the checkpoint")
     return path
 
 
-class FileEntry(_Model):
+class FileEntry(Entry):
     """One file: path relative to the checkpoint, size in bytes, xxh3_128 of its content."""
 
     path: str
-    bytes: NonNegativeInt
+    bytes: Count
     checksum: str
 
     _path_inside = field_validator("path")(_inside)
 
 
-class PieceEntry(_Model):
+class PieceEntry(Entry):
     """Where one piece of a tensor lies: ``key`` in ``file``; its box, and the flat range of the box or null."""
 
     file: str
     key: str
-    offset: list[NonNegativeInt]
-    shape: list[NonNegativeInt]
-    flat: tuple[NonNegativeInt, NonNegativeInt] | None = Field(default=None, strict=False)
+    offset: list[Count]
+    shape: list[Count]
+    flat: tuple[Count, Count] | None = Field(default=None, strict=False)
 
     _path_inside = field_validator("file")(_inside)
 
@@ -83,15 +76,15 @@ class PieceEntry(_Model):
         return Piece(name, whole, Box(tuple(self.offset), tuple(self.shape)), self.flat)
 
 
-class TensorEntry(_Model):
+class TensorEntry(Entry):
     """One tensor: shape and dtype of the whole, and the pieces that make it up."""
 
-    shape: list[NonNegativeInt]
+    shape: list[Count]
     dtype: str
     pieces: list[PieceEntry]
 
 
-class TokenizerEntry(_Model):
+class TokenizerEntry(Entry):
     """The sentencepiece model that the tokens came from."""
 
     file: str
@@ -100,7 +93,7 @@ class TokenizerEntry(_Model):
     _path_inside = field_validator("file")(_inside)
 
 
-class GrowthEntry(_Model):
+class GrowthEntry(Entry):
     """Where in its growth a run was: the operator, and the number of its stage, counted from 0.
 
     A checkpoint that ``megaloop grow`` wrote has no stage.
@@ -111,24 +104,18 @@ class GrowthEntry(_Model):
     stages: PositiveInt | None = None
 
 
-class Manifest(_Model):
-    """Everything but the numbers; see docs/CHECKPOINTS.md."""
+class _Content(Entry):
+    """What manifests of all versions hold."""
 
     format_version: int
     checksum: str = Field(default=_NO_CHECKSUM, pattern=r"^[0-9a-f]{32}$")
-    megaloop: str
-    created: str
-    step: NonNegativeInt
-    samples: NonNegativeInt
-    tokens: NonNegativeInt
-    flops: NonNegativeInt
-    skipped: NonNegativeInt = 0
+    megaloop: str = Field(pattern=r"^[0-9A-Za-z.+!_-]{1,64}$")
+    created: str = Field(pattern=r"^[0-9TZ:.+ -]{1,64}$")
     plan: dict[str, Any]
     growth: GrowthEntry | None
     model: dict[str, Any]
     precision: Literal["fp32", "bf16"]
-    rng: dict[str, int]
-    topology: dict[str, int]
+    topology: dict[Literal["pp", "tp", "dp"], PositiveInt]
     tokenizer: TokenizerEntry | None
     config: dict[str, Any]
     files: list[FileEntry]
@@ -140,19 +127,97 @@ class Manifest(_Model):
         if len(room) != len(self.files):
             raise ValueError("a file is listed twice")
         if self.tokenizer and self.tokenizer.file not in room:
-            raise ValueError(f"{self.tokenizer.file} is not among its files")
+            raise ValueError(f"{printable(self.tokenizer.file)} is not among its files")
         if problem := find_problem(self.tensors):
             raise ValueError(problem)
         for named in self.tensors.values():
             for name, entry in named.items():
                 for each in entry.pieces:
                     if each.file not in room:
-                        raise ValueError(f"{each.file} is not among its files")
+                        raise ValueError(f"{printable(each.file)} is not among its files")
+                    if self.tokenizer and each.file == self.tokenizer.file:
+                        raise ValueError(f"{printable(each.file)} is said to hold both the tokenizer and tensors")
                     room[each.file] -= each.piece(name, tuple(entry.shape)).numel * ITEM_BYTES[entry.dtype]
         for path, left in room.items():
             if left < 0:
-                raise ValueError(f"{path} is too small for what it should hold")
+                raise ValueError(f"{printable(path)} is too small for what it should hold")
         return self
+
+
+class Manifest(_Content):
+    """Everything but the numbers; see docs/CHECKPOINTS.md."""
+
+    run: RunState
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.run.step
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens per sample in training, as far as the configuration tells."""
+        length = self._data.get("sequence_length")
+        return length if type(length) is int and 0 < length < 1 << 31 else None
+
+    @property
+    def data_paths(self) -> list[Path]:
+        """Where the data of the run lay, as far as the configuration tells."""
+        sources = self._data.get("sources")
+        paths = [each.get("path") for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+        return [Path(path) for path in paths if isinstance(path, str) and "\0" not in path]
+
+    @property
+    def _data(self) -> dict[str, Any]:
+        data = self.config.get("data")
+        return data if isinstance(data, dict) else {}
+
+
+class _Random(Entry):
+    seed: Count
+    step: Count
+
+
+class _FirstManifest(_Content):
+    """Version 1: the run's state among the other keys, as far as there was one."""
+
+    step: Count
+    samples: Count
+    tokens: Count
+    flops: Count
+    skipped: Count = 0
+    rng: _Random
+
+    def upgraded(self) -> Manifest:
+        """The same as a manifest of today; what only the configuration tells is taken from there."""
+        run = RunState(
+            step=self.step,
+            samples=self.samples,
+            tokens=self.tokens,
+            flops=self.flops,
+            skipped=self.skipped,
+            seed=self.rng.seed,
+            **_told_by(self.config),
+        )
+        kept = {name: getattr(self, name) for name in _Content.model_fields}
+        return Manifest.model_construct(**kept | {"format_version": FORMAT_VERSION, "run": run})
+
+
+def _told_by(values: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration tells of the run's state; nothing where it is none (of an import, say)."""
+    try:
+        config = Config.model_validate(values)
+        data = DataState(
+            sequence_length=config.data.sequence_length,
+            cooldown_sample=config.cooldown_sample,
+            sources=tuple(
+                SourceState(train=None, validation=None, stable=stable, cooldown=cooldown)
+                for stable, cooldown in (each.weights for each in config.data.sources)
+            ),
+        )
+    except (ValueError, ArithmeticError, MegaloopError):  # pydantic's errors are ValueErrors
+        return {}
+    return {"batch": config.train.global_batch, "steps": config.train.steps, "data": data}
 
 
 def find_problem(tensors: dict[str, dict[str, TensorEntry]]) -> str | None:
@@ -160,36 +225,60 @@ def find_problem(tensors: dict[str, dict[str, TensorEntry]]) -> str | None:
     names: set[str] = set().union(*tensors.values())
     for kind, named in tensors.items():
         if missing := sorted(names - set(named)):
-            return f"{kind} of {missing[0]} is missing"
+            return f"{printable(kind)} of {printable(missing[0])} is missing"
         for name, entry in named.items():
             if problem := _tensor_problem(name, entry):
-                return f"{kind} of {name}: {problem}"
+                return f"{printable(kind)} of {printable(name)}: {problem}"
     return None
 
 
 def _tensor_problem(name: str, entry: TensorEntry) -> str | None:
     if entry.dtype not in ITEM_BYTES:
-        return f"unknown dtype {entry.dtype!r}, expected one of {', '.join(ITEM_BYTES)}"
+        return f"unknown dtype {printable(repr(entry.dtype))}, expected one of {', '.join(ITEM_BYTES)}"
+    if len(entry.shape) > _MOST_DIMENSIONS:
+        return f"{len(entry.shape)} dimensions, expected at most {_MOST_DIMENSIONS}"
     ranges: dict[Box, list[tuple[int, int]]] = defaultdict(list)
     for each in entry.pieces:
         box = each.piece(name, tuple(entry.shape)).box
         if not len(box.offset) == len(box.shape) == len(entry.shape) or any(
             begin + size > whole for begin, size, whole in zip(box.offset, box.shape, entry.shape, strict=True)
         ):
-            return f"a piece at {each.offset} of shape {each.shape} does not lie in shape {entry.shape}"
+            where = f"a piece at {each.offset} of shape {each.shape} does not lie in shape {entry.shape}"
+            return printable(where)
         held = each.flat or (0, box.numel)
         if not held[0] < held[1] <= box.numel:
             return f"a piece of values {held[0]} to {held[1]} does not lie in its box of {box.numel}"
         ranges[box].append(held)
-    for one, other in combinations(ranges, 2):
-        if one.intersect(other):
-            return f"boxes at {list(one.offset)} and {list(other.offset)} overlap"
     for each_range in ranges.values():
         each_range.sort()
         if any(after[0] < before[1] for before, after in pairwise(each_range)):
             return "the same values twice"
     found, expected = sum(stop - start for held in ranges.values() for start, stop in held), prod(entry.shape)
+    if not _tiles(ranges, entry.shape):
+        # all is lost already: only so much is spent on saying why
+        for one, other in islice(combinations(ranges, 2), 20_000):
+            if one.intersect(other):
+                return f"boxes at {list(one.offset)} and {list(other.offset)} overlap"
+        if found == expected:
+            return "its boxes overlap, and leave a gap"
     return None if found == expected else f"{found} of {expected} values"
+
+
+def _tiles(boxes: Collection[Box], shape: list[int]) -> bool:
+    """Whether the boxes cover a tensor of this shape, each value once.
+
+    The function that counts the boxes over each value is known by its differences along all dimensions, which are not
+    zero only at the boxes' corners, where each box adds 1 or -1 in turn: it is 1 throughout if and only if the corners
+    of all boxes add up to those of the whole. That takes a time in proportion to the boxes, in any number of dimensions.
+    """
+    corners: dict[tuple[int, ...], int] = defaultdict(int)
+    whole = Box.whole(tuple(shape))
+    signs = [(ends, -1 if sum(ends) % 2 else 1) for ends in product((0, 1), repeat=len(shape))]
+    for box in [whole, *boxes]:
+        for ends, sign in signs:
+            corner = tuple(at + size * end for at, size, end in zip(box.offset, box.shape, ends, strict=True))
+            corners[corner] += -sign if box is whole else sign
+    return not any(corners.values())
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -215,13 +304,16 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         text = _read_text(directory, path)
         version = _Version.model_validate_json(text)
-        if version.format_version != FORMAT_VERSION:
+        if version.format_version not in (_FIRST_VERSION, FORMAT_VERSION):
             _check_checksum(directory, text, version.checksum)  # a flipped bit may look like another version
             raise MegaloopError(
-                f"checkpoint {directory}: {MANIFEST} is of format version {version.format_version}, "
-                f"this megaloop reads {FORMAT_VERSION}; use the megaloop that wrote it"
+                f"checkpoint {directory}: {MANIFEST} is of format version {printable(version.format_version)}, "
+                f"this megaloop reads up to {FORMAT_VERSION}; use the megaloop that wrote it"
             )
-        manifest = Manifest.model_validate_json(text)
+        if version.format_version == _FIRST_VERSION:
+            manifest = _FirstManifest.model_validate_json(text).upgraded()
+        else:
+            manifest = Manifest.model_validate_json(text)
     except FileNotFoundError:
         raise DamagedCheckpoint(
             f"checkpoint {directory}: no {MANIFEST}; it is no checkpoint, or one whose saving never finished"
@@ -230,8 +322,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise MegaloopError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        what = " ".join(f"{where}: {first['msg'].removeprefix('Value error, ')}".split())
+        where = printable(".".join(map(str, first["loc"])) or "content")
+        what = printable(" ".join(f"{where}: {first['msg'].removeprefix('Value error, ')}".split()), 500)
         raise DamagedCheckpoint(
             f"checkpoint {directory}: {MANIFEST} is damaged ({what}); use another checkpoint"
         ) from None
@@ -256,11 +348,14 @@ def _check_decoder(directory: Path, manifest: Manifest) -> None:
         model.check()
         if model.vocab_size is None:
             raise ValueError("model.vocab_size is empty")
-        if not all(type(layer_id) is int for layer_id in manifest.plan["order"]):
+        order = manifest.plan["order"]
+        if len(order) > _MOST_LAYERS:
+            raise ValueError(f"plan.order runs {len(order)} layers, at most {_MOST_LAYERS} are possible")
+        if not all(type(layer_id) is int and layer_id < 1 << 31 for layer_id in order):
             raise ValueError("plan.order holds something else than layer ids")
         DepthPlan.from_json(manifest.plan)
     except (MegaloopError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = " ".join(str(error).split()) or type(error).__name__
+        what = printable(" ".join(str(error).split()) or type(error).__name__, 500)
         raise MegaloopError(
             f"checkpoint {directory}: {MANIFEST} describes a decoder that this megaloop does not know ({what}); "
             f"use the megaloop that wrote it ({manifest.megaloop})"

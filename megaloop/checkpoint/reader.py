@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from math import prod
@@ -21,6 +21,7 @@ from megaloop.checkpoint.tensor_file import DTYPE_CODES
 from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.model import ParameterSpec
 from megaloop.parallel.placement import Box, Piece
+from megaloop.text import printable
 
 __all__ = ["Checkpoint", "file_checksum"]
 
@@ -39,6 +40,7 @@ class Checkpoint:
         self.path = path
         self.manifest = manifest
         self._files: dict[str, Any] = {}
+        self._tokenizer_checked = False
         self._stack = ExitStack()
 
     @classmethod
@@ -74,6 +76,28 @@ class Checkpoint:
             _check_file(self.path, entry, "checksums", partial(_advance, on_bytes, done, total))
             done += entry.bytes
 
+    def check_values(self, kinds: Collection[str] | None = None, share: int = 0, of: int = 1) -> None:
+        """Read every stored piece: its file describes it as the manifest does, and all its numbers are finite.
+
+        Args:
+            kinds: of state; None: all.
+            share, of: only of every ``of``-th file, as :meth:`verify`.
+
+        Raises:
+            MegaloopError: names the tensor that holds a NaN or an infinity.
+        """
+        files = {entry.path for entry in self.manifest.files[share::of]}
+        for kind, named in self.manifest.tensors.items():
+            if kinds is not None and kind not in kinds:
+                continue
+            for name, entry in named.items():
+                for piece in entry.pieces:
+                    if piece.file in files and not _all_finite(self._stored(piece, entry.dtype)):
+                        raise MegaloopError(
+                            f"checkpoint {self.path}: {printable(kind)} of {printable(name)} holds numbers that are not finite; "
+                            "nothing can be learnt or written with it: use another checkpoint"
+                        )
+
     def check_tensors(self, specs: Mapping[str, ParameterSpec]) -> None:
         """Raise MegaloopError unless the checkpoint holds exactly the parameters of ``specs``, in their shapes."""
         for kind in self.manifest.tensors:
@@ -82,15 +106,25 @@ class Checkpoint:
                 expected = specs[name].shape if name in specs else None
                 if found.get(name) != expected:
                     raise MegaloopError(
-                        f"checkpoint {self.path}: {kind} of {name} is {found.get(name, 'not there')}, "
+                        f"checkpoint {self.path}: {printable(kind)} of {printable(name)} is "
+                        f"{printable(found.get(name, 'not there'))}, "
                         f"its plan asks for {expected or 'no such tensor'}; use another checkpoint"
                     )
 
     @property
     def tokenizer(self) -> Path | None:
-        """The tokenizer's file, if the checkpoint holds one."""
+        """The tokenizer's file, if the checkpoint holds one; its bytes are compared with those that were saved.
+
+        Raises:
+            DamagedCheckpoint: they are others.
+        """
         entry = self.manifest.tokenizer
-        return self.path / entry.file if entry else None
+        if entry is None:
+            return None
+        if not self._tokenizer_checked:
+            _check_file(self.path, next(each for each in self.manifest.files if each.path == entry.file), "checksums")
+            self._tokenizer_checked = True
+        return self.path / entry.file
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind, in the order in which they were saved; empty if there are none."""
@@ -111,7 +145,7 @@ class Checkpoint:
         filled = sum(self._copy(each, entry.dtype, each.piece(name, whole), box, out) for each in entry.pieces)
         if filled != box.numel:
             raise MegaloopError(
-                f"checkpoint {self.path}: {kind} {name} holds {filled} of {box.numel} values asked for "
+                f"checkpoint {self.path}: {printable(kind)} {printable(name)} holds {filled} of {box.numel} values asked for "
                 f"(at {box.offset}, of shape {box.shape}); it is damaged"
             )
         return out
@@ -149,6 +183,11 @@ class Checkpoint:
             copied += common.numel
         return copied
 
+    def _stored(self, entry: PieceEntry, dtype: str) -> Tensor:
+        """All that is stored of a piece."""
+        dimensions = 1 if entry.flat else len(entry.shape)
+        return self._slice(entry, dtype, (slice(None),) * dimensions)
+
     def _slice(self, entry: PieceEntry, dtype: str, index: tuple[slice, ...]) -> Tensor:
         shape = [entry.flat[1] - entry.flat[0]] if entry.flat else list(entry.shape)
         try:
@@ -158,20 +197,20 @@ class Checkpoint:
             found, expected = (stored.get_dtype(), stored.get_shape()), (DTYPE_CODES[dtype], shape)
             if found != expected:
                 raise MegaloopError(
-                    f"checkpoint {self.path}: {entry.file} holds {entry.key} as {found[0]} {found[1]}, "
+                    f"checkpoint {self.path}: {printable(entry.file)} holds {printable(entry.key)} as {found[0]} {found[1]}, "
                     f"the manifest says {expected[0]} {expected[1]}; it is damaged"
                 )
             values: Tensor = stored[index]
             return values
         except (SafetensorError, OSError) as error:
-            what = " ".join(str(error).split())
-            raise MegaloopError(f"checkpoint {self.path}: {entry.file} is damaged ({what})") from None
+            what = printable(" ".join(str(error).split()))
+            raise MegaloopError(f"checkpoint {self.path}: {printable(entry.file)} is damaged ({what})") from None
 
     def _entry(self, kind: str, name: str) -> TensorEntry:
         try:
             return self.manifest.tensors[kind][name]
         except KeyError:
-            raise MegaloopError(f"checkpoint {self.path}: holds no {kind} of {name}") from None
+            raise MegaloopError(f"checkpoint {self.path}: holds no {printable(kind)} of {printable(name)}") from None
 
     def close(self) -> None:
         """Close its files."""
@@ -187,6 +226,11 @@ class Checkpoint:
         self.close()
 
 
+def _all_finite(values: Tensor) -> bool:
+    # a sum is finite only if all its terms are, and takes no memory; where it overflows, they are looked at one by one
+    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+
+
 def _advance(on_bytes: Callable[[int, int], None], before: int, total: int, count: int) -> None:
     on_bytes(before + count, total)
 
@@ -198,7 +242,7 @@ def _check_file(
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
     file = path / entry.path
-    what = f"checkpoint {path}: {entry.path}"
+    what = f"checkpoint {path}: {printable(entry.path)}"
     try:
         if not file.resolve(strict=True).is_relative_to(path.resolve()):
             raise DamagedCheckpoint(f"{what} points outside the checkpoint; use another checkpoint")
@@ -210,7 +254,7 @@ def _check_file(
             raise DamagedCheckpoint(f"{what} is {how}: {size} bytes, expected {entry.bytes}; use another checkpoint")
         if verify == "checksums" and (found := file_checksum(file, on_bytes)) != entry.checksum:
             raise DamagedCheckpoint(
-                f"{what} is altered: its checksum is {found}, expected {entry.checksum}; use another checkpoint"
+                f"{what} is altered: its checksum is {found}, expected {printable(entry.checksum)}; use another checkpoint"
             )
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{what} is missing; use another checkpoint") from None

@@ -32,6 +32,7 @@ from megaloop.checkpoint.manifest import (
 )
 from megaloop.checkpoint.reader import file_checksum
 from megaloop.checkpoint.resolve import is_step_name, list_checkpoints, remove_checkpoint
+from megaloop.checkpoint.run_state import RunState
 from megaloop.checkpoint.tensor_file import LazyTensor, write_tensors
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
@@ -45,20 +46,23 @@ TOKENIZER = "tokenizer.model"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says besides its tensors; the manifest's fields of the same names."""
+    """What a checkpoint says besides its tensors; the manifest's fields of the same names.
 
-    step: int
-    tokens: int
-    samples: int
-    flops: int
+    None has a default: what is left out would be lost.
+    """
+
+    run: RunState
     plan: DepthPlan
     model: ModelConfig
-    seed: int
-    topology: dict[str, int]
+    topology: dict[Literal["pp", "tp", "dp"], int]
     precision: Literal["fp32", "bf16"]
     config: dict[str, Any]
-    growth: GrowthEntry | None = None
-    skipped: int = 0
+    growth: GrowthEntry | None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.run.step
 
 
 @dataclass(frozen=True)
@@ -267,16 +271,11 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         format_version=FORMAT_VERSION,
         megaloop=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        step=info.step,
-        samples=info.samples,
-        tokens=info.tokens,
-        flops=info.flops,
-        skipped=info.skipped,
+        run=info.run,
         plan=info.plan.to_json(),
         growth=info.growth,
         model=info.model.model_dump(mode="json"),
         precision=info.precision,
-        rng={"seed": info.seed, "step": info.step},
         topology=info.topology,
         tokenizer=token_entry,
         config=info.config,

@@ -177,6 +177,10 @@ class DataSet:
     def tokenizer_sha256(self) -> str:
         return self.description.tokenizer.sha256
 
+    def sha256(self, split: Literal["train", "validation"]) -> str:
+        """What tells the samples of a split apart from others'; the sequence length aside."""
+        return self.description.indices[split]
+
     def describe(self) -> str:
         """What there is to train on."""
         train = self.description.splits["train"]

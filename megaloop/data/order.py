@@ -23,8 +23,10 @@ from functools import lru_cache
 from itertools import accumulate
 from math import lcm
 
-__all__ = ["SampleOrder", "permute"]
+__all__ = ["CURRENT", "SampleOrder", "permute"]
 
+CURRENT = 1
+"""The version of the order that new runs take. A run keeps the one that it began with: its checkpoints record it."""
 _MASK = (1 << 64) - 1
 BLOCK_SHARDS = 4
 """Samples are shuffled within blocks as long as this many shards."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,15 @@ class FineTuningSplit:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all samples: tokens, and which of them are learnt."""
+        digest = hashlib.sha256()
+        for sample in self._samples:
+            digest.update(sample.tokens.astype("<i8").tobytes())
+            digest.update(b"" if sample.learnt is None else sample.learnt.tobytes())
+        return digest.hexdigest()
 
     def sample(self, index: int) -> Sample:
         return self._samples[index]
@@ -118,6 +128,10 @@ class FineTuningSet:
 
     def split(self, name: Literal["train", "validation"]) -> FineTuningSplit:
         return self._splits[name]
+
+    def sha256(self, split: Literal["train", "validation"]) -> str:
+        """What tells the samples of a split apart from others'."""
+        return self._splits[split].sha256
 
     def describe(self) -> str:
         """What there is to train on."""

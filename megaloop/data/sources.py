@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megaloop.config import Config, DataConfig
 from megaloop.data.dataset import DataSet
-from megaloop.data.order import SampleOrder
+from megaloop.data.order import CURRENT, SampleOrder
 from megaloop.data.sft import FineTuningSet
 from megaloop.data.tokenizer import file_sha256
 from megaloop.errors import MegaloopError
@@ -42,11 +42,15 @@ class Sources:
     def tokenizer_sha256(self) -> str:
         return self.datasets[0].tokenizer_sha256
 
-    def order(self, seed: int, cooldown_sample: int | None = None) -> SampleOrder:
+    def order(self, seed: int, cooldown_sample: int | None = None, version: int = CURRENT) -> SampleOrder:
         """The order of the sources' training samples.
 
         Args:
             cooldown_sample: the first with the cooldown's shares; None: no cooldown comes.
+            version: of the order; that of the run, where it goes on.
+
+        Raises:
+            MegaloopError: a version that is not known.
         """
         sizes = [dataset.split("train").shard_sizes for dataset in self.datasets]
         changes = [] if cooldown_sample is None or self.cooldown == self.weights else [(cooldown_sample, self.cooldown)]

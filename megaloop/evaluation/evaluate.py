@@ -182,16 +182,15 @@ def _datasets(
     checkpoint: Checkpoint, data: Sequence[Path] | None, *, required: bool, note: Callable[[str], None]
 ) -> list[DataSet]:
     """The data sets to validate on, in samples as long as those of training where they allow it."""
-    trained = checkpoint.manifest.config.get("data", {})
-    paths = [Path(str(each["path"])) for each in trained.get("sources", [])] if data is None else list(data)
+    paths = checkpoint.manifest.data_paths if data is None else list(data)
     if required and not paths:
         raise MegaloopError("eval: the checkpoint does not know its data; name a data set with --data")
     opened = []
     for path in paths:
         try:
             dataset = DataSet.open(path)
-            length = trained.get("sequence_length")
-            if isinstance(length, int) and dataset.sequence_length % length == 0:
+            length = checkpoint.manifest.sequence_length
+            if length is not None and dataset.sequence_length % length == 0:
                 dataset = DataSet.open(path, length)
             tokenizer = checkpoint.manifest.tokenizer
             if tokenizer is not None and dataset.description.tokenizer.sha256 != tokenizer.sha256:

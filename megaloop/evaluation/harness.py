@@ -142,8 +142,7 @@ class HarnessModel(TemplateLM):
 
 
 def _context_length(checkpoint: Checkpoint) -> int:
-    length = checkpoint.manifest.config.get("data", {}).get("sequence_length")
-    return length if isinstance(length, int) and length > 0 else 2048
+    return checkpoint.manifest.sequence_length or 2048
 
 
 def run_harness(

@@ -11,7 +11,7 @@ from megaloop.checkpoint import Checkpoint, resolve_checkpoint
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, at_depth
 from megaloop.errors import MegaloopError
-from megaloop.model import Decoder, choose_kernels
+from megaloop.model import Decoder, choose_kernels, parameter_specs
 from megaloop.parallel.engine import local_device
 
 __all__ = ["load_decoder"]
@@ -34,7 +34,7 @@ def load_decoder(
         The decoder in evaluation mode, and the opened checkpoint.
 
     Raises:
-        MegaloopError: no whole checkpoint there, or one that is damaged (the file is named); a depth that does not fit it.
+        MegaloopError: no whole checkpoint there, or one that is damaged (the file is named) or holds NaN; a depth that does not fit it.
     """
     checkpoint = Checkpoint.open(resolve_checkpoint(path), verify="checksums")
     manifest = checkpoint.manifest
@@ -44,10 +44,12 @@ def load_decoder(
     plan, times = DepthPlan.from_json(manifest.plan), None
     if depth is not None:
         plan, times = at_depth(plan, depth)
+    kind = "master" if precision == "fp32" and checkpoint.names("master") else "model"
+    checkpoint.check_tensors(parameter_specs(config, DepthPlan.from_json(manifest.plan), config.vocab_size))
+    checkpoint.check_values([kind])
     device = device or local_device()
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     model = Decoder(config, config.vocab_size, plan, kernels=choose_kernels(device, dtype)).to(device, dtype)
     model.times = times
-    kind = "master" if precision == "fp32" and checkpoint.names("master") else "model"
     model.fill(lambda name, spec: checkpoint.read(kind, name))
     return model.eval(), checkpoint

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaloop.checkpoint import RunState
 from megaloop.config import FaultsConfig
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import StepResult
 from megaloop.text import printable
-from megaloop.train.report import Position
 from megaloop.train.rundir import replace_file
 
 __all__ = ["HOLES", "Faults", "RollBack", "Spike", "add_hole", "read_holes"]
@@ -75,7 +75,7 @@ class Faults:
         """The model is another from here on: its losses are not to be measured by those before."""
         self._recent.clear()
 
-    def stepped(self, at: Position, result: StepResult) -> Spike | RollBack | None:
+    def stepped(self, at: RunState, result: StepResult) -> Spike | RollBack | None:
         """Judge the step that led to ``at``."""
         config = self._config
         if not result.applied:
@@ -91,7 +91,7 @@ class Faults:
         self._recent.append(result.loss)
         return spike
 
-    def _roll_back(self, at: Position, reason: str, first_end: int) -> RollBack:
+    def _roll_back(self, at: RunState, reason: str, first_end: int) -> RollBack:
         """Past everything from ``margin`` steps before the first that went wrong, whose samples end at ``first_end``."""
         first = first_end - (1 + self._config.margin) * self._batch
         return RollBack(at.step, reason, (max(first, 0), at.samples))

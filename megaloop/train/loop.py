@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +32,11 @@ from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import StepResult, TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
 from megaloop.parallel.topology import Topology
+from megaloop.runs.allow import Allow
 from megaloop.train.agree import all_ranks_agree, from_rank_0, highest
 from megaloop.train.faults import Faults, RollBack, Spike, add_hole, read_holes
 from megaloop.train.hardware import memory_bytes
+from megaloop.train.position import after_step
 from megaloop.train.report import RankRecord, RunReporter
 from megaloop.train.rundir import RunDirectory
 from megaloop.train.saving import Saver
@@ -55,6 +57,7 @@ def run(
     resume: bool = False,
     stop_at: int | None = None,
     signals: StopSignals | None = None,
+    allowed: Collection[Allow] = (),
     go_on: str | None = None,
 ) -> Ending:
     """Train as ``config`` says, on the ranks that the launcher started; called by every rank.
@@ -63,6 +66,7 @@ def run(
         resume: go on from the newest whole checkpoint of the run's directory (from the beginning, if there is none).
         stop_at: save and end after this step, as if the rest were to follow later; the schedules are those of all steps.
         signals: asks to end; looked at after each step.
+        allowed: what may be other than where the run was saved: its data, its seed, its batch.
         go_on: the command that goes on with this run, to be named where it ends before its last step.
 
     Returns:
@@ -93,7 +97,7 @@ def run(
             rolled_back: list[RollBack] = []
             while True:
                 holes = _holes(config, rolled_back)
-                start = starting_point(config, vocab_size, sources, resume or bool(rolled_back))
+                start = starting_point(config, vocab_size, sources, resume or bool(rolled_back), allowed)
                 reporter = RunReporter(config, vocab_size, start.position, directory, go_on)
                 training = _Run(config, sources, vocab_size, samples, start, reporter, holes, stop_at, signals)
                 with _accepted(config, start, reporter, directory):
@@ -173,7 +177,11 @@ class _Run:
     def _train(self, rolled_back: Sequence[RollBack]) -> Ending:
         start, reporter = self._start, self._reporter
         self.faults.remember(reporter.recent_losses(self._config.faults.spike_window))
-        reporter.begins(self.engine, self._sources, start.checkpoint)
+        reporter.begins(self.engine, self._sources, start.checkpoint, start.stages)
+        if start.saved is not None:
+            step = self.at.step
+            was = self._learning_rate(step - 1) if step else None
+            reporter.resumed(start.changes, start.saved, was, self._learning_rate(step))
         reporter.passed_over(start.damaged)
         if rolled_back:
             reporter.rolled_back(rolled_back[-1])
@@ -238,6 +246,7 @@ class _Run:
             moments=growth.moments if growth else "copy",
         )
         self.engine = resharded.engine
+        self.at = self.at.at_depth(stage.plan.layers, stage.plan.notation, grown=not stage.event)
         self.saver.prepare(self.engine.pieces())
         self.faults.forget()
         self.validation = self._open_validation()
@@ -254,7 +263,14 @@ class _Run:
                 lr, times = self._learning_rate(step), config.loop_times(stage.plan, step)
                 began = time.perf_counter()
                 result = self.engine.train_step(_engine_batches(config, loader), lr, times)
-                self.at = self.at.after(config, self._reporter.step_flops(times), result.applied, self._holes)
+                self.at = after_step(
+                    self.at,
+                    config,
+                    flops=self._reporter.step_flops(times),
+                    lr=lr,
+                    applied=result.applied,
+                    holes=self._holes,
+                )
                 seconds = time.perf_counter() - began
                 self.watchdog.feed()
                 ranks_due = config.logging.ranks_every > 0 and self.at.step % config.logging.ranks_every == 0
@@ -305,9 +321,16 @@ class _Run:
             config.train.steps,
             config.optimizer.lr,
             config.schedule,
-            growth_steps=[stage.first_step for stage in self._start.stages[1:] if not stage.event],
+            growth_steps=self._growth_steps(),
             growth_warmup=config.growth.warmup_steps if config.growth else 0,
         )
+
+    def _growth_steps(self) -> list[int]:
+        """The steps at which the model has grown; as the schedule says, where that is not recorded from the beginning."""
+        depths = self.at.depths
+        if depths and depths[0].step == 0:
+            return [each.step for each in depths if each.grown]
+        return [stage.first_step for stage in self._start.stages[1:] if not stage.event]
 
     def _open_validation(self) -> _Validation:
         return _Validation(self._config, self.engine, self._sources, self._validation_samples)
@@ -319,7 +342,7 @@ class _Run:
             return None
         return BatchLoader(
             self._sources.datasets,
-            self._sources.order(config.seed, config.cooldown_sample),
+            self._sources.order(config.seed, config.cooldown_sample, self.at.order_version),
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
             dp_rank=engine.coordinate.dp,
@@ -344,14 +367,9 @@ class _Run:
             index = stages.index(stage_at(stages, max(at.step - 1, 0)))
             growth = GrowthEntry(operator=config.growth.operator, stage=index, stages=len(stages))
         return CheckpointInfo(
-            step=at.step,
-            tokens=at.tokens,
-            samples=at.samples,
-            flops=at.flops,
-            skipped=at.skipped,
+            run=at,
             plan=engine.plan,
             model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
-            seed=config.seed,
             topology={"pp": topology.pp, "tp": topology.tp, "dp": topology.dp},
             precision=config.train.precision,
             config=config.model_dump(mode="json"),

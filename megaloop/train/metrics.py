@@ -44,7 +44,20 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 EventKind = Literal[
-    "start", "resume", "grow", "loop", "reshard", "save", "save_failed", "skip", "spike", "signal", "rollback", "stop"
+    "start",
+    "resume",
+    "grow",
+    "loop",
+    "reshard",
+    "save",
+    "save_failed",
+    "skip",
+    "spike",
+    "signal",
+    "rollback",
+    "stop",
+    "changed",
+    "schedule",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,14 +17,15 @@ import torch
 from rich.console import Console
 
 from launchers.rank import RESTARTS
+from megaloop.checkpoint import DepthState, RunState
 from megaloop.config import Config
-from megaloop.data.holes import Holes, past_holes
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, GrowthStage
 from megaloop.depth.flops import flops_per_token, parameters
 from megaloop.depth.schedule import full_depth
 from megaloop.parallel.engine import StepResult, TrainingEngine, local_device
 from megaloop.parallel.live import Resharded
 from megaloop.runs.records import number
+from megaloop.text import printable
 from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
 from megaloop.train.metrics import MetricsWriter, StepRecord, require_tensorboard, timestamp
 from megaloop.train.progress import ProgressReporter, format_bytes
@@ -32,49 +34,10 @@ from megaloop.train.rundir import RunDirectory, last_records
 if TYPE_CHECKING:
     from megaloop.data import Sources
     from megaloop.train.faults import RollBack, Spike
+    from megaloop.train.position import Change
     from megaloop.train.start import Damage
 
-__all__ = ["Position", "RankRecord", "RunReporter"]
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is: all of it a function of nothing but the steps done.
-
-    Attributes:
-        step: optimizer steps done.
-        samples: samples consumed, which is the number of the next global sample.
-        tokens: tokens predicted.
-        flops: model FLOPs, forward and backward.
-        skipped: of the steps, those that changed nothing, as their gradient was not finite.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    flops: int = 0
-    skipped: int = 0
-
-    @property
-    def updates(self) -> int:
-        """How often the weights have changed: what Adam counts."""
-        return self.step - self.skipped
-
-    def after(self, config: Config, flops: int, applied: bool, holes: Holes) -> Position:
-        """The position one optimizer step later.
-
-        Args:
-            applied: False where the step was skipped.
-            holes: samples that no step takes.
-        """
-        samples = config.train.global_batch
-        return Position(
-            self.step + 1,
-            past_holes(self.samples, samples, holes) + samples,
-            self.tokens + samples * config.data.sequence_length,
-            self.flops + flops,
-            self.skipped + (not applied),
-        )
+__all__ = ["RankRecord", "RunReporter", "describe_depths"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +69,7 @@ class RunReporter:
         flops_per_step: model FLOPs of one optimizer step, over all ranks.
     """
 
-    def __init__(self, config: Config, vocab_size: int, start: Position, directory: object, go_on: str | None = None):
+    def __init__(self, config: Config, vocab_size: int, start: RunState, directory: object, go_on: str | None = None):
         self._config, self._vocab_size = config, vocab_size
         self._start, self._go_on = start, go_on
         self._directory = directory if isinstance(directory, RunDirectory) else None
@@ -147,7 +110,9 @@ class RunReporter:
         """Whether the run's directory, or a file that the run appends to, was deleted, moved or replaced; rank 0 looks."""
         return self._directory is not None and (self._directory.lost or self._metrics.lost)
 
-    def begins(self, engine: TrainingEngine, sources: Sources, checkpoint: Path | None) -> None:
+    def begins(
+        self, engine: TrainingEngine, sources: Sources, checkpoint: Path | None, stages: Sequence[GrowthStage]
+    ) -> None:
         """Say what was built, from what, on what."""
         self._use(engine)
         if self._directory is None:
@@ -162,12 +127,11 @@ class RunReporter:
         self._progress.message(self._layout(engine))
         self._progress.message(f"kernels: {engine.kernels}")
         self._progress.message(sources.describe())
+        depths = describe_depths(self._start, stages)
         if config.growth is not None:
-            to_come = ", ".join(f"{_depth(stage.plan)} until step {stage.stop}" for stage in config.stages)
-            self._progress.message(f"growth {config.growth.operator}: {to_come}")
-        elif len(config.stages) > 1:
-            to_come = ", ".join(f"{_depth(stage.plan)} until step {stage.stop}" for stage in config.stages)
-            self._progress.message(f"depth: {to_come}")
+            self._progress.message(f"growth {config.growth.operator}: {depths}")
+        elif len(stages) > 1:
+            self._progress.message(f"depth: {depths}")
         if checkpoint is not None:
             self._progress.message(f"resuming {checkpoint} at step {self._start.step}")
         self._metrics.event(
@@ -196,6 +160,41 @@ class RunReporter:
             self._progress.message(
                 f"checkpoint of step {each.step} is damaged ({each.reason}); going back to step {self._start.step}"
             )
+
+    def resumed(self, changes: Sequence[Change], saved: RunState, lr_was: float | None, lr: float) -> None:
+        """Record what is other than it was where the run was saved.
+
+        Args:
+            saved: its state then.
+            lr_was: what this configuration makes the learning rate of the last step; None: there is nothing to compare.
+            lr: that of the next step.
+        """
+        if self._directory is None:
+            return
+        step = self._start.step
+        for change in changes:
+            self._metrics.event("changed", step, what=change.what, text=change.text)
+            self._progress.message(f"step {step}  --allow {change.what}: {change.text}")
+        if saved.data is None or any(each.train is None for each in saved.data.sources):
+            self._progress.message(
+                "the checkpoint is of an earlier version, which kept no hashes of the data: whether it is the same is not checked"
+            )
+        finished = saved.steps is not None and saved.step >= saved.steps
+        if saved.lr is None:
+            differs = finished and saved.steps != self._config.train.steps
+        else:
+            differs = lr_was is not None and not math.isclose(saved.lr, lr_was, rel_tol=1e-9)
+        if not differs:
+            return
+        steps = self._config.train.steps
+        self._metrics.event("schedule", step, lr_before=saved.lr, lr=lr, steps_before=saved.steps, steps=steps)
+        rates = f"{'' if saved.lr is None else f'from {saved.lr:.2e} '}to {lr:.2e}"
+        self._progress.message(
+            f"step {step}  warning: this run was finished (train.steps was {saved.steps}, now {steps}): its learning rate jumps "
+            f"{rates}; to train longer, resume from before its cooldown"
+            if finished
+            else f"step {step}  warning: the schedule is another than that of the steps so far: the learning rate jumps {rates}"
+        )
 
     def rolled_back(self, from_: RollBack) -> None:
         """Record that training went wrong, and where it goes on."""
@@ -329,7 +328,7 @@ class RunReporter:
 
     def stepped(
         self,
-        at: Position,
+        at: RunState,
         result: StepResult,
         lr: float,
         seconds: float,
@@ -382,7 +381,7 @@ class RunReporter:
             return
         done = self._done
         per_step = self._flops_of(full_depth(self._config.stages), None)
-        full = per_step * done.step
+        full = per_step * done.tokens / self._tokens_per_step  # the batch may have been another for a while
         steps = round((full - done.flops) / per_step)
         self._progress.message(
             f"{done.flops:.3g} FLOPs, {done.flops / full:.1%} of what {done.step} steps at full depth cost: "
@@ -438,6 +437,23 @@ def _depth(plan: DepthPlan) -> str:
     if plan.is_looped:
         return f"{plan.notation} ({plan.layers} layers, {plan.depth} deep)"
     return f"{plan.layers} layer{'s' if plan.layers > 1 else ''}"
+
+
+def describe_depths(at: RunState, stages: Sequence[GrowthStage]) -> str:
+    """The depths that the run had, as its checkpoint tells, and those that are to come."""
+    known = [each for each in at.depths if each.step <= at.step]
+    ends = [each.step for each in known[1:]]
+    parts = [f"{_depth_then(each)} until step {end}" for each, end in zip(known, ends, strict=False)]
+    if known and known[0].step:
+        parts.insert(0, f"what it had until step {known[0].step} is not known")
+    to_come = [stage for stage in stages if stage.stop > at.step] or list(stages[-1:])
+    return ", ".join([*parts, *(f"{_depth(stage.plan)} until step {stage.stop}" for stage in to_come)])
+
+
+def _depth_then(entry: DepthState) -> str:
+    if entry.depth == str(entry.layers):
+        return f"{entry.layers} layer{'s' if entry.layers > 1 else ''}"
+    return f"{printable(entry.depth)} ({entry.layers} layers)"
 
 
 def _kind(before: DepthPlan, after: DepthPlan) -> Literal["grow", "loop"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megaloop.checkpoint import (
     Checkpoint,
+    RunState,
     check_same_model,
     list_checkpoints,
     list_torn,
@@ -25,8 +26,9 @@ from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.model import parameter_specs
 from megaloop.parallel.placement import Piece
 from megaloop.parallel.state import GrownState, InitialValues, StateSource
+from megaloop.runs.allow import Allow
 from megaloop.train.agree import all_ranks_agree, from_rank_0
-from megaloop.train.report import Position
+from megaloop.train.position import Change, begin, go_on
 
 __all__ = ["Damage", "Start", "catch_up", "stages_from", "starting_point"]
 
@@ -53,14 +55,18 @@ class Start:
         checkpoint: the checkpoint that it resumes, None for a new run.
         grown_from: the checkpoint's plan, where it is another than that of the stage that the run begins in.
         damaged: newer checkpoints that could not be resumed, newest first.
+        saved: the state in that checkpoint, None for a new run.
+        changes: what is other than it was when that was saved.
     """
 
-    position: Position
+    position: RunState
     stages: tuple[GrowthStage, ...]
     source: StateSource
     checkpoint: Path | None = None
     grown_from: DepthPlan | None = None
     damaged: tuple[Damage, ...] = ()
+    saved: RunState | None = None
+    changes: tuple[Change, ...] = ()
 
     @property
     def stage(self) -> GrowthStage:
@@ -78,26 +84,49 @@ class _WeightsOnly:
         return self.checkpoint.read_piece(kind, piece) if kind in ("model", "master") else None
 
 
-def starting_point(config: Config, vocab_size: int, sources: Sources, resume: bool) -> Start:
+def starting_point(
+    config: Config, vocab_size: int, sources: Sources, resume: bool, allowed: Collection[Allow] = ()
+) -> Start:
     """A new run's first step, or where the newest whole checkpoint left off; collective.
 
-    Checkpoints that are damaged are passed over; once the run has been accepted, whoever starts it renames them
-    (:func:`megaloop.checkpoint.set_aside`), so that none is tried twice.
+    Every byte that the run starts from is compared with its checksum, and every number must be finite; the ranks share
+    the work. A run's own checkpoints that are damaged are passed over; once the run has been accepted, whoever starts it
+    renames them (:func:`megaloop.checkpoint.set_aside`), so that none is tried twice.
+
+    Args:
+        allowed: what may be other than when the checkpoint was saved.
 
     Raises:
-        MegaloopError: on every rank: all checkpoints are damaged, or the newest whole one is of another shape, or was
-            grown in another way.
+        MegaloopError: on every rank: all checkpoints are damaged, or the newest whole one is of another shape, was grown
+            in another way, holds NaN, or its place in the data is that of other data.
     """
     path, damaged = _newest_whole(config.directory / "checkpoints") if resume else (None, ())
+    new = path is None
+    if path is None and config.init is not None:
+        path = _whole_init(config.init)
+    if path is None:
+        first = begin(config, sources).at_depth(config.stages[0].plan.layers, config.stages[0].plan.notation)
+        return Start(first, config.stages, InitialValues(config.model, config.seed, config.stages[0].plan, vocab_size))
     with all_ranks_agree():
-        if path is not None:
-            checkpoint = Checkpoint.open(path, verify="sizes")
-            start = _begin(config, vocab_size, checkpoint, checkpoint, _position(config, sources, checkpoint), path)
-            return replace(start, damaged=damaged)
-        if config.init is not None:
-            checkpoint = Checkpoint.open(resolve_checkpoint(config.init), verify="sizes")
-            return _begin(config, vocab_size, checkpoint, _WeightsOnly(checkpoint), Position())
-    return Start(Position(), config.stages, InitialValues(config.model, config.seed, config.stages[0].plan, vocab_size))
+        checkpoint = Checkpoint.open(path, verify="sizes")
+        checkpoint.check_values(share=dist.get_rank(), of=dist.get_world_size())
+        if new:
+            return _begin(config, vocab_size, checkpoint, _WeightsOnly(checkpoint), begin(config, sources))
+        position, changes = _position(config, sources, checkpoint, allowed)
+        start = _begin(config, vocab_size, checkpoint, checkpoint, position, path)
+        return replace(start, damaged=damaged, saved=checkpoint.manifest.run, changes=changes)
+
+
+def _whole_init(init: Path) -> Path:
+    """The checkpoint whose weights a new run begins with; it must be whole, as there is none to take instead."""
+    found: Path | None = None
+    with all_ranks_agree():
+        if dist.get_rank() == 0:  # a run that is alive may save a newer one before the others look
+            found = resolve_checkpoint(init)
+    path: Path = from_rank_0(found)
+    if (problem := _damage(path)) is not None:
+        raise MegaloopError(f"checkpoint {path}: {problem}; begin with another checkpoint")
+    return path
 
 
 def _newest_whole(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
@@ -142,8 +171,10 @@ def _damage(path: Path) -> str | None:
     return next((each for each in problems if each is not None), None)
 
 
-def _position(config: Config, sources: Sources, checkpoint: Checkpoint) -> Position:
-    """How far the run of a checkpoint was."""
+def _position(
+    config: Config, sources: Sources, checkpoint: Checkpoint, allowed: Collection[Allow]
+) -> tuple[RunState, tuple[Change, ...]]:
+    """How far the run of a checkpoint was, and what has changed since."""
     manifest = checkpoint.manifest
     if manifest.tokenizer and manifest.tokenizer.sha256 != sources.tokenizer_sha256:
         raise MegaloopError(
@@ -155,7 +186,10 @@ def _position(config: Config, sources: Sources, checkpoint: Checkpoint) -> Posit
             f"checkpoint {checkpoint.path} is at step {manifest.step}, and train.steps is {config.train.steps}: "
             "nothing is left to train; raise train.steps to go on"
         )
-    return Position(manifest.step, manifest.samples, manifest.tokens, manifest.flops, manifest.skipped)
+    try:
+        return go_on(config, sources, manifest.run, allowed)
+    except MegaloopError as error:
+        raise MegaloopError(f"checkpoint {checkpoint.path}: {error}") from None
 
 
 def _begin(
@@ -163,7 +197,7 @@ def _begin(
     vocab_size: int,
     checkpoint: Checkpoint,
     state: StateSource,
-    position: Position,
+    position: RunState,
     resumed: Path | None = None,
 ) -> Start:
     """Begin from a checkpoint's state, grown where the stage at this step is deeper."""
@@ -177,6 +211,12 @@ def _begin(
     refused = growth.plan.layers != saved.layers and not growth.lineage
     check_same_model(checkpoint.manifest, config.model, growth.plan if refused else saved, vocab_size)
     checkpoint.check_tensors(parameter_specs(config.model, saved, vocab_size))
+    event = stage_at(stages, position.step).event
+    position = position.at_depth(
+        growth.plan.layers,
+        growth.plan.notation,
+        grown=resumed is not None and growth.plan.layers > saved.layers and not event,
+    )
     if growth.plan == saved:
         return Start(position, stages, state, resumed)
     moments = "copy" if config.growth is None else config.growth.moments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
@@ -9,9 +10,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 
-from megaloop.checkpoint import Checkpoint, CheckpointInfo, Manifest, SaveResult, save_checkpoint
+from megaloop.checkpoint import (
+    Checkpoint,
+    CheckpointInfo,
+    DataState,
+    DepthState,
+    Manifest,
+    RunState,
+    SaveResult,
+    SourceState,
+    save_checkpoint,
+)
 from megaloop.checkpoint.manifest import MANIFEST, encode_manifest
 from megaloop.checkpoint.reader import file_checksum
 from megaloop.config import ModelConfig
@@ -62,18 +74,34 @@ def state(tp: tuple[int, int], dp: tuple[int, int], salt: int = 0) -> Iterator[S
             yield StatePiece(kind, Piece(name, shape, box, (start, stop)), values, first_of_alike)
 
 
+def run_state(step: int = 1) -> RunState:
+    """A state in which no field is at its default."""
+    source = SourceState(train="12" * 32, validation="34" * 32, stable=1.0, cooldown=0.5)
+    return RunState(
+        step=step,
+        samples=10 * step,
+        tokens=640 * step,
+        flops=12345 * step,
+        skipped=step // 2,
+        seed=7,
+        batch=10,
+        steps=1000,
+        lr=0.25,
+        order_version=3,
+        data=DataState(sequence_length=64, cooldown_sample=9000, sources=(source,)),
+        depths=(DepthState(step=0, layers=1, depth="1", grown=True),),
+    )
+
+
 def info(step: int = 1, **changes: Any) -> CheckpointInfo:
     fields: dict[str, Any] = {
-        "step": step,
-        "tokens": 640 * step,
-        "samples": 10 * step,
-        "flops": 12345 * step,
+        "run": run_state(step),
         "plan": DepthPlan.plain(1),
         "model": ModelConfig(hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=16, vocab_size=24),
-        "seed": 7,
         "topology": {"pp": 1, "tp": 1, "dp": 1},
         "precision": "bf16",
         "config": {"name": "test"},
+        "growth": None,
     }
     return CheckpointInfo(**{**fields, **changes})
 
@@ -105,3 +133,14 @@ def read_all(path: Path, verify: Any = "checksums") -> None:
         for kind, named in opened.manifest.tensors.items():
             for name in named:
                 opened.read(kind, name)
+
+
+def reseal_bytes(checkpoint: Path) -> None:
+    """As :func:`reseal`, for a manifest of any version."""
+    text = (checkpoint / MANIFEST).read_text()
+    value = json.loads(text)
+    for entry in value["files"]:
+        path = checkpoint / entry["path"]
+        entry |= {"bytes": path.stat().st_size, "checksum": file_checksum(path)}
+    blank = json.dumps({**value, "checksum": "0" * 32}, indent=1)
+    (checkpoint / MANIFEST).write_text(blank.replace("0" * 32, xxhash.xxh3_128_hexdigest(blank.encode()), 1))

@@ -127,12 +127,12 @@ def test_a_missing_manifest(checkpoint: Path) -> None:
 
 def test_a_manifest_of_the_future(checkpoint: Path) -> None:
     def edit(value: dict[str, Any]) -> None:
-        value["format_version"] = 2
+        value["format_version"] = 3
         value["something_new"] = value.pop("plan")
 
     edit_manifest(checkpoint, edit)
     assert refused(checkpoint) == (
-        f"{MANIFEST} is of format version 2, this megaloop reads 1; use the megaloop that wrote it"
+        f"{MANIFEST} is of format version 3, this megaloop reads up to 2; use the megaloop that wrote it"
     )
 
 
@@ -232,8 +232,9 @@ def test_a_link_to_the_checkpoint_itself_is_fine(checkpoint: Path, tmp_path: Pat
         (lambda value: _piece(value).update(shape=[2, 4], offset=[0, 0]), "does not lie in shape [8]"),
         (
             lambda value: _piece(value, "embedding.weight").update(file=TOKENIZER),
-            "tokenizer.model is too small for what it should hold",
+            "tokenizer.model is said to hold both the tokenizer and tensors",
         ),
+        (lambda value: value["files"][0].update(bytes=511), f"{MODEL} is too small for what it should hold"),
         (lambda value: _piece(value).update(file="model/other"), "model/other is not among its files"),
         (lambda value: value["tokenizer"].update(file="other"), "other is not among its files"),
         (lambda value: value["files"].append(value["files"][0]), "a file is listed twice"),
@@ -244,7 +245,7 @@ def test_a_link_to_the_checkpoint_itself_is_fine(checkpoint: Path, tmp_path: Pat
             "8 of 1000000000000000 values",
         ),
         (lambda value: value["tensors"]["master"]["norm.weight"].update(dtype="object"), "unknown dtype 'object'"),
-        (lambda value: value.update(step="1"), "step: Input should be a valid integer"),
+        (lambda value: value["run"].update(step="1"), "run.step: Input should be a valid integer"),
         (lambda value: value.update(extra=1), "extra: Extra inputs are not permitted"),
         (lambda value: value.pop("files"), "files: Field required"),
     ],

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaloop.checkpoint import Checkpoint, CheckpointInfo, save_checkpoint
-from megaloop.checkpoint.depth import grow_checkpoint
+from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
+from megaloop.checkpoint.depth import grow_checkpoint, loop_checkpoint
 from megaloop.checkpoint.manifest import MANIFEST, Manifest
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth, Operator, grow
@@ -84,11 +84,23 @@ def _expected(before: Checkpoint, kind: str, name: str, growth: Growth, moments:
     return before.read(kind, f"layers.{source}.{rest}")
 
 
-def test_all_but_the_depth_stays(tmp_path: Path, shallow: Path) -> None:
-    grow_checkpoint(shallow, tmp_path / "deep", "midas", 8)
+@pytest.mark.parametrize("how", ["grow", "loop"])
+def test_all_but_the_depth_stays(tmp_path: Path, shallow: Path, how: str) -> None:
+    if how == "grow":
+        grow_checkpoint(shallow, tmp_path / "deep", "midas", 8)
+    else:
+        loop_checkpoint(shallow, tmp_path / "deep", "1-2x3-1")
     old, new = (Manifest.model_validate_json((path / MANIFEST).read_bytes()) for path in (shallow, tmp_path / "deep"))
-    for key in ("step", "samples", "tokens", "flops", "model", "precision", "rng", "config"):
+    anew = {"plan", "growth", "created", "checksum", "topology", "files", "tensors", "run"}
+    for key in Manifest.model_fields.keys() - anew:
         assert getattr(new, key) == getattr(old, key), key
+    for key in RunState.model_fields.keys() - {"depths"}:
+        assert getattr(new.run, key) == getattr(old.run, key) != RunState.model_fields[key].default, key
+    assert new.run.depths[:-1] == old.run.depths
+    last = new.run.depths[-1]
+    assert (last.step, last.layers, last.grown) == ((5, 8, True) if how == "grow" else (5, 4, False))
+    if how == "loop":
+        return
     assert new.growth is not None
     assert (new.growth.operator, new.growth.stage) == ("midas", None)
     assert new.tokenizer is not None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data_prep.tokenizer import train_tokenizer
-from megaloop.checkpoint import Checkpoint, CheckpointInfo, save_checkpoint
+from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.checkpoint.huggingface import export_huggingface, import_huggingface
 from megaloop.checkpoint.huggingface_tokenizer import write_tokenizer
 from megaloop.config import ModelConfig
@@ -125,8 +125,8 @@ def _checkpoint(
         values = initial_values(name, spec, 0, piece.box.offset, piece.box.shape)
         pieces += [StatePiece("model", piece, values.bfloat16()), StatePiece("master", piece, values)]
     info = CheckpointInfo(
-        step=1, tokens=0, samples=0, flops=0, plan=plan, model=model, seed=0,
-        topology={"pp": 1, "tp": 1, "dp": 1}, precision="bf16", config={},
+        run=RunState.fresh(), plan=plan, model=model,
+        topology={"pp": 1, "tp": 1, "dp": 1}, precision="bf16", config={}, growth=None,
     )  # fmt: skip
     save_checkpoint(directory, pieces, info, tokenizer=tokenizer)
     return directory

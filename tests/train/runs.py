@@ -17,13 +17,14 @@ import yaml
 
 import megaloop.parallel.live as live
 import megaloop.train.loop as loop
-from megaloop.checkpoint import CheckpointInfo, save_checkpoint
+from megaloop.checkpoint import CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import Config
 from megaloop.data import BatchLoader, MicroBatch
 from megaloop.depth import Growth
 from megaloop.parallel.engine import StepResult, TrainingEngine
 from megaloop.parallel.live import Resharded
 from megaloop.parallel.topology import Topology
+from megaloop.runs.allow import Allow
 from tests import processes
 from tests.processes import Command
 
@@ -86,12 +87,12 @@ class _Recording(BatchLoader):
 _TAKEN: list[int] = []
 
 
-def train(values: dict[str, Any], resume: bool = False) -> list[int]:
+def train(values: dict[str, Any], resume: bool = False, allowed: Sequence[Allow] = ()) -> list[int]:
     """Run on this rank; returns the global sample numbers that it trained on."""
     _TAKEN.clear()
     loop.BatchLoader = _Recording  # type: ignore[attr-defined]
     try:
-        loop.run(Config.model_validate(values), resume=resume)
+        loop.run(Config.model_validate(values), resume=resume, allowed=allowed)
     finally:
         loop.BatchLoader = BatchLoader  # type: ignore[attr-defined]
     return list(_TAKEN)
@@ -168,16 +169,20 @@ def _keep(directory: Path, engine: TrainingEngine, config: Config, step: int) ->
     topology = engine.topology
     samples = step * config.train.global_batch
     info = CheckpointInfo(
-        step=step,
-        tokens=samples * config.data.sequence_length,
-        samples=samples,
-        flops=0,
+        run=RunState(
+            step=step,
+            samples=samples,
+            tokens=samples * config.data.sequence_length,
+            flops=0,
+            skipped=0,
+            seed=config.seed,
+        ),
         plan=engine.plan,
         model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
-        seed=config.seed,
         topology={"pp": topology.pp, "tp": topology.tp, "dp": topology.dp},
         precision=config.train.precision,
         config={},
+        growth=None,
     )
     save_checkpoint(directory, engine.pieces(), info)
 

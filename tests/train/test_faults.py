@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from megaloop.checkpoint import Checkpoint
+from megaloop.checkpoint import Checkpoint, RunState
 from megaloop.config import FaultsConfig
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import StepResult
 from megaloop.train.faults import Faults, RollBack, Spike, read_holes
-from megaloop.train.report import Position
 from tests.distributed import RankError, RankPool
 from tests.train.runs import configuration, events, losses, metrics, train, train_on_bad_samples
 
@@ -47,7 +46,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_by_all_ranks_and_counted(
     assert [record["step"] for record in records if "nonfinite" in record] == [6]
     assert [(event["step"], event["skipped"]) for event in events(tmp_path / "run", "skip")] == [(6, 1)]
     with Checkpoint.open(tmp_path / "run/checkpoints/step-00000012") as checkpoint:
-        assert checkpoint.manifest.skipped == 1
+        assert checkpoint.manifest.run.skipped == 1
     pool.run(train, _values(corpus, tmp_path / "plain", layout, train__precision=precision))
     plain = metrics(tmp_path / "plain")
     assert [record["loss"] for record in records[:5]] == [record["loss"] for record in plain[:5]]
@@ -115,11 +114,14 @@ def test_a_spike_is_recorded_or_rolled_back(ranks_2: RankPool, corpus: Path, tmp
         assert event["loss"] == losses(tmp_path / "run")[7] > event["median"] + 10
 
 
+def _at(step: int) -> RunState:
+    return RunState.fresh().model_copy(update={"step": step, "samples": 4 * step})
+
+
 def _judge(config: dict[str, Any], series: list[float]) -> list[Spike | RollBack | None]:
     faults = Faults(FaultsConfig.model_validate(config), 4)
     return [
-        faults.stepped(Position(step, 4 * step), StepResult(loss, 1.0, math.isfinite(loss)))
-        for step, loss in enumerate(series, 1)
+        faults.stepped(_at(step), StepResult(loss, 1.0, math.isfinite(loss))) for step, loss in enumerate(series, 1)
     ]
 
 

@@ -263,7 +263,7 @@ def test_the_command_line_grows_in_flight_and_offline(corpus: Path, tmp_path: Pa
     with Checkpoint.open(tmp_path / "grown", verify="checksums") as grown:
         assert grown.manifest.growth is not None
         assert grown.manifest.growth.operator == "lidas"
-        assert (grown.manifest.step, grown.manifest.samples) == (10, 40)
+        assert (grown.manifest.step, grown.manifest.run.samples) == (10, 40)
         assert grown.tokenizer is not None
     refused = _megaloop("grow", str(tmp_path / "grown"), "--out", str(tmp_path / "worse"), "--layers", "10", code=2)
     assert "10 layers cannot be reached from 8 by blocks of 4" in refused

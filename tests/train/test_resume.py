@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.states import reseal
 from tests.distributed import RankError, RankPool
 from tests.train.runs import (
     configuration,
@@ -121,7 +124,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus: Path, tmp_path:
     assert resumed.returncode == 0, output.decode()
     assert losses(tmp_path / "killed") == losses(straight((2, 1, 1)))
     kinds = [json.loads(line)["event"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
-    assert kinds == ["start", "save", "resume", "start", "save", "stop"]
+    # whether the save of step 10 had been collected by then is up to the machine
+    assert [kind for kind in kinds if kind != "save"] == ["start", "resume", "start", "stop"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -143,6 +147,44 @@ def test_a_new_run_starts_from_anothers_weights(ranks_1: RankPool, corpus: Path,
     ranks_1.run(train, configuration(corpus, tmp_path / "first", train__steps=10))
     ranks_1.run(train, configuration(corpus, tmp_path / "second", train__steps=2, init=str(tmp_path / "first")))
     assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0] - 0.1
+
+
+def test_a_new_run_does_not_start_from_altered_bytes(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Whichever file it is, and so whichever rank reads it."""
+    first = configuration(corpus, tmp_path / "first", (1, 1, 2), train__steps=2, checkpoint__every=0)
+    ranks_2.run(train, first)
+    (path,) = (tmp_path / "first/checkpoints").iterdir()
+    second = configuration(corpus, tmp_path / "second", (1, 1, 2), train__steps=2, init=str(tmp_path / "first"))
+    for file in sorted(path.rglob("*-*.safetensors")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-40] + bytes([whole[-40] ^ 64]) + whole[-39:])
+        with pytest.raises(
+            RankError, match=rf"{file.name} is altered: its checksum is .*; begin with another checkpoint"
+        ):
+            ranks_2.run(train, second)
+        file.write_bytes(whole)
+    assert not (tmp_path / "second" / "metrics.jsonl").exists()
+    ranks_2.run(train, second)
+
+
+def test_numbers_that_are_not_finite_end_the_start_on_all_ranks(
+    ranks_2: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    values = configuration(corpus, tmp_path / "run", (1, 1, 2), train__steps=2, checkpoint__every=0)
+    ranks_2.run(train, values)
+    (path,) = (tmp_path / "run/checkpoints").iterdir()
+    file = path / "optim/rank-00001.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.startswith("exp_avg/"))
+    tensors[key][0] = math.nan
+    save_file(tensors, file, metadata={"format": "pt", "megaloop": "optim state of rank 1"})
+    reseal(path)
+    name = key.removeprefix("exp_avg/")
+    longer = {**values, "train": {**values["train"], "steps": 4}}
+    new = {**values, "run_dir": str(tmp_path / "new"), "init": str(path)}
+    for refused in (longer, new):
+        with pytest.raises(RankError, match=f"exp_avg of {name} holds numbers that are not finite"):
+            ranks_2.run(train, refused, refused is longer)
 
 
 def test_the_replica_check_passes_while_it_trains(ranks_4: RankPool, corpus: Path, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_looping_and_unlooping_changes_no_bit(plain_run: Path, tmp_path: Path) -
     newest = plain_run / "checkpoints" / "step-00000002"
     with Checkpoint.open(newest) as before, Checkpoint.open(tmp_path / "plain") as after:
         assert DepthPlan.from_json(after.manifest.plan) == DepthPlan.plain(4)
-        assert (after.manifest.step, after.manifest.samples) == (before.manifest.step, before.manifest.samples)
+        assert (after.manifest.step, after.manifest.run.samples) == (before.manifest.step, before.manifest.run.samples)
         for kind in ("model", "master", "exp_avg", "exp_avg_sq"):
             for name in before.names(kind):
                 assert torch.equal(before.read(kind, name), after.read(kind, name))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from megaloop.config import Config
 from megaloop.data import open_sources
+from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model.parameters import parameter_specs
 from megaloop.train.schedule import learning_rate
@@ -47,6 +48,19 @@ def _values(
     )  # fmt: skip
     values["train"] |= {"global_batch": 8, "micro_batch": 2}
     return values
+
+
+def test_a_tokenizer_that_was_altered_is_not_taken_from_a_checkpoint(
+    pairs: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(pretrained, tmp_path / "copy"))
+    for file in copy.rglob("tokenizer.model"):
+        whole = file.read_bytes()
+        file.write_bytes(whole.replace("\u2581god".encode(), "\u2581dog".encode()))
+        assert file.read_bytes() != whole
+    config = Config.model_validate(_values(pairs, copy, tmp_path / "run", (1, 1, 1)))
+    with pytest.raises(MegaloopError, match=r"tokenizer\.model is altered: its checksum is"):
+        open_sources(config.data, config.init)
 
 
 def _plainly(values: dict[str, Any]) -> list[float]:
