@@ -54,7 +54,7 @@ class Sources:
         """
         sizes = [dataset.split("train").shard_sizes for dataset in self.datasets]
         changes = [] if cooldown_sample is None or self.cooldown == self.weights else [(cooldown_sample, self.cooldown)]
-        return SampleOrder(seed, sizes, self.weights, changes)
+        return SampleOrder(seed, sizes, self.weights, changes, version)
 
     def describe(self) -> str:
         """One line about each source."""

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaloop.data.order import BLOCK_SHARDS, SampleOrder, permute
+from megaloop.data.order import BLOCK_SHARDS, CURRENT, SampleOrder, permute, shuffled
+from megaloop.errors import MegaloopError
 
 shards = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
 @settings(deadline=None)
 @given(size=st.integers(1, 500), key=st.integers(0, 2**64 - 1))
-def test_permute_is_a_permutation(size: int, key: int) -> None:
-    assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
+def test_permutations_are_permutations(size: int, key: int) -> None:
+    for function in (permute, shuffled):
+        assert sorted(function(i, size, key) for i in range(size)) == list(range(size))
 
 
 @settings(deadline=None)
-@given(sizes=shards, seed=st.integers(0, 2**32))
-def test_every_sample_occurs_exactly_once_per_epoch(sizes: list[int], seed: int) -> None:
-    order, size = SampleOrder(seed, [sizes], [1.0]), sum(sizes)
+@given(sizes=shards, seed=st.integers(0, 2**32), version=st.sampled_from([1, 2]))
+def test_every_sample_occurs_exactly_once_per_epoch(sizes: list[int], seed: int, version: int) -> None:
+    order, size = SampleOrder(seed, [sizes], [1.0], version=version), sum(sizes)
     for epoch in range(3):
         seen = [order(epoch * size + i) for i in range(size)]
         assert sorted(seen) == [(0, i) for i in range(size)]
@@ -111,3 +116,79 @@ def test_a_change_of_weights_repeats_and_skips_no_sample(first: list[int], secon
         for weight, count in zip(weights, counts, strict=True):
             assert abs(count - len(numbers) * weight / sum(weights)) < 1
             assert weight or not count
+
+
+# --- uniformity, and versions
+
+
+def _deviations(outcomes: Iterable[Hashable], possible: int) -> float:
+    """Pearson's chi-square of outcomes that ought to be equally likely, in standard deviations above its mean."""
+    counts = Counter(outcomes)
+    assert len(counts) <= possible
+    expected = counts.total() / possible
+    assert expected > 30
+    square = sum((count - expected) ** 2 for count in counts.values()) + (possible - len(counts)) * expected**2
+    return (square / expected - (possible - 1)) / math.sqrt(2 * (possible - 1))
+
+
+@pytest.mark.parametrize("sizes", [[3], [2, 1], [4], [1, 1, 1, 1], [5], [2, 2, 1]])
+def test_every_order_of_few_samples_is_as_likely_as_any_other(sizes: list[int]) -> None:
+    possible = math.factorial(sum(sizes))
+    seeds = range(40 * possible)
+    assert _deviations(_walks(sizes, seeds), possible) < 4
+    assert _deviations(_walks(sizes, seeds, epoch=10**9), possible) < 4
+
+
+def test_the_deviation_of_version_1_is_what_the_statistics_see() -> None:
+    assert _deviations(_walks([5], range(4800), version=1), 120) > 50
+
+
+def _walks(sizes: list[int], seeds: Iterable[int], version: int = CURRENT, epoch: int = 0) -> list[tuple[int, ...]]:
+    """The samples of an epoch in their order, for each seed."""
+    orders = (SampleOrder(seed, [sizes], [1.0], version=version) for seed in seeds)
+    numbers = range(epoch * sum(sizes), (epoch + 1) * sum(sizes))
+    return [tuple(order(number)[1] for number in numbers) for order in orders]
+
+
+@pytest.mark.parametrize("count", [7, 16])
+def test_every_place_and_neighbour_is_as_likely_as_any_other(count: int) -> None:
+    walks = _walks([count], range(5000))
+    for place in (0, count // 2, count - 1):
+        assert _deviations([walk[place] for walk in walks], count) < 4
+        assert _deviations([walk.index(place) for walk in walks], count) < 4
+    pairs = [(walk[0], walk[1]) for walk in walks] if count == 7 else [(b - a) % count for a, b, *_ in walks]
+    assert _deviations(pairs, count * (count - 1) if count == 7 else count - 1) < 4
+
+
+def test_epochs_and_sources_are_shuffled_independently() -> None:
+    epochs, sources = [], []
+    for seed in range(36 * 60):
+        order = SampleOrder(seed, [[3], [3]], [0.5, 0.5])
+        taken = _taken(order, 12, 2)
+        epochs.append(tuple(sample for _, sample in taken[0]))  # two epochs of the first source
+        sources.append(tuple(sample for source in taken for _, sample in source[:3]))
+    assert _deviations(epochs, 36) < 4
+    assert _deviations(sources, 36) < 4
+
+
+def test_the_order_of_runs_that_began_with_version_1_is_what_it_was() -> None:
+    one = SampleOrder(0, [[5]], [1.0], version=1)
+    assert [one(number)[1] for number in range(15)] == [0, 1, 3, 2, 4, 3, 2, 4, 0, 1, 3, 0, 4, 2, 1]
+    mixed = SampleOrder(7, [[3, 4], [16]], [0.7, 0.3], [(20, [1.0, 0.0])], version=1)
+    walk = "01 02 1F 05 00 14 03 06 04 13 04 03 1A 02 01 17 00 05 06 1C 05 00 03 01 04 06 02 02 03 00"
+    assert " ".join(f"{source}{index:X}" for source, index in map(mixed, range(30))) == walk
+    large = SampleOrder(3, [[1000] * 50, [700, 800]], [0.9, 0.1], version=1)
+    places = [large(number) for number in [*range(2000), *range(10**12, 10**12 + 2000)]]
+    digest = "88904f1607a0e72529fe2d30adc142e991b01d257d318b7d9329049d1c9164a7"
+    assert hashlib.sha256(repr(places).encode()).hexdigest() == digest
+
+
+def test_the_order_of_new_runs_is_the_same_everywhere() -> None:
+    order = SampleOrder(7, [[3, 4], [16]], [0.7, 0.3], [(20, [1.0, 0.0])], version=2)
+    walk = "06 04 10 02 03 18 01 00 05 1A 03 02 12 00 01 1F 05 06 04 16 02 00 03 01 04 06 05 01 02 06"
+    assert " ".join(f"{source}{index:X}" for source, index in map(order, range(30))) == walk
+
+
+def test_a_version_of_the_future_is_refused() -> None:
+    with pytest.raises(MegaloopError, match=f"in an order of version 99; this megaloop knows 1 to {CURRENT}"):
+        SampleOrder(0, [[5]], [1.0], version=99)
