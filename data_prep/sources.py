@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ from pathlib import Path
 from string import Formatter
 from typing import IO, Any, Literal
 
+from megaloop.data.jsonl import BEGINNING, MARK, NotText, field_text, foreign_encoding, read_object
 from megaloop.errors import MegaloopError
+from megaloop.text import printable
 
 __all__ = ["Inputs", "find_inputs"]
 
@@ -38,6 +39,7 @@ class Inputs:
         template: of jsonl, instead of one field: text with the names of fields in braces.
         errors: ``stop`` at what cannot be read as text, or ``skip`` and count it.
         documents, skipped: per file, of the last pass.
+        first_skipped: what was skipped first, where and why.
     """
 
     files: list[Path]
@@ -46,6 +48,7 @@ class Inputs:
     template: str | None = None
     documents: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    first_skipped: str | None = None
 
     def __post_init__(self) -> None:
         self._names: list[str] = []
@@ -59,7 +62,7 @@ class Inputs:
         plain = all(str(name).isidentifier() and not form and not conversion for _, name, form, conversion in parts)
         if not self._names or not plain:
             raise MegaloopError(
-                f"--template {self.template!r}: expected names of fields in braces, such as 'Q: {{question}} A: {{answer}}'"
+                f"--template '{printable(self.template)}': expected names of fields in braces, such as 'Q: {{question}} A: {{answer}}'"
             )
         parquet = next((file for file in self.files if file.name.endswith(".parquet")), None)
         if parquet is not None:
@@ -86,23 +89,34 @@ class Inputs:
     def _read(self, number: int, path: Path) -> Iterator[str]:
         if path.name.endswith(".parquet"):
             yield from self._parquet(number, path)
+            return
+        with _opened(path) as file:
+            encoding = foreign_encoding(file.read(BEGINNING))
+        if encoding is not None:
+            self._leave_out(number, f"input {path}: {encoding}", "pass --errors skip to leave such files out")
         elif path.name.endswith(".txt"):
             yield from self._text(number, path)
         else:
             yield from self._jsonl(number, path)
 
     def _skip(self, number: int, path: Path, line: int, what: str) -> None:
+        self._leave_out(
+            number, f"input {path}, line {line}: {what}", "mend it, or pass --errors skip to leave such lines out"
+        )
+
+    def _leave_out(self, number: int, what: str, advice: str) -> None:
         if self.errors == "stop":
-            raise MegaloopError(
-                f"input {path}, line {line}: {what}; mend it, or pass --errors skip to leave such lines out"
-            )
+            raise MegaloopError(f"{what}; {advice}")
+        self.first_skipped = self.first_skipped or what
         self.skipped[number] += 1
 
     def _text(self, number: int, path: Path) -> Iterator[str]:
         whole = path.stat().st_size <= DOCUMENT_BYTES
         parts: list[str] = []
         size = 0
-        for line, raw in _parts_of_lines(path):
+        for part, (line, raw) in enumerate(_parts_of_lines(path)):
+            if part == 0:
+                raw = raw.removeprefix(MARK)
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
@@ -120,24 +134,19 @@ class Inputs:
         yield "".join(parts)
 
     def _jsonl(self, number: int, path: Path) -> Iterator[str]:
+        option = "--template" if self._names else "--text-field"
         for line, raw in enumerate(_lines(path), start=1):
+            if line == 1:
+                raw = raw.removeprefix(MARK)
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw)
-            except UnicodeDecodeError as error:
-                self._skip(number, path, line, f"byte 0x{raw[error.start]:02x} is not UTF-8")
+                fields = read_object(raw)
+                texts = {name: field_text(fields, name, option) for name in self._names or [self.text_field]}
+            except NotText as error:
+                self._skip(number, path, line, str(error))
                 continue
-            except (ValueError, RecursionError):
-                self._skip(number, path, line, "not JSON")
-                continue
-            fields = value if isinstance(value, dict) else {}
-            missing = [name for name in self._names or [self.text_field] if not isinstance(fields.get(name), str)]
-            if missing:
-                self._skip(number, path, line, f"no text in field {missing[0]!r}")
-                continue
-            text = fields[self.text_field] if self.template is None else self.template.format_map(fields)
-            yield from self._sound(number, path, line, text)
+            yield texts[self.text_field] if self.template is None else self.template.format_map(texts)
 
     def _parquet(self, number: int, path: Path) -> Iterator[str]:
         import pyarrow
@@ -147,7 +156,8 @@ class Inputs:
             with pyarrow.parquet.ParquetFile(path) as file:
                 if self.text_field not in file.schema_arrow.names:
                     raise MegaloopError(
-                        f"input {path}: no column {self.text_field!r}; it has {', '.join(file.schema_arrow.names)}: "
+                        f"input {path}: no column '{printable(self.text_field)}'; "
+                        f"it has {printable(', '.join(file.schema_arrow.names))}: "
                         "name one with --text-field"
                     )
                 line = 0
@@ -160,20 +170,11 @@ class Inputs:
                             self._skip(number, path, line, "not UTF-8")
                             continue
                         if isinstance(text, str):
-                            yield from self._sound(number, path, line, text)
+                            yield text
                         else:
-                            self._skip(number, path, line, f"no text in column {self.text_field!r}")
+                            self._skip(number, path, line, f"no text in column '{printable(self.text_field)}'")
         except pyarrow.ArrowException as error:
             raise MegaloopError(f"input {path}: damaged, or no parquet file ({_first_line(error)})") from None
-
-    def _sound(self, number: int, path: Path, line: int, text: str) -> Iterator[str]:
-        """The text, unless JSON escapes put half a surrogate pair into it, which is no character."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self._skip(number, path, line, "half a surrogate pair, which is not UTF-8")
-            return
-        yield text
 
 
 def find_inputs(paths: Sequence[Path]) -> list[Path]:

@@ -10,7 +10,6 @@ and by ``</s>``; examples are packed, in the order of the file, into as few samp
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +20,10 @@ import numpy as np
 
 from megaloop.config import DataConfig
 from megaloop.data.dataset import Sample
+from megaloop.data.jsonl import BEGINNING, MARK, NotText, field_text, foreign_encoding, read_object
 from megaloop.data.tokenizer import Tokenizer, file_sha256
 from megaloop.errors import MegaloopError
+from megaloop.text import printable
 
 __all__ = ["FineTuningSet", "FineTuningSplit"]
 
@@ -151,30 +152,32 @@ def _hash(prompt: str, answer: str) -> int:
 def _read(path: Path, config: DataConfig) -> Iterator[tuple[str, str]]:
     """(prompt, answer) of each line."""
     try:
-        file = path.open("rb")
+        with path.open("rb") as file:
+            encoding = foreign_encoding(file.read(BEGINNING))
+            if encoding is not None:
+                raise MegaloopError(f"data {path}: {encoding}")
+            file.seek(0)
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(MARK)
+                if line.strip():
+                    yield _texts(f"data {path}, line {number}", line, config)
     except OSError as error:
         raise MegaloopError(
             f"data {path}: cannot be read ({error.strerror}); data.format sft takes a jsonl file with a prompt and an answer a line"
         ) from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                raise MegaloopError(f"data {path}, line {number}: not JSON; expected an object a line") from None
-            texts = [
-                value.get(name) if isinstance(value, dict) else None
-                for name in (config.prompt_field, config.answer_field)
-            ]
-            for name, text in zip((config.prompt_field, config.answer_field), texts, strict=True):
-                if not isinstance(text, str) or (name == config.answer_field and not text):
-                    raise MegaloopError(
-                        f"data {path}, line {number}: no text in field {name!r}; name the fields with data.prompt_field and "
-                        "data.answer_field"
-                    )
-            yield str(texts[0]), str(texts[1])
+
+
+def _texts(where: str, line: bytes, config: DataConfig) -> tuple[str, str]:
+    try:
+        fields = read_object(line)
+        prompt = field_text(fields, config.prompt_field, "data.prompt_field")
+        answer = field_text(fields, config.answer_field, "data.answer_field")
+    except NotText as error:
+        raise MegaloopError(f"{where}: {error}; expected an object of JSON a line, with a prompt and an answer") from None
+    if not answer:
+        raise MegaloopError(f"{where}: no text in field '{printable(config.answer_field)}'; an answer is learnt, so it can't be empty")
+    return prompt, answer
 
 
 def _packed(examples: Sequence[_Example], length: int) -> Iterator[list[_Example]]:

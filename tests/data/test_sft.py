@@ -136,7 +136,7 @@ def test_pretraining_batches_have_no_weights(corpus: Path) -> None:
         ('{"prompt": "a"}', "line 1: no text in field 'answer'"),
         ('{"prompt": "a", "answer": ""}', "line 1: no text in field 'answer'"),
         ('{"prompt": 3, "answer": "b"}', "line 1: no text in field 'prompt'"),
-        ("[1]", "line 1: no text in field 'prompt'"),
+        ("[1]", "line 1: no object of JSON"),
         ('\n{"prompt": "a", "answer": "b"}\n', "1 examples of at most 64 tokens"),
         (json.dumps({"prompt": "a " * 99, "answer": "b"}) + "\n", r"0 examples of at most 64 tokens \(1 are longer\)"),
     ],
