@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import heapq
-import json
 import os
-import secrets
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,18 +20,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep.pack import SplitWriter
+from data_prep.publish import Output
 from data_prep.sources import Inputs, find_inputs
 from data_prep.tokenizer import token_bytes, train_tokenizer
 from megaloop import __version__
-from megaloop.data.dataset import DATA_JSON, FORMAT_VERSION, Description, SourceEntry, TokenizerEntry
+from megaloop.data.dataset import FORMAT_VERSION, Description, SourceEntry, TokenizerEntry
 from megaloop.data.tokenizer import Tokenizer, file_sha256
 from megaloop.errors import MegaloopError
 
 __all__ = ["PrepSummary", "available_cores", "encode_documents", "prepare"]
 
 TOKENIZER = "tokenizer.model"
-_PARTIAL = ".partial-"
-"""How the directory of a prep under way begins. One that was killed leaves it; it is no data set and can be deleted."""
 _BATCH_BYTES = 1 << 20
 """Text per task of a worker, characters."""
 _TRAINING_BYTES = 32 << 20
@@ -78,8 +73,8 @@ def prepare(
     """Tokenize ``inputs`` into shards in ``out``. The result does not depend on the number of workers.
 
     Reads the input twice: once to choose what is held out (and what the tokenizer is trained on), once to
-    tokenize. Everything is written to a directory within ``out`` (which may be a mount point or a link), and
-    moved to its place at the end, data.json last: a directory with a data.json is whole.
+    tokenize. Everything is written to a folder within ``out`` (which may be a mount point or a link) and published at
+    the end by one rename (:mod:`data_prep.publish`): until then a data set that was there is whole, from then on the new.
 
     Args:
         inputs: files or directories.
@@ -94,39 +89,32 @@ def prepare(
         console: where progress is shown; None: nowhere.
 
     Raises:
-        MegaloopError: bad input or options, too little text, a full disk; nothing is left behind.
+        MegaloopError: bad input or options, too little text, a full disk; nothing is left behind, and a data set that was
+            there is as it was.
     """
     began = time.perf_counter()
     if (vocab_size is None) == (tokenizer is None):
         raise MegaloopError("give either --vocab-size N to train a tokenizer, or --tokenizer FILE to reuse one")
-    out = out.absolute()
     documents = Inputs(find_inputs(inputs), text_field, errors, template)
-    _check_output(out, overwrite, [*documents.files, *([tokenizer] if tokenizer else [])])
-    existed = out.is_dir()
-    partial = out / f"{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        partial.mkdir(parents=True)
-        held_out, sample = _scan(documents, validation_fraction, sequence_length, vocab_size is not None, console)
-        _install_tokenizer(partial / TOKENIZER, vocab_size, tokenizer, sample, console)
+    output = Output(out, overwrite, [*documents.files, *([tokenizer] if tokenizer else [])])
+    reused = _tokenizer_model(tokenizer) if tokenizer is not None else None
+    with output:
+        held_out, sample = _scan(documents, validation_fraction, sequence_length, reused is None, console)
+        model = reused if reused is not None else _train_tokenizer(sample, vocab_size or 0, console)
+        (output.folder / TOKENIZER).write_bytes(model)
         description = _write_shards(
-            documents, partial, held_out, sequence_length, validation_fraction, workers or available_cores(), console
+            documents,
+            output.folder,
+            held_out,
+            sequence_length,
+            validation_fraction,
+            workers or available_cores(),
+            console,
         )
-        _check_output(out, overwrite, [])  # nobody else was faster
-        _publish(partial, out, description)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not existed:
-            with contextlib.suppress(OSError):  # not there, or in use by somebody else
-                out.rmdir()
-        if isinstance(error, OSError):
-            raise MegaloopError(
-                f"output {out}: cannot be written ({error.strerror or error}); make room or mend the permissions, "
-                "and start again: nothing was left behind"
-            ) from None
-        raise
+        output.publish(description, ("train", "validation", TOKENIZER), lambda note: _note(note, console))
     train, validation = description.splits["train"], description.splits["validation"]
     return PrepSummary(
-        out=str(out),
+        out=str(output.path),
         documents=train.documents + validation.documents,
         tokens=train.tokens + validation.tokens,
         bytes=train.bytes + validation.bytes,
@@ -145,26 +133,25 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _check_output(out: Path, overwrite: bool, needed: list[Path]) -> None:
-    """Refuse to write where anything but a data set is, or where the input lies."""
-    try:
-        if not out.exists() or all(path.name.startswith(_PARTIAL) for path in out.iterdir()):
-            return
-    except NotADirectoryError:
-        raise MegaloopError(f"output {out} is a file; choose a directory") from None
-    except OSError as error:
-        raise MegaloopError(f"output {out}: cannot be read ({error.strerror}); choose another directory") from None
-    if not overwrite:
-        raise MegaloopError(f"output {out} is not empty; choose another directory, or pass --overwrite to replace it")
-    if not (out / DATA_JSON).is_file():
+def _note(text: str, console: Console | None) -> None:
+    if console is not None:
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _tokenizer_model(path: Path) -> bytes:
+    """A sentencepiece model that a data set can be made with, checked before the input is read."""
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.eos_id < 0:
         raise MegaloopError(
-            f"output {out} holds no data set (no {DATA_JSON}), so it is not overwritten; choose another"
+            f"tokenizer {path} has no end-of-text token (</s>); documents could not be told apart: use another"
         )
-    for path in needed:
-        if path.resolve().is_relative_to(out.resolve()):
-            raise MegaloopError(
-                f"output {out} holds the input {path}, so it is not overwritten; choose another directory"
-            )
+    return path.read_bytes()
+
+
+def _train_tokenizer(sample: list[str], vocab_size: int, console: Console | None) -> bytes:
+    if console is not None:
+        console.print(f"training a tokenizer of {vocab_size} tokens", highlight=False)
+    return train_tokenizer(sample, vocab_size)
 
 
 # --- first pass ---
@@ -199,7 +186,8 @@ def _scan(
                     sampled -= len(heapq.heappop(sample)[1].encode())
             advance(number)
     if not count:
-        raise MegaloopError(f"input {documents.files[0]}: no text in it (skipped: {sum(documents.skipped)})")
+        first = f"; the first: {documents.first_skipped}" if documents.first_skipped else ""
+        raise MegaloopError(f"input {documents.files[0]}: no text in it (skipped: {sum(documents.skipped)}{first})")
     while len(smallest) > 1 and held > total // 4:  # little text: most of it is for training
         held -= heapq.heappop(smallest)[1]
     threshold = max(-smallest[0][0], int(fraction * _HASH_RANGE) - 1)
@@ -208,17 +196,6 @@ def _scan(
 
 def _hash(text: str, salt: bytes = b"") -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "big")
-
-
-def _install_tokenizer(
-    path: Path, vocab_size: int | None, reused: Path | None, sample: list[str], console: Console | None
-) -> None:
-    if reused is not None:
-        path.write_bytes(Tokenizer.load(reused).path.read_bytes())
-        return
-    if console is not None:
-        console.print(f"training a tokenizer of {vocab_size} tokens", highlight=False)
-    path.write_bytes(train_tokenizer(sample, vocab_size or 0))
 
 
 # --- second pass ---
@@ -282,8 +259,6 @@ def _write_shards(
 ) -> Description:
     """Tokenize, pack and write both splits."""
     tokenizer = Tokenizer.load(partial / TOKENIZER)
-    if tokenizer.eos_id < 0:
-        raise MegaloopError("the tokenizer has no end-of-text token (</s>); documents could not be told apart")
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     model = (partial / TOKENIZER).read_bytes()
     sizes = token_bytes(sentencepiece.SentencePieceProcessor(model_proto=model))
@@ -330,32 +305,6 @@ def _write_shards(
         ],
         validation_fraction=fraction,
     )
-
-
-def _publish(partial: Path, out: Path, description: Description) -> None:
-    """Move what was written to its place, data.json last, with everything on disk before that."""
-    with (partial / DATA_JSON).open("w", encoding="utf-8") as target:
-        json.dump(description.model_dump(mode="json"), target, indent=1)
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
-    (out / DATA_JSON).unlink(missing_ok=True)  # half replaced, the old data set does not exist
-    for name in ("train", "validation", TOKENIZER, DATA_JSON):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        if name == DATA_JSON:
-            _sync(out)
-        (partial / name).replace(out / name)
-    _sync(out)
-    partial.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """Have a file's content, or a directory's entries, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Progress:

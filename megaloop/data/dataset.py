@@ -9,15 +9,16 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaloop.data.streaming_base import mds_reader
 from megaloop.errors import MegaloopError
+from megaloop.text import printable
 
 __all__ = ["COLUMNS", "DATA_JSON", "HASH", "DataSet", "Description", "Sample", "SourceEntry", "Split", "SplitEntry"]
 
@@ -26,10 +27,20 @@ FORMAT_VERSION = 1
 HASH = "xxh3_128"
 COLUMNS = {"tokens": "bytes", "starts": "bytes", "text_bytes": "int"}
 """MDS columns: token ids (little-endian, of data.json's dtype), document starts (int32), bytes of text."""
+_SIZES = {"tokens": None, "starts": None, "text_bytes": 8}
+"""Bytes of each column in every sample, where they are the same."""
+
+
+_LARGEST = 1 << 62
+"""No count of tokens, bytes or samples is larger."""
+
+Count = Annotated[int, Field(ge=0, lt=_LARGEST)]
+Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class TokenizerEntry(_Model):
@@ -37,44 +48,47 @@ class TokenizerEntry(_Model):
 
     file: str
     sha256: str
-    vocab_size: PositiveInt
-    bos_id: int
-    eos_id: int
+    vocab_size: Size
+    bos_id: TokenId
+    eos_id: TokenId
 
 
 class SplitEntry(_Model):
     """Counts of one split; ``bytes`` of UTF-8 text, ``tokens`` with one end-of-text token per document."""
 
-    documents: NonNegativeInt
-    tokens: NonNegativeInt
-    bytes: NonNegativeInt
-    samples: NonNegativeInt
+    documents: Count
+    tokens: Count
+    bytes: Count
+    samples: Count
 
 
 class SourceEntry(_Model):
     """One input file and what came of it."""
 
     path: str
-    bytes: NonNegativeInt
-    documents: NonNegativeInt
-    skipped: NonNegativeInt
+    bytes: Count
+    documents: Count
+    skipped: Count
 
 
 class Description(_Model):
     """``data.json``: written last; a directory without it is no data set.
 
-    ``indices`` are the SHA-256 of the splits' ``index.json``, which in turn holds the shards' checksums.
+    ``indices`` are the SHA-256 of the splits' ``index.json``, which in turn holds the shards' checksums. ``folder`` is
+    where parts of the data set are that are not yet in their place: only while prep puts them there, or where it was
+    killed meanwhile.
     """
 
     format_version: int
     megaloop: str
     tokenizer: TokenizerEntry
-    sequence_length: PositiveInt
+    sequence_length: Size
     dtype: Literal["uint16", "uint32"]
     splits: dict[Literal["train", "validation"], SplitEntry]
     indices: dict[Literal["train", "validation"], str]
     sources: list[SourceEntry]
     validation_fraction: float
+    folder: str = ""
 
 
 class _Version(BaseModel):
@@ -98,6 +112,11 @@ class Sample:
     starts: NDArray[np.int32]
     bytes: int
     learnt: NDArray[np.bool_] | None = None
+
+
+def _is_name(name: object) -> bool:
+    """Whether this is a name within a directory, and leads to no other."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
 class DataSet:
@@ -141,12 +160,14 @@ class DataSet:
             raise MegaloopError(f"data {path}: {DATA_JSON} cannot be read ({error.strerror})") from None
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "content"
+            where = printable(".".join(map(str, first["loc"])) or "content", 80)
             raise MegaloopError(
-                f"data {path}: {DATA_JSON} is damaged ({where}: {first['msg']}); prepare it again"
+                f"data {path}: {DATA_JSON} is damaged ({where}: {printable(first['msg'])}); prepare it again"
             ) from None
-        if Path(description.tokenizer.file).name != description.tokenizer.file:
+        if not _is_name(description.tokenizer.file):
             raise MegaloopError(f"data {path}: {DATA_JSON} names a tokenizer outside the data set; prepare it again")
+        if description.folder and not _is_name(description.folder):
+            raise MegaloopError(f"data {path}: {DATA_JSON} names a folder outside the data set; prepare it again")
         for split in ("train", "validation"):
             if split not in description.splits or split not in description.indices:
                 raise MegaloopError(f"data {path}: {DATA_JSON} lacks the {split} split; prepare it again")
@@ -164,9 +185,14 @@ class DataSet:
             )
         return cls(path, description, wanted)
 
+    def part(self, name: str) -> Path:
+        """Where a file or directory of the data set is: beside data.json, or still in the folder that this names."""
+        moving = self.path / self.description.folder / name
+        return moving if self.description.folder and moving.exists() else self.path / name
+
     @property
     def tokenizer(self) -> Path:
-        return self.path / self.description.tokenizer.file
+        return self.part(self.description.tokenizer.file)
 
     @property
     def vocab_size(self) -> int:
@@ -209,7 +235,7 @@ class Split:
     """
 
     def __init__(self, dataset: DataSet, name: Literal["train", "validation"]):
-        self._dataset, self._name, self._directory = dataset, name, dataset.path / name
+        self._dataset, self._name, self._directory = dataset, name, dataset.part(name)
         self._dtype = np.dtype(dataset.description.dtype).newbyteorder("<")
         self._pieces = dataset.pieces
         self._readers: list[Any] = []
@@ -230,12 +256,9 @@ class Split:
         if not self._verified[shard]:
             self._verify(shard)
         first = self._ends[shard - 1] if shard else 0
-        record = self._readers[shard][stored - first]
+        tokens, starts, size = self._read(shard, stored - first)
         length = self._dataset.sequence_length
         start = piece * length
-        tokens = np.frombuffer(record["tokens"], self._dtype)
-        starts = np.frombuffer(record["starts"], "<i4")
-        size = record["text_bytes"]
         if self._pieces > 1:
             # text is spread over a stored sample's tokens: counts per piece are in proportion, and sum up exactly
             whole = len(tokens) - 1
@@ -248,6 +271,34 @@ class Split:
         for shard in range(len(self._readers)):
             self._verify(shard)
 
+    def _read(self, shard: int, index: int) -> tuple[NDArray[Any], NDArray[np.int32], int]:
+        """Tokens, starts and bytes of a stored sample.
+
+        The shard was right when it was hashed. It is on a disk that others can write to, so what comes is looked at:
+        a token outside the vocabulary would end training with an error that says nothing of data, or, on a GPU, take
+        the process with it.
+        """
+        description, path = self._dataset.description, self._directory / self._entries[shard]["basename"]
+        length = description.sequence_length
+        try:
+            record = self._readers[shard][index]
+            tokens = np.frombuffer(record["tokens"], self._dtype)
+            starts = np.frombuffer(record["starts"], "<i4")
+            size = int(record["text_bytes"])
+        except FileNotFoundError:
+            raise MegaloopError(f"data {path}: shard is gone; put it back, or prepare the data again") from None
+        except OSError as error:
+            raise MegaloopError(f"data {path}: shard cannot be read ({error.strerror})") from None
+        except Exception:  # whatever the reader makes of bytes that are no sample
+            tokens, starts, size = np.empty(0, self._dtype), np.empty(0, np.int32), 0
+        sound = len(tokens) == length + 1 and int(tokens.max()) < description.tokenizer.vocab_size
+        if not sound or (len(starts) and not 0 <= int(starts.min()) <= int(starts.max()) < length) or size < 0:
+            raise MegaloopError(
+                f"data {path}: shard was altered after it was checked (sample {index} of it is none); "
+                "put the file back, or prepare the data again"
+            )
+        return tokens, starts, size
+
     def _read_index(self) -> list[dict[str, Any]]:
         path = self._directory / "index.json"
         try:
@@ -257,13 +308,15 @@ class Split:
             shards: list[dict[str, Any]] = json.loads(content)["shards"]
             for entry in shards:
                 raw = entry["raw_data"]
-                basename, expected = raw["basename"], raw["bytes"]
-                if not (isinstance(entry["samples"], int) and isinstance(raw["hashes"], dict)):
-                    raise TypeError
-                if Path(basename).name != basename:
+                basename, expected, samples = raw["basename"], raw["bytes"], entry["samples"]
+                if not _is_name(basename):
                     raise MegaloopError(
-                        f"data {path}: shard {basename!r} points outside the data set; prepare it again"
+                        f"data {path}: shard '{printable(basename)}' points outside the data set; prepare it again"
                     )
+                if not (type(expected) is type(samples) is int and isinstance(raw["hashes"], dict)):
+                    raise TypeError
+                if not 0 < samples < expected:  # each takes some bytes
+                    raise ValueError
                 try:
                     size = (self._directory / basename).stat().st_size
                 except FileNotFoundError:
@@ -275,18 +328,25 @@ class Split:
                         f"data {self._directory / basename}: shard has {size} bytes, expected {expected}; prepare the data again"
                     )
                 self._readers.append(self._reader(entry))
+            found, described = sum(entry["samples"] for entry in shards), self._dataset.description.splits[self._name]
+            if found != described.samples:
+                raise MegaloopError(
+                    f"data {path}: {found} samples in the shards, {described.samples} in {DATA_JSON}; prepare it again"
+                )
             return shards
         except FileNotFoundError:
             raise MegaloopError(f"data {path}: missing; prepare the data again") from None
         except OSError as error:
             raise MegaloopError(f"data {path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise MegaloopError(f"data {path}: damaged; prepare the data again") from None
 
     def _reader(self, entry: dict[str, Any]) -> Any:
         # only these encodings, each column once: MDS also knows one that unpickles
         columns = list(zip(entry["column_names"], entry["column_encodings"], strict=True))
-        if sorted(columns) != sorted(COLUMNS.items()) or entry["compression"] or entry["format"] != "mds":
+        sizes = dict(zip(entry["column_names"], entry["column_sizes"], strict=True))
+        plain = entry["format"] == "mds" and not entry["compression"] and not entry["zip_data"]
+        if sorted(columns) != sorted(COLUMNS.items()) or sizes != _SIZES or not plain:
             raise MegaloopError(
                 f"data {self._directory}: shards of another layout than megaloop's; prepare the data again"
             )

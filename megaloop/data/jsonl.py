@@ -36,14 +36,14 @@ def foreign_encoding(beginning: bytes) -> str | None:
         if beginning.startswith(mark):
             return f"{name}, as its byte order mark {mark.hex(' ').upper()} says; convert it: iconv -f {name} -t UTF-8"
     even, odd = beginning[0::2].count(0), beginning[1::2].count(0)
-    if even + odd < 2 or 100 * (even + odd) < len(beginning):
-        return None  # a stray one is a character like others
     found = f"by {even + odd:,} NUL bytes among the first {len(beginning):,}"
-    if min(even, odd) * 20 <= max(even, odd):
+    if max(even, odd) > 1 and max(even, odd) >= 0.02 * len(beginning) and min(even, odd) <= 0.05 * max(even, odd):
         name = "UTF-16LE" if odd > even else "UTF-16BE"
         return f"{name}, {found}; convert it: iconv -f {name} -t UTF-8"
-    name = "UTF-32, or no text at all," if 2 * (even + odd) > len(beginning) else "no text at all,"
-    return f"{name} {found}; convert it to UTF-8"
+    if even + odd >= 0.1 * len(beginning) > 1:
+        name = "UTF-32, or no text at all," if 2 * (even + odd) > len(beginning) else "no text at all,"
+        return f"{name} {found}; convert it to UTF-8"
+    return None  # a stray one is a character like others
 
 
 def read_object(line: bytes) -> dict[str, Any]:

@@ -174,9 +174,13 @@ def _texts(where: str, line: bytes, config: DataConfig) -> tuple[str, str]:
         prompt = field_text(fields, config.prompt_field, "data.prompt_field")
         answer = field_text(fields, config.answer_field, "data.answer_field")
     except NotText as error:
-        raise MegaloopError(f"{where}: {error}; expected an object of JSON a line, with a prompt and an answer") from None
+        raise MegaloopError(
+            f"{where}: {error}; expected an object of JSON a line, with a prompt and an answer"
+        ) from None
     if not answer:
-        raise MegaloopError(f"{where}: no text in field '{printable(config.answer_field)}'; an answer is learnt, so it can't be empty")
+        raise MegaloopError(
+            f"{where}: no text in field '{printable(config.answer_field)}'; an answer is learnt, so it can't be empty"
+        )
     return prompt, answer
 
 

@@ -9,8 +9,9 @@ from megaloop.config import Config, DataConfig
 from megaloop.data.dataset import DataSet
 from megaloop.data.order import CURRENT, SampleOrder
 from megaloop.data.sft import FineTuningSet
-from megaloop.data.tokenizer import file_sha256
+from megaloop.data.tokenizer import Tokenizer, file_sha256
 from megaloop.errors import MegaloopError
+from megaloop.text import printable
 
 __all__ = ["Sources", "embedding_rows", "open_sources"]
 
@@ -88,10 +89,16 @@ def open_sources(config: DataConfig, init: Path | None = None) -> Sources:
         try:
             checksum = file_sha256(dataset.tokenizer)
         except OSError:
-            raise MegaloopError(f"data {dataset.path}: {entry.file} is missing; prepare the data again") from None
+            raise MegaloopError(
+                f"data {dataset.path}: {printable(entry.file)} is missing; prepare the data again"
+            ) from None
         if checksum != entry.sha256:
             raise MegaloopError(
-                f"data {dataset.path}: {entry.file} was altered (SHA-256 differs); prepare the data again"
+                f"data {dataset.path}: {printable(entry.file)} was altered (SHA-256 differs); prepare the data again"
+            )
+        if Tokenizer.load(dataset.tokenizer).vocab_size != entry.vocab_size:
+            raise MegaloopError(
+                f"data {dataset.path}: data.json gives the tokenizer another size than it has; prepare the data again"
             )
         if entry.sha256 != datasets[0].description.tokenizer.sha256:
             raise MegaloopError(

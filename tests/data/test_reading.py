@@ -191,11 +191,20 @@ def test_nothing_is_ever_unpickled(corpus: Path, tmp_path: Path, hidden: bool) -
     [
         ({"raw_data": {"basename": "../../text.jsonl", "bytes": 1, "hashes": {}}}, "points outside the data set"),
         ({"raw_data": {"basename": "/etc/passwd", "bytes": 1, "hashes": {}}}, "points outside the data set"),
-        ({"raw_data": {"basename": "..", "bytes": 1, "hashes": {}}}, "shard has|damaged"),
+        ({"raw_data": {"basename": "..", "bytes": 1, "hashes": {}}}, "points outside the data set"),
         ({"raw_data": 3}, "damaged"),
         ({"column_names": None}, "damaged"),
         ({"column_encodings": ["bytes"]}, "damaged"),
         ({"samples": "many"}, "damaged"),
+        ({"samples": -3}, "damaged"),
+        ({"samples": True}, "damaged"),
+        ({"samples": 10**30}, "damaged"),
+        ({"samples": 1}, r"\d+ samples in the shards, \d+ in data.json"),
+        ({"raw_data": {"basename": "a\0", "bytes": 1, "hashes": {}}}, "points outside the data set"),
+        ({"raw_data": {"basename": ["a"], "bytes": 1, "hashes": {}}}, "points outside the data set"),
+        ({"raw_data": {"basename": "index.json", "bytes": 1e9, "hashes": {}}}, "damaged"),
+        ({"column_sizes": [None, None, 10**12]}, "of another layout"),
+        ({"zip_data": {"basename": "../x", "bytes": 1, "hashes": {}}}, "of another layout"),
         ({"version": 3}, "damaged"),
         ({"format": "json"}, "of another layout"),
         ({"compression": "zstd"}, "of another layout"),
@@ -215,6 +224,33 @@ def test_a_shard_that_goes_missing_while_a_run_reads_is_named(corpus: Path, tmp_
     _first_shard(tmp_path / "copy").unlink()
     with pytest.raises(MegaloopError, match=r"shard\.00000\.mds: shard cannot be read"):
         split.sample(0)
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda data: data[:8], "was altered after it was checked"),
+        (lambda data: b"", "was altered after it was checked"),
+        (lambda data: bytes(len(data)), "was altered after it was checked"),
+        (lambda data: b"\xff" * len(data), "was altered after it was checked"),
+        (lambda data: data[:-40] + b"\xff" * 40, "was altered after it was checked"),
+        (None, "shard is gone; put it back"),
+    ],
+)
+def test_a_shard_that_is_altered_after_its_check_is_named(
+    corpus: Path, tmp_path: Path, alter: Callable[[bytes], bytes] | None, message: str
+) -> None:
+    split = DataSet.open(shutil.copytree(corpus, tmp_path / "copy")).split("train")
+    split.verify()
+    shard = _first_shard(tmp_path / "copy")
+    last = split.shard_sizes[0] - 1
+    assert split.sample(last).tokens.shape == (65,)
+    if alter is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(alter(shard.read_bytes()))
+    with pytest.raises(MegaloopError, match=rf"shard\.00000\.mds: shard {message}".replace("shard shard", "shard")):
+        split.sample(last)
 
 
 def test_verify_names_the_one_altered_shard(corpus: Path, tmp_path: Path) -> None:
@@ -261,6 +297,16 @@ def test_an_altered_index_is_named(corpus: Path, tmp_path: Path, victim: str) ->
         ({"format_version": 2, "news": 1}, "format version 2, expected 1"),
         ({"surprise": 1}, "data.json is damaged .surprise"),
         ({"splits": {}}, "lacks the train split"),
+        ({"sequence_length": "64"}, "data.json is damaged .sequence_length"),
+        ({"sequence_length": 10**30}, "data.json is damaged .sequence_length"),
+        ({"sequence_length": -1}, "data.json is damaged .sequence_length"),
+        ({"splits": {"train": {"documents": 1, "tokens": 1, "bytes": 1, "samples": True}}}, "damaged .splits.train"),
+        ({"\x1b[2J": 1}, r"data.json is damaged .\\x1b\[2J"),
+        ({"indices": []}, "data.json is damaged .indices"),
+        ({"folder": "../other"}, "names a folder outside the data set"),
+        ({"folder": ".."}, "names a folder outside the data set"),
+        ('{"format_version": ' + "9" * 5000 + "}", "data.json is damaged"),
+        ("[" * 100_000, "data.json is damaged"),
         (
             {"tokenizer": {"file": "../t", "sha256": "", "vocab_size": 9, "bos_id": 1, "eos_id": 2}},
             "names a tokenizer outside the data set",
@@ -287,6 +333,15 @@ def test_a_sequence_the_shards_cannot_give_is_refused(corpus: Path) -> None:
         DataSet.open(corpus, 128)
     with pytest.raises(MegaloopError, match="sequence_length 48 does not divide the 64 tokens"):
         DataSet.open(corpus, 48)
+
+
+def test_a_vocabulary_that_the_tokenizer_does_not_have_is_refused(corpus: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    description = json.loads((copy / "data.json").read_text())
+    description["tokenizer"]["vocab_size"] = 2**31 - 1
+    (copy / "data.json").write_text(json.dumps(description))
+    with pytest.raises(MegaloopError, match=r"data.json gives the tokenizer another size than it has"):
+        open_sources(DataConfig(sources=(SourceConfig(path=copy),), sequence_length=64))
 
 
 def test_sources_must_share_a_tokenizer(corpus: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sentencepiece
 import zstandard
 
 from data_prep.demo import demo_text
@@ -164,7 +166,26 @@ def test_damage_of_any_byte_is_one_clear_error_or_harmless(tmp_path: Path, kind:
         ("a.txt", b"fine\nnot \xff fine\n", r"a.txt, line 2: byte 0xff is not UTF-8"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', r"a.jsonl, line 2: byte 0xff is not UTF-8"),
         ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', r"a.jsonl, line 3: not JSON"),
-        ("a.jsonl", b'{"body": "fine"}\n', r"a.jsonl, line 1: no text in field 'text'"),
+        (
+            "a.jsonl",
+            b'{"body": "fine", "id": 3, "\\u001b[2Ktitle": "x"}\n',
+            r"a.jsonl, line 1: no text in field 'text' \(set --text-field to a field that has: body, \\x1b\[2Ktitle\)",
+        ),
+        ("a.jsonl", b'{"text": 3}\n', r"a.jsonl, line 1: no text in field 'text' \(no field has any\)"),
+        ("a.jsonl", b'"text"\n', r"a.jsonl, line 1: no object of JSON"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", r"a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, r"a.jsonl, line 1: not JSON"),
+        ("a.jsonl", '{"text": "fine"}\n'.encode("utf-16-le"), r"a.jsonl: UTF-16LE, by 17 NUL bytes among the first 34"),
+        (
+            "a.txt",
+            "живи и жди, пиши и думай\n".encode("utf-16-le"),
+            r"a.txt: UTF-16LE, by .*iconv -f UTF-16LE -t UTF-8",
+        ),
+        ("a.txt", "of the earth\n".encode("utf-16-be"), r"a.txt: UTF-16BE, by 13 NUL bytes among the first 26"),
+        ("a.txt", "of the earth\n".encode("utf-16"), r"a.txt: UTF-16, as its byte order mark FF FE says; convert it"),
+        ("a.txt", "of the earth\n".encode("utf-32"), r"a.txt: UTF-32, as its byte order mark FF FE 00 00 says"),
+        ("a.txt", "of the earth\n".encode("utf-32-le"), r"a.txt: UTF-32, or no text at all, by 39 NUL bytes"),
+        ("a.txt", bytes([1, 0, 0, 1, 7, 8, 9]) * 99, r"a.txt: no text at all, by 198 NUL bytes"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl, line 1: half a surrogate pair"),
         ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz: damaged gzip"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 9)[:-9], r"a.jsonl.gz: damaged gzip"),
@@ -180,6 +201,28 @@ def test_input_that_cannot_be_read_is_one_clear_error(tmp_path: Path, name: str,
     with pytest.raises(MegaloopError, match=message):
         _prepare([tmp_path / name], tmp_path / "shards")
     assert os.listdir(tmp_path) == [name]  # nothing was left behind
+
+
+def test_a_mark_at_the_beginning_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"\n\nthe word\n")
+    (tmp_path / "b.txt").write_bytes(mark + b"x" * 65_533 + "\u00e9".encode() + b"\nend\n")  # cut there, but not within
+    (tmp_path / "c.jsonl").write_bytes(mark + b'{"text": "the word"}\n')
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(mark + b'{"text": "\xef\xbb\xbfkept"}\n'))
+    (tmp_path / "e.txt").write_bytes(b"one stray \0 among many letters " * 4 + b"\n")
+    texts = [text for _, text in Inputs(sorted(tmp_path.iterdir()))]
+    assert texts[0] == "\n\nthe word\n"
+    assert texts[1] == "x" * 65_533 + "\u00e9\nend\n"
+    assert texts[2:] == ["the word", "\ufeffkept", "one stray \0 among many letters " * 4 + "\n"]
+
+
+def test_a_file_of_another_encoding_is_left_out_as_a_whole_on_request(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("of the earth\nand of heaven\n".encode("utf-16"))
+    inputs = Inputs([tmp_path / "a.txt"], errors="skip")
+    assert list(inputs) == []
+    assert inputs.skipped == [1]
+    with pytest.raises(MegaloopError, match=r"no text in it \(skipped: 1; the first: input .*a.txt: UTF-16"):
+        _prepare([tmp_path / "a.txt"], tmp_path / "shards", errors="skip")
 
 
 def test_a_missing_input_and_an_empty_directory_are_named(tmp_path: Path) -> None:
@@ -308,9 +351,27 @@ except MegaloopError as error:
 """
 
 
-def test_a_file_that_is_no_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
-    with pytest.raises(MegaloopError, match="not a sentencepiece model"):
-        _prepare([text], tmp_path / "shards", tokenizer=text)
+def test_a_tokenizer_that_will_not_do_is_refused_before_anything_is_read(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(inputs: Inputs) -> Iterator[tuple[int, str]]:
+        raise AssertionError("the input was read")
+
+    monkeypatch.setattr(Inputs, "__iter__", read)
+    unending = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the word"] * 9), model_writer=unending, vocab_size=20, eos_id=-1, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "unending.model").write_bytes(unending.getvalue())
+    for tokenizer, message in (
+        (text, "not a sentencepiece model"),
+        (tmp_path / "nowhere.model", "no such file; expected a sentencepiece model"),
+        (tmp_path / "unending.model", r"unending.model has no end-of-text token"),
+    ):
+        with pytest.raises(MegaloopError, match=message):
+            _prepare([text], tmp_path / "shards", tokenizer=tokenizer)
+    assert not (tmp_path / "shards").exists()
 
 
 @contextlib.contextmanager
@@ -357,7 +418,7 @@ def test_a_killed_prep_is_not_taken_for_a_data_set(text: Path, prepared: Path, t
         with pytest.raises(MegaloopError, match=r"no data.json there"):
             DataSet.open(folder)
     _prepare([text], out, tokenizer=prepared / "tokenizer.model")
-    assert DataSet.open(out).split("train")
+    assert _digest(out) == _digest(prepared)  # with nothing left of the one that was killed
 
 
 _MEMORY = """
