@@ -1,5 +1,6 @@
 # NVIDIA's PyTorch image brings what the package index cannot: apex (the name there is another project), flash-attn and
 # transformer-engine, all built against the image's own torch. So the one rule here is that pip must not replace that torch.
+# No test builds this image, and nothing has run on a GPU yet.
 #
 #   docker build -t megaloop .
 #   docker run --gpus all --ipc=host --rm -v "$PWD":/data -w /data megaloop train /opt/megaloop/configs/smollm_360m_baseline.yaml
