@@ -23,12 +23,14 @@ ADDED = {
     ],
     "megaloop generate": ["--max-tokens", "4"],
 }
-"""What the test adds to commands, so that they take seconds; and it stops training at step 2 instead of 60."""
+"""What the test adds to commands, so that they take seconds; and it stops training at step 2 instead of 40."""
 
 
 def commands() -> list[list[str]]:
     """The commands of the quick start, as a shell splits them into words."""
-    block = re.search(r"^<!-- quick start.*?^<!-- end -->$", (ROOT / "README.md").read_text(), re.M | re.S)
+    block = re.search(
+        r"^<!-- quick start.*?^<!-- end of the quick start", (ROOT / "README.md").read_text(), re.M | re.S
+    )
     assert block is not None
     lines = [line.removeprefix("    ") for line in block[0].splitlines() if line.startswith("    ")]
     return [shlex.split(line, comments=True) for line in lines]
@@ -42,7 +44,7 @@ def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     assert words[0] == "megaloop"
     name = " ".join(words[:2])
     if name == "megaloop train":
-        words = ["2" if word == "60" else word for word in words]
+        words = ["2" if word == "40" else word for word in words]
     return run(*words[1:], *ADDED.get(name, []), cwd=folder)
 
 
