@@ -185,20 +185,26 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            found = sorted(each for each in path.rglob("*") if each.is_file() and each.name.endswith(SUFFIXES))
-            if not found:
-                raise MegaloopError(f"input {path}: the directory holds no {', '.join(SUFFIXES)} file")
-            files += found
-        elif not path.is_file():
-            raise MegaloopError(f"input {path}: no such file or directory")
-        elif not path.name.endswith(SUFFIXES):
-            raise MegaloopError(f"input {path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-        else:
-            files.append(path)
+        try:
+            files += _files_of(path)
+        except OSError as error:
+            raise MegaloopError(f"input {printable(path)}: cannot be read ({error.strerror})") from None
     if not any(file.stat().st_size for file in files):
         raise MegaloopError(f"input {', '.join(map(str, paths)) or '(none)'}: empty; give files with text")
     return files
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(each for each in path.rglob("*") if each.is_file() and each.name.endswith(SUFFIXES))
+        if not found:
+            raise MegaloopError(f"input {path}: the directory holds no {', '.join(SUFFIXES)} file")
+        return found
+    if not path.is_file():
+        raise MegaloopError(f"input {path}: no such file or directory")
+    if not path.name.endswith(SUFFIXES):
+        raise MegaloopError(f"input {path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+    return [path]
 
 
 def _lines(path: Path) -> Iterator[bytes]:

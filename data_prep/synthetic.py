@@ -19,6 +19,7 @@ from string import ascii_lowercase
 
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.tasks import p_hop
+from megaloop.text import printable
 
 __all__ = ["KINDS", "Problem", "Written", "documents", "write_jsonl"]
 
@@ -210,7 +211,9 @@ def documents(kinds: Sequence[str], count: int, seed: int) -> Iterator[tuple[str
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise MegaloopError(f"synthesize: unknown kind {', '.join(unknown) or '(none)'}; choose of {', '.join(KINDS)}")
+        raise MegaloopError(
+            f"synthesize: unknown kind {printable(', '.join(unknown)) or '(none)'}; choose of {', '.join(KINDS)}"
+        )
     for number in range(count):
         kind = kinds[number % len(kinds)]
         rng = random.Random(f"{seed}:{kind}:{number}")  # of text: the same on every machine
@@ -247,6 +250,8 @@ def write_jsonl(
     Raises:
         MegaloopError: an unknown kind, or a file that cannot be written.
     """
+    if not out.name:
+        raise MegaloopError(f"synthesize: {out} is a directory; name a file to write")
     made = documents(kinds, count, seed)
     partial, problems = out.with_name(out.name + ".partial"), 0
     try:

@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             num_threads=1,  # more threads may break ties in another order
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a number that is too large for it
         raise _explain(str(error), vocab_size) from None
     return model.getvalue()
 

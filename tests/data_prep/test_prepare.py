@@ -228,6 +228,8 @@ def test_a_file_of_another_encoding_is_left_out_as_a_whole_on_request(tmp_path: 
 def test_a_missing_input_and_an_empty_directory_are_named(tmp_path: Path) -> None:
     with pytest.raises(MegaloopError, match=r"nowhere: no such file or directory"):
         _prepare([tmp_path / "nowhere"], tmp_path / "shards")
+    with pytest.raises(MegaloopError, match=r"input yyy.*\.\.\.: cannot be read \(File name too long\)"):
+        _prepare([Path("y" * 5000)], tmp_path / "shards")
     with pytest.raises(MegaloopError, match=r"the directory holds no .txt, .jsonl"):
         _prepare([tmp_path], tmp_path / "shards")
 
@@ -252,6 +254,8 @@ def test_a_vocabulary_that_the_text_cannot_support_names_one_that_works(text: Pa
         _prepare([text], tmp_path / "shards", vocab_size=5000)
     largest = int(str(large.value).split("use ")[1].split(" ")[0])
     assert _prepare([text], tmp_path / "shards", vocab_size=largest).vocab_size == largest
+    with pytest.raises(MegaloopError, match=r"could not be trained with --vocab-size 10{30}"):
+        _prepare([text], tmp_path / "more", vocab_size=10**30)
     with pytest.raises(MegaloopError, match=r"--vocab-size 100 is smaller than the text's characters need"):
         _prepare([text], tmp_path / "more", vocab_size=100)
 

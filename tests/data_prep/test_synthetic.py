@@ -143,6 +143,7 @@ def test_the_command_line_writes_and_refuses(tmp_path: Path) -> None:
     for arguments, message in (
         (("--out", tmp_path / "b.jsonl", "--kinds", "words,word"), "unknown kind word; choose of words, addition"),
         (("--out", tmp_path / "a.jsonl" / "b.jsonl"), "cannot write"),
+        (("--out", "/"), "/ is a directory; name a file to write"),
     ):
         result = megaloop("synthesize", *arguments)
         assert (result.returncode, message in result.stderr) == (2, True)
