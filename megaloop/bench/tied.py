@@ -72,7 +72,7 @@ class TiedEngine:
                 {"params": [p for name, p in named.items() if specs[name].decay], "weight_decay": options.weight_decay},
                 {"params": [p for name, p in named.items() if not specs[name].decay], "weight_decay": 0.0},
             ]
-            adam = build_adamw(groups, kernels, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+            adam = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
             self._engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=adam, config=deepspeed_config(config, self.micro_batches)
             )

@@ -19,22 +19,19 @@ class Kernels:
     Attributes:
         attention: ``flash-attn`` or ``torch SDPA``.
         norm: ``apex`` (fused RMSNorm) or ``torch``.
-        adam: ``apex`` (FusedAdam) or ``torch fused``.
     """
 
     attention: str = "torch SDPA"
     norm: str = "torch"
-    adam: str = "torch fused"
 
     def __str__(self) -> str:
-        return f"attention {self.attention}, norm {self.norm}, Adam {self.adam}"
+        return f"attention {self.attention}, norm {self.norm}, Adam torch fused"
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels that are there for tensors of ``dtype`` on ``device``.
 
-    flash-attn has no fp32 kernels; apex and flash-attn need a GPU. torch's fused Adam rounds an element alike
-    wherever it lies in a flat buffer, on CPU too, so replicas stay bit-identical.
+    flash-attn has no fp32 kernels; apex and flash-attn need a GPU.
     """
     if device.type != "cuda":
         return Kernels()
@@ -42,7 +39,6 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return Kernels(
         attention="flash-attn" if flash else "torch SDPA",
         norm="apex" if _nvidia_apex("apex.normalization", "fused_rms_norm_affine") else "torch",
-        adam="apex" if _nvidia_apex("apex.optimizers", "FusedAdam") else "torch fused",
     )
 
 
@@ -57,12 +53,12 @@ def _nvidia_apex(module: str, name: str) -> bool:
 
 
 def build_adamw(
-    groups: Iterable[dict[str, Any]], kernels: Kernels, *, lr: float, betas: tuple[float, float], eps: float
-) -> torch.optim.Optimizer:
-    """AdamW over parameter groups (each with its own ``weight_decay``), by the chosen kernel."""
-    if kernels.adam == "apex":
-        from apex.optimizers import FusedAdam
+    groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """torch's fused AdamW over parameter groups, each with its own ``weight_decay``.
 
-        optimizer: torch.optim.Optimizer = FusedAdam(list(groups), lr=lr, betas=betas, eps=eps, adam_w_mode=True)
-        return optimizer
+    It rounds an element alike wherever it lies in a flat buffer, on a CPU too, so replicas stay bit-identical. apex's
+    FusedAdam is not used where it is there: torch's kernel is fused as well and keeps its count of steps in its state,
+    where a resume and a growth put it back; apex's keeps it in its groups, from the first step on only.
+    """
     return torch.optim.AdamW(list(groups), lr=lr, betas=betas, eps=eps, fused=True)

@@ -189,9 +189,7 @@ class TrainingEngine:
                 {"params": decayed, "weight_decay": options.weight_decay},
                 {"params": others, "weight_decay": 0.0},
             ]
-            optimizer = build_adamw(
-                groups, self.kernels, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps
-            )
+            optimizer = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=deepspeed_config(config, self.micro_batches)
             )
@@ -294,6 +292,8 @@ def deepspeed_config(config: Config, micro_batches: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # left out, bf16 runs round their fp32 sums to bf16 here, with one replica too, and add replicas up in bf16
+        "communication_data_type": "fp32",
         # activations of tensor-parallel ranks are whole (or split by sequence parallelism): send them as they are
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 1 << 40,

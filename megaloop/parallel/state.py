@@ -132,20 +132,17 @@ def prime_moments(optimizer: Any, step: int) -> None:
     resumes needs them before.
 
     Args:
-        optimizer: DeepSpeed's ZeRO-1 optimizer (fp32) or BF16_Optimizer.
+        optimizer: DeepSpeed's ZeRO-1 optimizer (fp32) or BF16_Optimizer, over torch's fused AdamW.
         step: optimizer steps taken so far, which Adam's bias correction counts.
     """
     inner = optimizer.optimizer
+    assert isinstance(inner, torch.optim.AdamW), "where another optimizer keeps its count of steps is not known"
     for group in inner.param_groups:
         for flat in group["params"]:
             state = inner.state[flat]
             state.setdefault("exp_avg", torch.zeros_like(flat))
             state.setdefault("exp_avg_sq", torch.zeros_like(flat))
-            if "step" in group:  # apex's FusedAdam counts per group
-                group["step"] = step
-            else:
-                device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
-                state["step"] = torch.tensor(float(step), device=device)
+            state["step"] = torch.tensor(float(step), device=flat.device)
     optimizer._hp_optimizer_states_linked = False
     optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -145,7 +145,7 @@ class RunReporter:
             parameters=count,
             attention=engine.kernels.attention,
             norm=engine.kernels.norm,
-            adam=engine.kernels.adam,
+            adam="torch fused",
             torch=torch.__version__,
             ranks=topology.world_size,
             restarts=int(os.environ.get(RESTARTS, "0")),

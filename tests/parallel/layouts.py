@@ -153,6 +153,47 @@ def peak_bytes(values: dict[str, Any]) -> int:
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
+def reduced_gradients(values: dict[str, Any]) -> dict[str, float]:
+    """On every rank: the gradients with which a bf16 run's optimizer steps, before clipping, and how they came about.
+
+    Returns:
+        beyond_bf16: fraction of them that bf16 cannot hold.
+        off: the largest difference from the mean over replicas, in fp32, of what each had added up.
+    """
+    config = Config.model_validate(values)
+    topology = Topology(*config.topology(join_ranks()))
+    engine = TrainingEngine(
+        config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
+    )
+    deepspeed: Any = engine._engine
+    reduce, step, replicas = (
+        deepspeed._bf16_reduce_grads, deepspeed.optimizer.step, deepspeed.grid.get_data_parallel_group(),
+    )  # fmt: skip
+    before: list[torch.Tensor] = []
+    found: dict[str, float] = {}
+
+    def gradients() -> list[torch.Tensor]:
+        return [each.clone() for each in deepspeed.optimizer.get_grads_for_reduction()[0]]
+
+    def watched_reduce() -> None:
+        before[:] = gradients()
+        reduce()
+
+    def watched_step(*arguments: Any, **options: Any) -> None:
+        after = torch.cat(gradients())
+        expected = torch.cat(before)
+        dist.all_reduce(expected, group=replicas)
+        expected /= topology.dp
+        found["beyond_bf16"] = float((after != after.bfloat16().float()).float().mean())
+        found["off"] = float((after - expected).abs().max())
+        step(*arguments, **options)
+
+    deepspeed._bf16_reduce_grads, deepspeed.optimizer.step = watched_reduce, watched_step
+    engine.train_step(micro_batches(config, engine.coordinate.dp, topology.dp), LR)
+    engine.close()
+    return found
+
+
 def _bytes(tensors: list[torch.Tensor]) -> int:
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -183,12 +224,20 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
                 parameter.copy_(masters[name])
         tokens, targets, documents = batch(config, step)
         model.times, model.backprop = config.loop_times(config.plan, step), config.loop.backprop
-        logits = model(tokens, documents if config.model.document_masking else None)
-        loss = vocab_parallel_cross_entropy(logits, targets, model.tp)
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        for name, gradient in zip(parameters, gradients, strict=True):
-            masters[name].grad = gradient.float()
+        # in bf16 each micro-batch's gradient is rounded by its layers, as in any run; only their sum is exact
+        size = config.train.micro_batch if dtype == torch.bfloat16 else config.train.global_batch
+        parts = list(zip(*(x.split(size) for x in (tokens, targets, documents)), strict=True))
+        adam.zero_grad()
+        total = 0.0
+        for part_tokens, part_targets, part_documents in parts:
+            logits = model(part_tokens, part_documents if config.model.document_masking else None)
+            loss = vocab_parallel_cross_entropy(logits, part_targets, model.tp) / len(parts)
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            for name, gradient in zip(parameters, gradients, strict=True):
+                before = masters[name].grad
+                masters[name].grad = gradient.float() if before is None else before + gradient.float()
+            total += float(loss.detach())
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), options.clip or float("inf"))))
         adam.step()
-        losses.append(float(loss.detach()))
+        losses.append(total)
     return {"losses": losses, "norms": norms}

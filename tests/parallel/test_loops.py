@@ -53,9 +53,9 @@ def _check(
     found, expected = everyone[0], _plain(**changes)
     assert all(each == found for each in everyone), "ranks report different numbers"
     bf16 = changes.get("train__precision") == "bf16"
-    limit = 2e-2 if bf16 else 1e-4 if layout[1] > 1 else 2e-5
+    limit = 1e-3 if bf16 else 1e-4 if layout[1] > 1 else 2e-5
     assert _relative(found["losses"], expected["losses"]) < limit
-    assert _relative(found["norms"], expected["norms"]) < (5 * limit if bf16 else limit)
+    assert _relative(found["norms"], expected["norms"]) < (3.5e-2 if bf16 else limit)
     assert _relative([found["evaluated"]], [_evaluated(request.getfixturevalue("ranks_1"), **changes)]) < limit
     assert found["losses"][-1] < 0.97 * found["losses"][0], "it does not learn, so the comparison says little"
     assert found["differing"] == []

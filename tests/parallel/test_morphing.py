@@ -78,7 +78,7 @@ def test_depth_and_topology_change_in_fp32(ranks_4: RankPool, alone: Any, layout
 
 def test_depth_and_topology_change_in_bf16(ranks_4: RankPool, alone: Any) -> None:
     everyone = ranks_4.run(morph, configuration(train__precision="bf16"), _stages(MORPHS[2][0], PATH))
-    _check(everyone, alone("bf16", "lidas", "copy"), 5e-3)
+    _check(everyone, alone("bf16", "lidas", "copy"), 3e-4)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_topology_alone_changes_and_every_byte_of_the_state_is_accounted_for
     """Against one rank that trains through: Adam's count of steps and its moments go on as well."""
     stages = _stages([(2, 1, 2), (1, 2, 2)], [(4, 4), (4, 4)])
     everyone = ranks_4.run(morph, configuration(train__precision=precision), stages)
-    _check(everyone, alone(precision, "lidas", "copy", ((4, 8),)), 1e-4 if precision == "fp32" else 5e-3)
+    _check(everyone, alone(precision, "lidas", "copy", ((4, 8),)), 1e-4 if precision == "fp32" else 2e-4)
     for rank, each in enumerate(everyone):
         (report,) = each["reports"]
         assert report["moved"][rank] > 0
