@@ -484,6 +484,9 @@ def bench_step_command(
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile both.")] = False,
     recompute: Annotated[str, typer.Option(help="As train.recompute.")] = "none",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Each in a process of its own, one after the other, not alternated.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Time the training step against a plain loop around transformers, alternated in one run."""
@@ -505,6 +508,7 @@ def bench_step_command(
         compile=compile,
         recompute=recompute,
         threads=threads,
+        apart=apart,
         on_round=show,
     )
     _report(result, json)

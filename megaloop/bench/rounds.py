@@ -295,10 +295,11 @@ def _watched(counted: _Messages, embedding: int) -> Iterator[None]:
     Args:
         embedding: elements of the embedding, whose two copies both kinds of engine have.
     """
+    from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe import p2p
-    from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    send, isend, reduce_tied = p2p.send, dist.isend, PipelineEngine._exec_reduce_tied_grads
+    # of the module, whom every engine asks once per step: how it gets to its own reduction differs from engine to engine
+    send, isend, tied_weights = p2p.send, dist.isend, PipelineModule.get_tied_weights_and_groups
 
     def counted_send(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         counted.sent += tensor.nbytes
@@ -308,22 +309,19 @@ def _watched(counted: _Messages, embedding: int) -> Iterator[None]:
         counted.sent += tensor.nbytes
         return isend(tensor, *arguments, **options)
 
-    def counted_reduce(engine: Any) -> None:
-        for weight, group in engine.module.get_tied_weights_and_groups():
+    def counted_weights(module: Any) -> Any:
+        found = tied_weights(module)
+        for weight, group in found:
             if dist.get_world_size(group) > 1:
                 counted.tied += 4 * weight.numel()  # gradients are summed in fp32
                 counted.tied_layers += 4 * weight.numel() * (weight.numel() != embedding)
-        reduce_tied(engine)
+        return found
 
-    p2p.send, dist.isend, PipelineEngine._exec_reduce_tied_grads = counted_send, counted_isend, counted_reduce
-    instructions = PipelineEngine._INSTRUCTION_MAP
-    before = dict(instructions)
-    instructions.update({key: counted_reduce for key, value in before.items() if value is reduce_tied})
+    p2p.send, dist.isend, PipelineModule.get_tied_weights_and_groups = counted_send, counted_isend, counted_weights
     try:
         yield
     finally:
-        p2p.send, dist.isend, PipelineEngine._exec_reduce_tied_grads = send, isend, reduce_tied
-        instructions.update(before)
+        p2p.send, dist.isend, PipelineModule.get_tied_weights_and_groups = send, isend, tied_weights
 
 
 def _result(each: _Running, running: list[_Running], setting: Setting, messages: _Messages) -> Contender:

@@ -1,17 +1,20 @@
 """``megaloop bench step``: our training step against a plain loop around transformers' Llama.
 
 Both train the same shape on the same batches with the same dtype, optimizer and threads; they take turns in
-one process, because machines are shared and noisy, and the ratio of their medians is the result.
+one process, because machines are shared and noisy, and the median of their ratios is the result. Where a GPU's memory
+does not hold both, each runs in a process of its own, one after the other.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,6 +63,8 @@ class StepBenchmark:
         product_tflops: rate of a large matrix product in the same dtype, measured in the same run.
         utilisation: tflops / product_tflops.
         ours_loss, theirs_loss: losses of the last step, which must agree.
+        apart: each ran in a process of its own.
+        ours_peak, theirs_peak: the most bytes of the GPU's memory that tensors took, in processes of their own; None on a CPU.
     """
 
     machine: str
@@ -78,6 +83,18 @@ class StepBenchmark:
     utilisation: float
     ours_loss: float
     theirs_loss: float
+    apart: bool = False
+    ours_peak: int | None = None
+    theirs_peak: int | None = None
+
+
+@dataclass
+class _Contender:
+    """What was measured of a contender: seconds of each round, the last loss, and the most memory that it took."""
+
+    seconds: list[float] = field(default_factory=list)
+    loss: float = 0.0
+    peak: int | None = None
 
 
 def bench_step(
@@ -91,6 +108,7 @@ def bench_step(
     compile: bool = False,
     recompute: str = "none",
     threads: int | None = None,
+    apart: bool = False,
     on_round: Callable[[int, float, float], None] | None = None,
 ) -> StepBenchmark:
     """Alternate ``rounds`` times between ``steps`` of our 1x1x1 engine and of the plain loop.
@@ -100,25 +118,23 @@ def bench_step(
         batch: samples per step, one micro-batch.
         compile: torch.compile both (our layers; their whole model).
         threads: CPU threads of both; default: torch's.
+        apart: do not alternate: all rounds of each in a process of its own, whose memory is free when the other begins.
         on_round: called after each round with its number and both rates in tokens per second.
     """
+    config = _configuration(shape, precision, batch, sequence_length, compile, recompute)
+    tokens = batch * sequence_length * steps
+    if apart:
+        ours, theirs = (_in_a_process(steps_of, config, steps, rounds, threads) for steps_of in (_our_steps, _their_steps))
     if threads:
         torch.set_num_threads(threads)
-    config = _configuration(shape, precision, batch, sequence_length, compile, recompute)
-    ours, theirs = _our_steps(config), _their_steps(config)
-    tokens = batch * sequence_length * steps
-    rates: list[tuple[float, float]] = []
-    losses = (0.0, 0.0)
-    for number in range(-1, rounds):  # round -1 warms up and compiles
-        our_seconds, our_loss = _time(ours, steps)
-        their_seconds, their_loss = _time(theirs, steps)
-        losses = (our_loss, their_loss)
-        if number >= 0:
-            rates.append((tokens / our_seconds, tokens / their_seconds))
-            if on_round is not None:
-                on_round(number + 1, *rates[-1])
-    our_rate, their_rate = (statistics.median(column) for column in zip(*rates, strict=True))
-    ratios = [mine / other for mine, other in rates]
+    if not apart:
+        ours, theirs = _in_turns(config, steps, rounds, tokens, on_round)
+    pairs = list(zip(ours.seconds, theirs.seconds, strict=True))
+    if apart and on_round is not None:
+        for number, (our_seconds, their_seconds) in enumerate(pairs, 1):
+            on_round(number, tokens / our_seconds, tokens / their_seconds)
+    our_rate, their_rate = (tokens / statistics.median(each.seconds) for each in (ours, theirs))
+    ratios = [their_seconds / our_seconds for our_seconds, their_seconds in pairs]
     product = _product_tflops(torch.bfloat16 if precision == "bf16" else torch.float32)
     flops = flops_per_token(DepthPlan.parse(config.depth), config.model, sequence_length).total
     tflops = flops * our_rate / 1e12
@@ -127,8 +143,47 @@ def bench_step(
         compile=compile, threads=torch.get_num_threads(), ours=our_rate, theirs=their_rate,
         ratio=statistics.median(ratios), spread=(min(ratios), max(ratios)),
         tflops=tflops, product_tflops=product, utilisation=tflops / product,
-        ours_loss=losses[0], theirs_loss=losses[1],
+        ours_loss=ours.loss, theirs_loss=theirs.loss, apart=apart, ours_peak=ours.peak, theirs_peak=theirs.peak,
     )  # fmt: skip
+
+
+def _in_turns(
+    config: Config, steps: int, rounds: int, tokens: int, on_round: Callable[[int, float, float], None] | None
+) -> tuple[_Contender, _Contender]:
+    """Both in this process, in turns."""
+    running = [(_our_steps(config), _Contender()), (_their_steps(config), _Contender())]
+    for number in range(-1, rounds):  # round -1 warms up and compiles
+        for losses, each in running:
+            _time(losses, steps, each)
+        if number < 0:
+            for _, each in running:
+                each.seconds.clear()
+        elif on_round is not None:
+            on_round(number + 1, *(tokens / each.seconds[-1] for _, each in running))
+    (_, ours), (_, theirs) = running
+    return ours, theirs
+
+
+def _in_a_process(
+    steps_of: Callable[[Config], Iterator[float]], config: Config, steps: int, rounds: int, threads: int | None
+) -> _Contender:
+    """One of them, all rounds, in a process that has ended when this returns."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_alone, steps_of, config, steps, rounds, threads).result()
+
+
+def _alone(
+    steps_of: Callable[[Config], Iterator[float]], config: Config, steps: int, rounds: int, threads: int | None
+) -> _Contender:
+    if threads:
+        torch.set_num_threads(threads)
+    losses, found = steps_of(config), _Contender()
+    for _ in range(-1, rounds):
+        _time(losses, steps, found)
+    del found.seconds[0]
+    if torch.cuda.is_available():
+        found.peak = torch.cuda.max_memory_allocated()
+    return found
 
 
 def _configuration(
@@ -161,13 +216,12 @@ def _batches(config: Config, device: torch.device) -> Iterator[tuple[Tensor, Ten
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def _time(steps: Iterator[float], count: int) -> tuple[float, float]:
-    """Seconds of ``count`` steps, and the last loss. A loss is a number on the host, so the device is done."""
+def _time(losses: Iterator[float], count: int, contender: _Contender) -> None:
+    """Time ``count`` steps. A loss is a number on the host, so the device is done."""
     began = time.perf_counter()
-    loss = 0.0
     for _ in range(count):
-        loss = next(steps)
-    return time.perf_counter() - began, loss
+        contender.loss = next(losses)
+    contender.seconds.append(time.perf_counter() - began)
 
 
 def _our_steps(config: Config) -> Iterator[float]:

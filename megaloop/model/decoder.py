@@ -97,6 +97,7 @@ class DecoderStage(nn.Module):
             if not config.tied_embeddings:
                 self.head = ColumnParallelLinear(config.hidden_size, vocab_size, self.tp)
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._run_layer: Callable[..., Tensor] = _run_layer
 
     def _build_loop(self, kernels: Kernels) -> None:
         """What the loop has besides its layers, as far as this stage holds the layer that it belongs to."""
@@ -155,11 +156,9 @@ class DecoderStage(nn.Module):
             with torch.no_grad() if self.is_frozen(use) else nullcontext():
                 if use.begins:
                     x = self._inject(x, use, entry)
-                layer = self.layers[str(use.layer_id)]
-                if self.recompute != "none" and torch.is_grad_enabled():
-                    x = self._checkpointed(layer, x, context, 1.0 if use.time is None else scale)
-                else:
-                    x = layer(x, context, caches[index] if caches else None, 1.0 if use.time is None else scale)
+                layer, cache = self.layers[str(use.layer_id)], caches[index] if caches else None
+                recompute = self.recompute if torch.is_grad_enabled() else "none"
+                x = self._run_layer(layer, x, context, cache, 1.0 if use.time is None else scale, recompute)
                 if use.ends and self.plan.style.norm:
                     x = self.loop["norm"](x)
         return self.logits(x) if last else x
@@ -194,13 +193,6 @@ class DecoderStage(nn.Module):
         logits: Tensor = self.head(self.tp.enter(x_BSD))
         return logits
 
-    def _checkpointed(self, layer: nn.Module, x: Tensor, context: AttentionContext, scale: float) -> Tensor:
-        options: dict[str, Any] = {}
-        if self.recompute == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-        out: Tensor = checkpoint(layer, x, context, None, scale, use_reentrant=False, **options)
-        return out
-
     def _context(self, length: int, start: int, documents_BS: Tensor | None, device: torch.device) -> AttentionContext:
         dtype = next(self.parameters()).dtype
         key = (length, start, device, dtype)
@@ -216,9 +208,12 @@ class DecoderStage(nn.Module):
         return context
 
     def compile_layers(self) -> None:
-        """``torch.compile`` every layer in place; equal layers share the compiled code."""
-        for layer in self.layers.values():
-            layer.compile()
+        """``torch.compile`` the layers, from now on; equal layers share the compiled code.
+
+        Activation checkpointing is inside of what is compiled: the compiler then divides forward and backward pass by the
+        policy's choice. Around it, the policy would not know the products that it is to keep: the compiler renames them.
+        """
+        self._run_layer = torch.compile(_run_layer)
 
     @property
     def device(self) -> torch.device:
@@ -276,6 +271,21 @@ def _add_documents(context: AttentionContext, documents_BS: Tensor, use_flash: b
     length = documents_BS.shape[1]
     causal_SS = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
     context.mask_BSS = causal_SS & (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1))
+
+
+def _run_layer(
+    layer: nn.Module, x: Tensor, context: AttentionContext, cache: KeyValueCache | None, scale: float, recompute: Recompute
+) -> Tensor:
+    """A layer, with activation checkpointing; see :class:`megaloop.model.layers.DecoderLayer` for the arguments."""
+    if recompute == "none":
+        out: Tensor = layer(x, context, cache, scale)
+        return out
+    options: dict[str, Any] = {}
+    if recompute == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    # nothing in a layer draws random numbers
+    out = checkpoint(layer, x, context, cache, scale, use_reentrant=False, preserve_rng_state=False, **options)
+    return out
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -28,17 +28,18 @@ class Kernels:
         return f"attention {self.attention}, norm {self.norm}, Adam torch fused"
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+def choose_kernels(device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Kernels:
     """The fastest kernels that are there for tensors of ``dtype`` on ``device``.
 
-    flash-attn has no fp32 kernels; apex and flash-attn need a GPU.
+    flash-attn has no fp32 kernels; apex and flash-attn need a GPU. Where the layers are compiled, the compiler fuses
+    torch's norm with what stands beside it, and takes apart what is compiled where it meets one of apex.
     """
     if device.type != "cuda":
         return Kernels()
     flash = dtype in (torch.bfloat16, torch.float16) and importlib.util.find_spec("flash_attn") is not None
     return Kernels(
         attention="flash-attn" if flash else "torch SDPA",
-        norm="apex" if _nvidia_apex("apex.normalization", "fused_rms_norm_affine") else "torch",
+        norm="apex" if not compiled and _nvidia_apex("apex.normalization", "fused_rms_norm_affine") else "torch",
     )
 
 

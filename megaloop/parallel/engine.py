@@ -137,7 +137,7 @@ class TrainingEngine:
         self.device = local_device()
         self.stopwatch = Stopwatch(self.device)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.kernels: Kernels = choose_kernels(self.device, dtype)
+        self.kernels: Kernels = choose_kernels(self.device, dtype, config.train.compile)
         self.specs = parameter_specs(config.model, plan, vocab_size)
         self.slices = split_rounds(config, plan, topology, vocab_size)
         self.placement = Placement.of(self.specs, plan, topology, self.slices)
@@ -271,6 +271,10 @@ class TrainingEngine:
             for group in self._groups:
                 comm.destroy_process_group(group)
         del self._engine
+        for local in self.parameters:
+            # DeepSpeed hangs methods of a parameter on the parameter: a circle that the collector sees only once all else
+            # is gone, too late for reshard, which freezes what is left; weights and bf16's sums of gradients stayed with it
+            vars(local.parameter).clear()
         self._groups, self.parameters = [], []
         gc.collect()  # DeepSpeed's engine and its optimizer refer to each other
 

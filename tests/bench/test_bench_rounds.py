@@ -32,6 +32,8 @@ def test_rounds_are_measured_against_stock_deepspeed() -> None:
     state = 4 * 16 * 256 * 4  # activations of four micro-batches
     assert stock["sent_bytes"] == 2 * state
     assert ours["sent_bytes"] == 2 * 7 * state
+    for rounds in ("1 round", "2 rounds", "4 rounds"):
+        assert ways[f"unlooped, {rounds}"]["tied_bytes"] == ours["tied_bytes"], "both ends have the embedding"
     losses = [ways[name]["loss"] for name in ("unlooped, 1 round", "unlooped, 2 rounds", "unlooped, 4 rounds")]
     assert losses == pytest.approx([losses[0]] * 3, rel=2e-5)
     assert ways["unlooped, 2 rounds"]["ideal"] == pytest.approx((8 / 9) / (4 / 5))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
@@ -146,3 +148,35 @@ def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
         assert a is not None
         assert b is not None
         assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products, also those of compiled code."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += op in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
+def test_compiled_or_not_selective_recomputation_computes_no_product_again() -> None:
+    # seven products of a layer and the head's, each twice in the backward pass; to run a layer again takes some more
+    once = 2 * (2 * 7 + 1)
+    losses = []
+    for recompute, compiled in (("none", False), ("selective", False), ("selective", True), ("full", False)):
+        model = _decoder("2")
+        model.recompute = recompute
+        if compiled:
+            model.compile_layers()
+        loss = vocab_parallel_cross_entropy(model(_tokens()), _tokens(), model.tp)
+        with _Products() as counted:
+            loss.backward()
+        assert counted.count > once if recompute == "full" else counted.count == once, (recompute, compiled)
+        losses.append(float(loss.detach()))
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)

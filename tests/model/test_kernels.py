@@ -49,6 +49,7 @@ def _adam(parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
 def test_a_resumed_optimizer_counts_on_where_apex_is_installed(apex: None) -> None:
     """apex's Adam would begin at 1 again after a resume or a growth: with old moments, a first update 2.2 times too large."""
     assert choose_kernels(torch.device("cuda"), torch.float32).norm == "apex", "its norm is used"
+    assert choose_kernels(torch.device("cuda"), torch.float32, compiled=True).norm == "torch"
     through, again = (torch.nn.Parameter(torch.ones(64)) for _ in range(2))
     gradients = torch.randn(11, 64, generator=torch.Generator().manual_seed(0))
     optimizer = _adam(through)

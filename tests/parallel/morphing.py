@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import threading
 import weakref
+from itertools import accumulate
 from math import prod
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, Operator, grow
@@ -152,39 +152,55 @@ def _gather(engine: TrainingEngine) -> dict[tuple[str, str], Tensor]:
     return whole
 
 
-def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dict[str, int | bool]:
-    """Train 4 layers and grow to 6 in flight; bytes of this rank's private memory at its most, over what stays."""
+def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dict[str, int]:
+    """Train 4 layers and grow to 6 in flight; what this rank allocates for it and what it lets go of, in bytes.
+
+    Returns:
+        old_state: what the old engine's pieces took.
+        old_gradients: what its gradients took; ``kept_gradients``: of these, what is there when the new engine is built.
+        kept_engines: old engines that are there then.
+        kept_state: of the old state, what is there in the end.
+        new_engine: what the new engine's state and gradients take.
+        peak: the most that was allocated and not yet freed at a time, over what there was before.
+    """
     engine = _trained(values, before, 2)
     deepspeed_engine = weakref.ref(engine._engine)
-    state = sum(each.data.numel() * each.data.element_size() for each in engine.pieces())
     largest = max(4 * prod(spec.shape) for spec in engine.specs.values())
-    with _HighWater() as memory:
-        engine = reshard(engine, grow(engine.plan, "lidas", 6, 2), Topology(*after), 2).engine
-    gone = deepspeed_engine() is None
-    over = memory.peak - _private_bytes()
+    state = _watched([each.data for each in engine.pieces()])
+    gradients = _watched(_gradients(engine))
+    found: dict[str, int] = {"largest_tensor": largest, "old_state": _left(state), "old_gradients": _left(gradients)}
+
+    def build(*arguments: Any) -> TrainingEngine:
+        found["kept_engines"] = int(deepspeed_engine() is not None)
+        found["kept_gradients"] = _left(gradients)
+        return TrainingEngine(*arguments)
+
+    growth = grow(engine.plan, "lidas", 6, 2)
+    with (
+        mock.patch("megaloop.parallel.live.TrainingEngine", build),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        engine = reshard(engine, growth, Topology(*after), 2).engine
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    found["peak"] = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    found["kept_state"] = _left(state)
+    found["new_engine"] = _left(_watched([*(each.data for each in engine.pieces()), *_gradients(engine)]))
     engine.close()
-    return {"old_state": state, "largest_tensor": largest, "over": over, "gone": gone}
+    return found
 
 
-class _HighWater:
-    """Watches this process's private memory from a thread of its own."""
-
-    def __enter__(self) -> _HighWater:
-        self.peak, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.001):
-            self.peak = max(self.peak, _private_bytes())
+def _gradients(engine: TrainingEngine) -> list[Tensor]:
+    """In the training dtype, and of a bf16 run their sums."""
+    sums = getattr(engine._engine.optimizer, "fp32_groups_gradients_flat", [])
+    return [*sums, *(local.parameter.grad for local in engine.parameters if local.parameter.grad is not None)]
 
 
-def _private_bytes() -> int:
-    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return 1024 * int(match[1])
+def _watched(tensors: list[Tensor]) -> dict[StorageWeakRef, int]:
+    """The tensors' memory, each once, without keeping it."""
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+    return {StorageWeakRef(each): each.nbytes() for each in storages.values()}
+
+
+def _left(watched: dict[StorageWeakRef, int]) -> int:
+    """Bytes that are still there."""
+    return sum(size for storage, size in watched.items() if not storage.expired())

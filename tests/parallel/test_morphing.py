@@ -10,7 +10,7 @@ import pytest
 
 from megaloop.depth import Operator
 from megaloop.parallel.reshard import Moments
-from tests.distributed import RankPool, run_ranks
+from tests.distributed import RankPool
 from tests.parallel.layouts import configuration
 from tests.parallel.morphing import Layout, compare_bits, measure_memory, morph
 
@@ -170,10 +170,14 @@ def test_the_process_groups_of_earlier_topologies_are_gone(ranks_4: RankPool) ->
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("after", [(2, 1, 1), (1, 1, 2)], ids=str)
-def test_a_ranks_memory_is_its_old_state_its_new_engine_and_a_tensor(after: Layout, precision: str) -> None:
-    wide = {"hidden_size": 512, "num_heads": 4, "num_kv_heads": 4, "ffn_size": 2048}
-    values = configuration(train__precision=precision, train__global_batch=2, train__micro_batch=1, model=wide)
-    for rank in run_ranks(2, measure_memory, values, (2, 1, 1), after):  # fresh ranks: what they keep is of this run
-        assert rank["gone"], "the old engine is still in memory"
-        assert rank["old_state"] > 50e6
-        assert rank["over"] < rank["old_state"] + rank["largest_tensor"] + 8e6
+def test_a_ranks_memory_is_its_old_state_its_new_engine_and_a_tensor(
+    ranks_2: RankPool, after: Layout, precision: str
+) -> None:
+    """Counted by allocations, as they are the same however busy the machine is."""
+    values = configuration(train__precision=precision, train__global_batch=2, train__micro_batch=1)
+    for rank in ranks_2.run(measure_memory, values, (2, 1, 1), after):
+        assert rank["kept_engines"] == 0, "the old engine is there while the new one is built"
+        assert (rank["old_gradients"] > 0) == (precision == "bf16")
+        assert rank["kept_gradients"] == 0
+        assert rank["kept_state"] == 0 < rank["old_state"]
+        assert rank["peak"] - rank["new_engine"] < 2 * rank["largest_tensor"], "one comes while one goes"
