@@ -1,5 +1,6 @@
-# NVIDIA's PyTorch image brings what the package index cannot: apex (the name there is another project), flash-attn and
-# transformer-engine, all built against the image's own torch. So the one rule here is that pip must not replace that torch.
+# NVIDIA's PyTorch image brings what the package index cannot: apex (the name there is another project; its fused norm is
+# used, its Adam is not: torch's is fused as well), flash-attn and transformer-engine, all built against the image's own
+# torch. So the one rule here is that pip must not replace that torch.
 # No test builds this image, and nothing has run on a GPU yet.
 #
 #   docker build -t megaloop .

@@ -124,7 +124,9 @@ def bench_step(
     config = _configuration(shape, precision, batch, sequence_length, compile, recompute)
     tokens = batch * sequence_length * steps
     if apart:
-        ours, theirs = (_in_a_process(steps_of, config, steps, rounds, threads) for steps_of in (_our_steps, _their_steps))
+        ours, theirs = (
+            _in_a_process(steps_of, config, steps, rounds, threads) for steps_of in (_our_steps, _their_steps)
+        )
     if threads:
         torch.set_num_threads(threads)
     if not apart:

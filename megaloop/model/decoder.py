@@ -274,7 +274,12 @@ def _add_documents(context: AttentionContext, documents_BS: Tensor, use_flash: b
 
 
 def _run_layer(
-    layer: nn.Module, x: Tensor, context: AttentionContext, cache: KeyValueCache | None, scale: float, recompute: Recompute
+    layer: nn.Module,
+    x: Tensor,
+    context: AttentionContext,
+    cache: KeyValueCache | None,
+    scale: float,
+    recompute: Recompute,
 ) -> Tensor:
     """A layer, with activation checkpointing; see :class:`megaloop.model.layers.DecoderLayer` for the arguments."""
     if recompute == "none":

@@ -169,7 +169,8 @@ def test_compiled_or_not_selective_recomputation_computes_no_product_again() -> 
     # seven products of a layer and the head's, each twice in the backward pass; to run a layer again takes some more
     once = 2 * (2 * 7 + 1)
     losses = []
-    for recompute, compiled in (("none", False), ("selective", False), ("selective", True), ("full", False)):
+    ways: list[tuple[Recompute, bool]] = [("none", False), ("selective", False), ("selective", True), ("full", False)]
+    for recompute, compiled in ways:
         model = _decoder("2")
         model.recompute = recompute
         if compiled:

@@ -181,7 +181,7 @@ def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dic
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         engine = reshard(engine, growth, Topology(*after), 2).engine
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profile.profiler.kineto_results.events()
     found["peak"] = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
     found["kept_state"] = _left(state)
     found["new_engine"] = _left(_watched([*(each.data for each in engine.pieces()), *_gradients(engine)]))
