@@ -67,7 +67,17 @@ def held(config: Config, device: str = "cpu", tp: TensorParallel | None = None) 
 
 
 def _tensors() -> list[torch.Tensor]:
-    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return [each for each in found if _has_memory(each)]
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """False of the stand-ins that the compiler leaves behind."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
