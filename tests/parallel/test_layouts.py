@@ -58,7 +58,7 @@ def test_sequence_parallel_equals_a_plain_loop(request: pytest.FixtureRequest, l
     _check(_pool(request, layout), layout, sp=True)
 
 
-@pytest.mark.parametrize("layout", ALONE + PAIRS + FOURS, ids=str)
+@pytest.mark.parametrize("layout", [*ALONE, *PAIRS, (2, 2, 1), (2, 1, 2)], ids=str)
 def test_bf16_with_fp32_masters_stays_close(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> None:
     _check(_pool(request, layout), layout, train__precision="bf16")
 
@@ -88,7 +88,7 @@ def test_activation_checkpointing_changes_nothing(
     assert recomputed == kept  # bit for bit
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)], ids=str)
 def test_document_masking_and_untied_embeddings_hold_on_every_layout(
     request: pytest.FixtureRequest, layout: tuple[int, int, int]
 ) -> None:
