@@ -13,9 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from launchers.rank import launched, open_store, started_by_launcher
 from megaloop.errors import MegaloopError
+from megaloop.text import printable
 
 if TYPE_CHECKING:
     from megaloop.evaluation.records import Record
@@ -53,9 +55,7 @@ def evaluate_command(
     ] = None,
     harness: Annotated[
         str | None,
-        typer.Option(
-            help="Instead: tasks of EleutherAI's lm-eval, separated by commas (pip install megaloop[harness])."
-        ),
+        typer.Option(help="Instead: tasks of EleutherAI's lm-eval, separated by commas (needs the extra 'harness')."),
     ] = None,
     harness_path: Annotated[
         list[Path] | None, typer.Option(help="Directory with task files of your own for --harness.")
@@ -120,11 +120,16 @@ def evaluate_command(
 def numbers(option: str, text: str, least: int) -> list[int]:
     """Whole numbers of at least ``least`` that a comma separates, or MegaloopError in the option's name."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) >= least for part in parts):
+    if not parts or not all(_is_count(part) and int(part) >= least for part in parts):
         raise MegaloopError(
-            f"{option} {text}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
+            f"{option} {printable(text)}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
         )
     return [int(part) for part in parts]
+
+
+def _is_count(text: str) -> bool:
+    """Digits that int() reads (it does not read every isdigit()), and no more of them than any count has."""
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _on_ranks(ranks: int) -> None:
@@ -137,7 +142,7 @@ def _on_ranks(ranks: int) -> None:
         try:
             local.launch([sys.executable, "-m", "megaloop", *sys.argv[1:]], ranks, Path(logs))
         except local.RankFailed as error:
-            Console(stderr=True, highlight=False).print(f"error: {error}", soft_wrap=True)
+            Console(stderr=True, highlight=False, markup=False).print(f"error: {error}", soft_wrap=True)
             raise typer.Exit(1) from None
 
 
@@ -164,6 +169,8 @@ def _progress() -> Iterator[Any]:
 
 
 def _print_records(records: list[Record], as_json: bool) -> None:
+    from megaloop.evaluation.tasks import CANDIDATES
+
     values = [record.to_json() for record in records]
     if as_json:
         typer.echo(json_module.dumps({"records": values}))
@@ -175,24 +182,27 @@ def _print_records(records: list[Record], as_json: bool) -> None:
         table.add_column(name, justify="right")
     for each in values:
         if "loss" in each:
-            bits = each["bits_per_byte"]
+            bits = each.get("bits_per_byte")
             table.add_row(
-                f"held out of {each['data']}",
-                each["depth"],
+                Text(printable(f"held out of {each['data']}")),
+                Text(printable(each["depth"])),
                 *[""] * 4,
-                _with_error(each["loss"], each["loss_stderr"], 4),
+                _with_error(each["loss"], each.get("loss_stderr"), 4),
                 "-" if bits is None else f"{bits:.4f}",
             )
             continue
         table.add_row(
-            each["task"],
-            each["depth"],
+            Text(printable(each["task"])),
+            Text(printable(each["depth"])),
             str(each["shots"]),
-            _with_error(100 * each["accuracy"], 100 * each["accuracy_stderr"], 1) + " %",
-            _with_error(100 * each["exact_match"], 100 * each["exact_match_stderr"], 1) + " %",
-            f"{100 * each['chance']:.0f} %",
+            *(_percent(each.get(name), each.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
+            f"{100 * each.get('chance', 1 / CANDIDATES):.0f} %",
         )
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _percent(value: float | None, error: float | None) -> str:
+    return "-" if value is None else _with_error(100 * value, None if error is None else 100 * error, 1) + " %"
 
 
 def _with_error(value: float, error: float | None, digits: int) -> str:
@@ -212,5 +222,10 @@ def _print_harness(results: dict[str, Any], as_json: bool) -> None:
             if name.endswith("_stderr") or not isinstance(value, float):
                 continue
             error = values.get(f"{name}_stderr,{form}")
-            table.add_row(task, name, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "-")
+            table.add_row(
+                Text(printable(task)),
+                Text(printable(name)),
+                f"{value:.4f}",
+                f"{error:.4f}" if isinstance(error, float) else "-",
+            )
     Console(highlight=False).print(table)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from megaloop.report.page import Report
@@ -52,31 +53,38 @@ def print_report(made: Report, file: Path | None, as_json: bool) -> None:
         typer.echo(json_module.dumps({**dataclasses.asdict(made), "page": str(file) if file else None}))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
+    loss, deviation = ("val_loss", "val_loss_deviation")
+    if made.compared_by == "bits per byte":
+        loss, deviation = ("bits_per_byte", "bits_per_byte_deviation")
     for name in (
         "",
         "seeds",
         "FLOPs",
         f"of {made.baseline}'s",
-        "validation loss",
+        "validation loss" if loss == "val_loss" else "bits per byte",
         "difference",
         "to its loss",
         "primitives",
     ):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(Text(name), justify="right" if name else "left", no_wrap=True)
     means = {each["group"]: each["accuracy"] for each in made.primitives if each["task"] == "mean"}
     for row in made.savings:
         mean = means.get(row["group"])
         table.add_row(
-            row["group"],
+            Text(row["group"]),
             str(row["seeds"]),
-            f"{row['flops']:.3g}",
+            _or_dash(row["flops"], "{:.3g}"),
             _or_dash(row["fraction_of_baseline"], "{:.3f}"),
-            _or_dash(row["val_loss"], "{:.4f}") + _or_dash(row["val_loss_deviation"], " ± {:.4f}", ""),
+            _or_dash(row[loss], "{:.4f}") + _or_dash(row[deviation], " ± {:.4f}", ""),
             _or_dash(row["difference_percent"], "{:+.2f}%"),
             _or_dash(row["fraction_to_baseline_loss"], "{:.3f}"),
             "-" if mean is None else f"{100 * mean['value']:.1f}" + _or_dash(mean["error"], " ± {:.1f}%", "%", 100),
         )
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    if loss != "val_loss":
+        typer.echo(
+            "validated on different data, or with other tokenizers: losses are compared in bits per byte of text"
+        )
     if file is not None:
         typer.echo(f"written {file}")
 

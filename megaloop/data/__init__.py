@@ -2,7 +2,15 @@
 
 from megaloop.data.dataset import DataSet, Sample
 from megaloop.data.holes import Holes, past_holes
-from megaloop.data.loader import BatchLoader, MicroBatch, usable_validation, validation_batches
+from megaloop.data.loader import (
+    BatchLoader,
+    MicroBatch,
+    bits_per_byte,
+    held_out_batch,
+    held_out_places,
+    usable_validation,
+    validation_batches,
+)
 from megaloop.data.order import SampleOrder
 from megaloop.data.sources import Sources, embedding_rows, open_sources
 from megaloop.data.tokenizer import Tokenizer
@@ -16,7 +24,10 @@ __all__ = [
     "SampleOrder",
     "Sources",
     "Tokenizer",
+    "bits_per_byte",
     "embedding_rows",
+    "held_out_batch",
+    "held_out_places",
     "open_sources",
     "past_holes",
     "usable_validation",

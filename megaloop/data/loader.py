@@ -24,7 +24,18 @@ from megaloop.data.order import SampleOrder
 from megaloop.data.sft import FineTuningSet, FineTuningSplit
 from megaloop.errors import MegaloopError
 
-__all__ = ["BatchLoader", "MicroBatch", "usable_validation", "validation_batches"]
+__all__ = [
+    "BatchLoader",
+    "MicroBatch",
+    "bits_per_byte",
+    "held_out_batch",
+    "held_out_places",
+    "usable_validation",
+    "validation_batches",
+]
+
+Places = Sequence[tuple[Split | FineTuningSplit, int]]
+"""Samples, by split and index."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,25 @@ class MicroBatch:
     sample_ids: list[int]
     bytes: int
     weights: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens that count."""
+        return self.targets.numel() if self.weights is None else int((self.weights > 0).sum())
+
+    def for_model(
+        self, document_masking: bool
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]:
+        """What a model takes, and what its loss is of, for training and for every held-out loss alike.
+
+        Args:
+            document_masking: the model's: its attention stays inside documents.
+
+        Returns:
+            Inputs, with their documents where those matter; targets, with their weights where there are some.
+        """
+        inputs = (self.inputs, self.documents) if document_masking else self.inputs
+        return inputs, self.targets if self.weights is None else (self.targets, self.weights)
 
 
 class BatchLoader:
@@ -158,17 +188,42 @@ def validation_batches(
         MegaloopError: the sources hold fewer than one micro-batch per rank.
     """
     usable = usable_validation(datasets, samples=samples, micro_batch=micro_batch, dp_sizes=[dp_size])
+    places = held_out_places(datasets, usable)
+    numbers = _slices(0, usable, micro_batch, dp_rank, dp_size)
+    batches = usable // micro_batch
+    return [held_out_batch(places, next(numbers)[1], batches) for _ in range(batches // dp_size)]
+
+
+def held_out_places(datasets: Sequence[DataSet] | Sequence[FineTuningSet], samples: int) -> Places:
+    """The samples that a held-out loss is over: the first ``samples`` of the sources' validation splits, taken in turn."""
     splits = [dataset.split("validation") for dataset in datasets]
     turns = max(map(len, splits))
     places = [(split, index) for index in range(turns) for split in splits if index < len(split)]
-    numbers = _slices(0, usable, micro_batch, dp_rank, dp_size)
-    batches = []
-    learnt = sum(_learnt(split, index) for split, index in places[:usable])
-    for _ in range(usable // (micro_batch * dp_size)):
-        _, chosen = next(numbers)
-        read = [places[n][0].sample(places[n][1]) for n in chosen]
-        batches.append(_collate(read, chosen, usable // micro_batch / max(learnt, 1)))
-    return batches
+    return places[:samples]
+
+
+def held_out_batch(places: Places, numbers: Sequence[int], batches: int = 1) -> MicroBatch:
+    """Some of the held-out samples as a micro-batch.
+
+    Args:
+        batches: how many micro-batches the samples of ``places`` make: where targets have weights, the mean of as many
+            is the mean over all targets that count.
+    """
+    read = [places[number][0].sample(places[number][1]) for number in numbers]
+    if read[0].learnt is None:
+        return _collate(read, list(numbers))
+    learnt = sum(_learnt(split, index) for split, index in places)
+    return _collate(read, list(numbers), batches / max(learnt, 1))
+
+
+def bits_per_byte(loss: float, tokens: int, size: int) -> float:
+    """A loss in nats per token as bits per byte of text.
+
+    Args:
+        tokens: that the loss is over.
+        size: UTF-8 bytes of text that they stand for.
+    """
+    return loss * (tokens / max(size, 1) / math.log(2))
 
 
 def _learnt(split: Split | FineTuningSplit, index: int) -> int:

@@ -6,7 +6,6 @@ every rank gets all results.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,19 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint
-from megaloop.data import DataSet, Tokenizer
+from megaloop.data import DataSet, MicroBatch, Tokenizer, bits_per_byte, held_out_batch, held_out_places
 from megaloop.depth import DepthPlan, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
 from megaloop.evaluation.scoring import Question, score
 from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examples, shots, tasks_named
+from megaloop.inference.generate import before_document
 from megaloop.inference.load import load_decoder
-from megaloop.model import Decoder
+from megaloop.model import Decoder, vocab_parallel_cross_entropy
+from megaloop.text import printable
 
 __all__ = ["VALIDATION", "Block", "evaluate", "with_loops"]
 
@@ -47,8 +48,9 @@ class Block:
     def parse(cls, text: str) -> Block:
         """``"10:14"``."""
         first, separator, stop = text.partition(":")
-        if not separator or not first.isdigit() or not stop.isdigit() or int(first) >= int(stop):
-            raise MegaloopError(f"--block {text}: expected FIRST:STOP, places of layers, such as 10:14")
+        are_places = all(part.isascii() and part.isdigit() and len(part) < 10 for part in (first, stop))
+        if not separator or not are_places or int(first) >= int(stop):
+            raise MegaloopError(f"--block {printable(text)}: expected FIRST:STOP, places of layers, such as 10:14")
         return cls(int(first), int(stop))
 
     def __str__(self) -> str:
@@ -253,6 +255,7 @@ class _Work:
             version=TASKS_VERSION,
             step=manifest.step,
             checkpoint=manifest.checksum,
+            document_masking=self._model.config.document_masking,
         )
 
     def _measured(self, subject: Subject, measure: Callable[[], dict[str, Any]]) -> Record:
@@ -274,16 +277,16 @@ class _Work:
         accuracy, match = clustered(right, clusters), clustered(exact, clusters)
         return {
             "accuracy": accuracy.mean,
-            "accuracy_stderr": accuracy.error,
+            "accuracy_stderr": accuracy.known_error,
             "exact_match": match.mean,
-            "exact_match_stderr": match.error,
+            "exact_match_stderr": match.known_error,
             "chance": task.chance,
         }
 
     def _score(self, task: Task, count: int, number: int, block: Sequence[Example]) -> list[tuple[bool, bool]]:
         """Of each example, whether the right answer is the likeliest, and whether greedy decoding gives it."""
         encode = self._encode
-        beginning = self._document_start + encode(task.header)
+        beginning = before_document(self._open_tokenizer(), self._model.config.document_masking) + encode(task.header)
         for shot in shots(task, count, self._seed, number):
             beginning += encode(shot.query) + encode(shot.answer) + encode("\n")
         asked = [Question(encode(each.query), [encode(answer) for answer in each.candidates]) for each in block]
@@ -294,28 +297,23 @@ class _Work:
         ]
 
     def _validation(self, dataset: DataSet, subject: Subject) -> dict[str, Any]:
-        numbers = range(subject.examples)
-        length = dataset.sequence_length
-        batch = max((1 << 13) // length, 1)
-        batches = [numbers[first : first + batch] for first in range(0, len(numbers), batch)]
-        split = dataset.split("validation")
+        places = held_out_places([dataset], subject.examples)
+        batch = max((1 << 13) // dataset.sequence_length, 1)
+        batches = [range(first, min(first + batch, len(places))) for first in range(0, len(places), batch)]
 
-        def losses(_: int, chosen: Sequence[int]) -> list[tuple[float, int]]:
-            samples = [split.sample(index) for index in chosen]
-            tokens_BS = torch.stack([torch.from_numpy(sample.tokens) for sample in samples]).to(self._model.device)
-            with torch.inference_mode():
-                logits_BSV = self._model(tokens_BS[:, :-1]).float()
-                loss_BS = F.cross_entropy(logits_BSV.transpose(1, 2), tokens_BS[:, 1:], reduction="none")
-            return [(float(loss), sample.bytes) for loss, sample in zip(loss_BS.mean(1), samples, strict=True)]
+        def losses(_: int, numbers: Sequence[int]) -> tuple[list[float], int, int]:
+            read = held_out_batch(places, numbers)
+            return _sample_losses(self._model, read), read.tokens, read.bytes
 
-        found = [each for part in self._shared(_label(subject), batches, losses) for each in part]
-        loss = clustered([each for each, _ in found], range(len(found)))
-        size = sum(size for _, size in found)
+        found = self._shared(_label(subject), batches, losses)
+        each = [loss for part, _, _ in found for loss in part]
+        loss = clustered(each, range(len(each)))
+        tokens, size = (sum(part[place] for part in found) for place in (1, 2))
         return {
             "loss": loss.mean,
-            "loss_stderr": None if math.isnan(loss.error) else loss.error,
-            "bits_per_byte": loss.mean * len(found) * length / math.log(2) / size if size else None,
-            "tokens": len(found) * length,
+            "loss_stderr": loss.known_error,
+            "bits_per_byte": bits_per_byte(loss.mean, tokens, size) if size else None,
+            "tokens": tokens,
         }
 
     def _shared(self, label: str, parts: Sequence[_Part], run: Callable[[int, _Part], Any]) -> list[Any]:
@@ -345,13 +343,20 @@ class _Work:
         return self._open_tokenizer().encode(text)
 
     @property
-    def _document_start(self) -> list[int]:
-        """What stands before a document, as in training: the end of another; nothing where the tokenizer has no such token."""
-        return [token for token in (self._open_tokenizer().eos_id,) if token >= 0]
-
-    @property
     def _vocab_size(self) -> int:
         return self._open_tokenizer().vocab_size
+
+
+@torch.inference_mode()
+def _sample_losses(model: Decoder, batch: MicroBatch) -> list[float]:
+    """The loss of each sample of a micro-batch, nats per token: by what training's own loss is made of."""
+    inputs, targets = batch.for_model(model.config.document_masking)
+    assert isinstance(targets, Tensor), "shards have no weights"
+    x = inputs if isinstance(inputs, tuple) else (inputs,)
+    logits_BSV = model(*(each.to(model.device) for each in x))
+    targets_BS = targets.to(model.device)
+    rows = (slice(row, row + 1) for row in range(len(targets_BS)))
+    return [float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp)) for row in rows]
 
 
 def _label(subject: Subject) -> str:

@@ -20,6 +20,7 @@ from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import generate_tokens
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
+from megaloop.text import printable
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -78,24 +79,35 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy) of each continuation; those that follow the same context share a row."""
-        rows: dict[tuple[int, ...], list[int]] = {}
+        rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, (_request, context, continuation) in enumerate(requests):
-            if continuation:
-                kept = context[max(len(context) + len(continuation) - 1 - self.max_length, 0) :]
-                rows.setdefault(tuple(kept or context[-1:]), []).append(index)
-        questions = [
-            Question(list(context), [requests[index][2] for index in indices]) for context, indices in rows.items()
-        ]
+            for seen, part in self._as_in_training(context, continuation):
+                kept = seen[max(len(seen) + len(part) - 1 - self.max_length, 0) :]
+                rows.setdefault(tuple(kept or seen[-1:]), []).append((index, part))
+        questions = [Question(list(seen), [part for _, part in own]) for seen, own in rows.items()]
         results = [(0.0, True)] * len(requests)  # of an empty continuation
         if questions:
             scores = score(self._decoder, [], questions, vocab_size=self._tokens.vocab_size)
-            for scored, indices in zip(scores, rows.values(), strict=True):
-                for index, likelihood, greedy in zip(indices, scored.log_likelihoods, scored.greedy, strict=True):
-                    results[index] = (likelihood, greedy)
+            for scored, own in zip(scores, rows.values(), strict=True):
+                for (index, _part), likelihood, greedy in zip(own, scored.log_likelihoods, scored.greedy, strict=True):
+                    before, all_greedy = results[index]
+                    results[index] = (before + likelihood, all_greedy and greedy)
         for (request, _context, _continuation), result in zip(requests, results, strict=True):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, result)
         return results
+
+    def _as_in_training(self, context: list[int], continuation: list[int]) -> list[tuple[list[int], list[int]]]:
+        """Contexts and continuations that together make this one.
+
+        A text without context follows the end of another document, which predicts its first token. With document masking
+        the tokens after that one do not look back to this end.
+        """
+        parts = []
+        if self._decoder.config.document_masking and context == [self.eot_token_id]:
+            parts.append((context, continuation[:1]))
+            context, continuation = continuation[:1], continuation[1:]
+        return [*parts, (context, continuation)] if continuation else [part for part in parts if part[1]]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows as long as the context, each token predicted once."""
@@ -124,13 +136,13 @@ class HarnessModel(TemplateLM):
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         limit = int(options.get("max_gen_toks", _GENERATED))
-        context = self.tok_encode(text)[-max(self.max_length - limit, 1) :] or [self.eot_token_id]
+        context = self.tok_encode(text)[-max(self.max_length - limit, 1) :]
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
         generator = torch.Generator(device=self._decoder.device).manual_seed(0)
         produced: list[int] = []
         made = ""
         arguments = (limit, temperature, 0, 1.0, generator, self._tokens.vocab_size)
-        for token in generate_tokens(self._decoder, context, *arguments):
+        for token in generate_tokens(self._decoder, context, *arguments, end_id=self.eot_token_id):
             if token == self._tokens.eos_id:
                 break
             produced.append(token)
@@ -174,7 +186,7 @@ def run_harness(
     missing = [name for name in tasks if name not in manager.all_tasks]
     if missing or not tasks:
         raise MegaloopError(
-            f"eval --harness: lm-eval knows no task {missing[0] if missing else '(none)'}; 'lm-eval ls tasks' lists them, "
+            f"eval --harness: lm-eval knows no task {printable(missing[0]) if missing else '(none)'}; 'lm-eval ls tasks' lists them, "
             "and --harness-path adds a directory of yours"
         )
     model = HarnessModel.load(checkpoint, loops=loops, block=block, precision=precision)

@@ -11,10 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from megaloop.errors import MegaloopError
+from megaloop.runs import records
 
 __all__ = ["EVALUATION", "Measured", "Record", "Subject", "append_record", "clustered", "read_records"]
 
 EVALUATION = "evaluation.jsonl"
+_LARGEST = 1e30
+_VALUES = (
+    "accuracy",
+    "accuracy_stderr",
+    "exact_match",
+    "exact_match_stderr",
+    "chance",
+    "loss",
+    "loss_stderr",
+    "bits_per_byte",
+    "tokens",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class Subject:
         version: of tasks and prompts.
         step: of the checkpoint.
         checkpoint: its manifest's checksum.
+        document_masking: the model's attention stays inside documents. Records without this key are of models of which
+            that is not so: until it came, such models were measured with attention across documents.
     """
 
     task: str
@@ -48,6 +64,7 @@ class Subject:
     version: int
     step: int
     checkpoint: str
+    document_masking: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,11 @@ class Measured:
 
     mean: float
     error: float
+
+    @property
+    def known_error(self) -> float | None:
+        """None where a single example says nothing of it."""
+        return None if math.isnan(self.error) else self.error
 
 
 @dataclass(frozen=True)
@@ -122,20 +144,33 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def read_records(path: Path) -> dict[Subject, Record]:
-    """The lines of a file, the last one of each subject; lines that are not whole, or of another format, are passed over."""
-    records: dict[Subject, Record] = {}
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise MegaloopError(f"eval: cannot read {path} ({error.strerror})") from None
-    names = list(Subject.__dataclass_fields__)
-    for line in lines:
-        try:
-            values = json.loads(line)
-            subject = Subject(**{name: values.pop(name) for name in names})
-            records[subject] = Record(subject, values, values.pop("time"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return records
+    """The last record of each subject; lines that are no whole records are passed over, so that their subject is measured anew."""
+    found = (_record(values) for values in records.read_records(path))
+    return {record.subject: record for record in found if record is not None}
+
+
+def _record(values: dict[str, Any]) -> Record | None:
+    """What a line says; None where a value has another type than it should."""
+    words = {name: records.text(values, name) for name in ("task", "depth", "precision", "checkpoint", "time")}
+    options = {name: records.text(values, name) for name in ("data", "block")}
+    counts = {
+        name: records.whole_number(values, name) for name in ("shots", "loops", "examples", "seed", "version", "step")
+    }
+    masking = values.get("document_masking", False)  # older records are of models without, or of a wrong loss
+    wrong = [name for name, value in options.items() if value is None and values.get(name) is not None]
+    if None in words.values() or None in counts.values() or not isinstance(masking, bool) or wrong:
+        return None
+    measured = {name: None if _unknown(values[name]) else values[name] for name in _VALUES if name in values}
+    numbers = {name: records.number(measured, name) for name, value in measured.items() if value is not None}
+    if any(value is None or abs(value) > _LARGEST for value in numbers.values()):
+        return None
+    if measured.get("loss" if words["task"] == "validation" else "accuracy") is None:
+        return None
+    time = words.pop("time")
+    subject: Any = Subject(**{**words, **options, **counts, "document_masking": masking})  # type: ignore[arg-type]
+    return Record(subject, measured, str(time))
+
+
+def _unknown(value: Any) -> bool:
+    """No number, and none was meant: older versions wrote the error of a single example as NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from string import ascii_lowercase
 
 from megaloop.errors import MegaloopError
+from megaloop.text import printable
 
 __all__ = [
     "BLOCK",
@@ -100,7 +101,11 @@ def tasks_named(names: Sequence[str]) -> list[Task]:
     """
     unknown = [name for name in names if name not in TASKS and name != "primitives"]
     if unknown:
-        raise MegaloopError(f"eval: unknown task {unknown[0]!r}; choose of {', '.join(TASKS)}, or primitives for all")
+        shown = printable(unknown[0])
+        raise MegaloopError(
+            f"eval: unknown task {shown!r}; choose from {', '.join(TASKS)}, or primitives for all; "
+            f"tasks of EleutherAI's lm-eval go to --harness {shown}"
+        )
     chosen = [each for name in names for each in (TASKS if name == "primitives" else [name])]
     return [TASKS[name] for name in dict.fromkeys(chosen or TASKS)]
 

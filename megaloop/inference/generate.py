@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
 
-__all__ = ["GenerationResult", "generate_text", "generate_tokens"]
+__all__ = ["GenerationResult", "before_document", "generate_text", "generate_tokens"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def generate_text(
 
     Args:
         checkpoint: a checkpoint, or a run (its newest).
+        prompt: taken as it is, as transformers does; without one the model writes a new document.
         temperature: 0 is greedy.
         top_k: sample from the k likeliest tokens; 0: all.
         top_p: sample from the likeliest tokens that together have this probability.
@@ -60,19 +62,22 @@ def generate_text(
         on_text: called with each piece of text as it comes.
 
     Raises:
-        MegaloopError: a damaged checkpoint, or one without a tokenizer.
+        MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without ``</s>``.
     """
     model, opened = load_decoder(checkpoint, precision=precision, depth=depth)
     if opened.tokenizer is None:
         raise MegaloopError(f"checkpoint {opened.path} holds no tokenizer.model; it can't turn text into tokens")
     tokenizer = Tokenizer.load(opened.tokenizer)
-    ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
+    ids = tokenizer.encode(prompt)
+    if not ids and tokenizer.eos_id < 0:
+        raise MegaloopError(f"tokenizer {tokenizer.path} has no </s>, with which a document could begin; give a prompt")
     generator = torch.Generator(device=model.device).manual_seed(seed)
     began = time.perf_counter()
     produced: list[int] = []
     shown = tokenizer.decode(ids)
     stopped: Literal["end", "length"] = "length"
-    for token in generate_tokens(model, ids, max_tokens, temperature, top_k, top_p, generator, tokenizer.vocab_size):
+    sampling = (temperature, top_k, top_p, generator, tokenizer.vocab_size)
+    for token in generate_tokens(model, ids, max_tokens, *sampling, end_id=tokenizer.eos_id):
         produced.append(token)
         if token == tokenizer.eos_id:
             stopped = "end"
@@ -87,7 +92,6 @@ def generate_text(
     return GenerationResult(tokenizer.decode(ids + kept), len(produced), seconds, stopped)
 
 
-@torch.inference_mode()
 def generate_tokens(
     model: Decoder,
     prompt: list[int],
@@ -97,17 +101,52 @@ def generate_tokens(
     top_p: float,
     generator: torch.Generator,
     vocab_size: int | None = None,
+    *,
+    end_id: int = -1,
 ) -> Iterator[int]:
     """Token ids after ``prompt``, one by one; each new token costs one pass over itself alone.
 
     Args:
+        prompt: may be empty where ``end_id`` is given: a new document begins.
         vocab_size: the tokenizer's tokens; rows of the embedding beyond them are padding and are never chosen.
+        end_id: what ends a document, and so stands before the next.
     """
+    choose = partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    if prompt:
+        yield from _continue(model, prompt, max_tokens, vocab_size, choose)
+        return
+    # in training, the first token of a document is what follows the end of another
+    document = _continue(model, [end_id], max_tokens, vocab_size, choose)
+    if not model.config.document_masking:
+        yield from document
+        return
+    # and the tokens after it do not look back to that end
+    token = next(document)
+    yield token
+    yield from _continue(model, [token], max_tokens - 1, vocab_size, choose)
+
+
+def before_document(tokenizer: Tokenizer, document_masking: bool) -> list[int]:
+    """What the tokens of a document see before it, as in training: the end of another.
+
+    Nothing where attention stays inside documents, or where the tokenizer has no such token.
+    """
+    return [] if document_masking or tokenizer.eos_id < 0 else [tokenizer.eos_id]
+
+
+@torch.inference_mode()
+def _continue(
+    model: Decoder,
+    prompt: list[int],
+    max_tokens: int,
+    vocab_size: int | None,
+    choose: Callable[[Tensor], int],
+) -> Iterator[int]:
     caches = model.new_caches(1, len(prompt) + max_tokens)
     tokens_BS = torch.tensor([prompt], device=model.device)
     for _ in range(max_tokens):
         logits_V = model(tokens_BS, caches=caches)[0, -1, :vocab_size].float()
-        token = _choose(logits_V, temperature, top_k, top_p, generator)
+        token = choose(logits_V)
         yield token
         tokens_BS = torch.tensor([[token]], device=model.device)
 

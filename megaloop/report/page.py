@@ -28,7 +28,19 @@ from megaloop.report.primitives import (
     tasks_of,
 )
 from megaloop.report.read import Run, read_run
-from megaloop.report.savings import Group, Saving, Spread, choose_baseline, differences, group_runs, savings
+from megaloop.report.savings import (
+    BITS,
+    Group,
+    Measure,
+    Saving,
+    Spread,
+    choose_baseline,
+    choose_measure,
+    differences,
+    group_runs,
+    run_labels,
+    savings,
+)
 from megaloop.train.rundir import replace_file
 
 __all__ = ["Report", "make_report", "write_report"]
@@ -40,9 +52,10 @@ _NONE = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows, as numbers."""
+    """What the page shows, as numbers; ``compared_by`` is the unit of the losses that are compared."""
 
     baseline: str
+    compared_by: str
     summary: list[str]
     savings: list[dict[str, Any]]
     primitives: list[dict[str, Any]]
@@ -76,18 +89,20 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
         raise MegaloopError("report: give at least one run directory")
     groups = group_runs(runs)
     base = choose_baseline(groups, baseline)
-    rows = savings(groups, base)
+    measure, labels = choose_measure(groups), run_labels(runs)
+    rows = savings(groups, base, measure)
     tasks, shots = tasks_of(groups), shots_shown(groups)
     report = Report(
         baseline=base.label,
-        summary=_summary(rows, base, groups, shots),
+        compared_by=measure.unit,
+        summary=_summary(rows, base, groups, shots, measure),
         savings=[_saving_numbers(row) for row in rows],
         primitives=_primitive_numbers(groups, tasks, shots),
         loops=_loop_numbers(groups, shots),
-        runs=[_run_numbers(run) for run in runs],
+        runs=[_run_numbers(run, label) for run, label in zip(runs, labels, strict=True)],
     )
     page = _template().render(
-        title=title or ("Run " + runs[0].name if len(runs) == 1 else f"{len(groups)} configurations, {len(runs)} runs"),
+        title=title or (f"Run {runs[0].name}" if len(runs) == 1 else f"{len(groups)} configurations, {len(runs)} runs"),
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         report=report,
@@ -95,8 +110,9 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
         base=base,
         colours=[plots.COLOURS[number % len(plots.COLOURS)] for number in range(len(groups))],
         rows=rows,
-        losses=[(name, Markup(plots.loss_plot(groups, axis))) for name, axis in _AXES],
-        boundaries=[(run, boundary) for run in runs for boundary in run.boundaries],
+        losses=[(name, Markup(plots.loss_plot(groups, axis, measure))) for name, axis in _AXES],
+        in_bits=measure is BITS,
+        boundaries=[(label, each) for run, label in zip(runs, labels, strict=True) for each in run.boundaries],
         tasks=_task_rows(groups, tasks, shots),
         shots=shots,
         primitives_plot=Markup(plots.primitives_plot(groups, shots, _CHANCE)) if tasks else None,
@@ -105,7 +121,6 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
         else None,
         loop_plots=_loop_plots(groups, shots),
         differences=differences(groups) if len(groups) > 1 else [],
-        runs=runs,
     )
     return report, page
 
@@ -137,17 +152,23 @@ def _template() -> Any:
 # --- the page's words
 
 
-def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: int) -> list[str]:
+def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: int, measure: Measure) -> list[str]:
     """What the tables say, in sentences; only what was measured."""
     said = []
+    loss = "a validation loss"
+    if measure is BITS:
+        loss = "bits per byte of validation text"
+        said.append(
+            "The runs are validated on different data, or with other tokenizers, so losses are compared in bits per byte of "
+            "text instead of nats per token. Where the text differs, a part of each difference may be the text's."
+        )
     for row in rows:
         if row.group is base or math.isnan(row.fraction):
             continue
         text = f"{row.group.label} took {row.fraction:.3f} of the FLOPs of {base.label}"
         if row.difference.count:
             word = "higher" if row.difference.mean > 0 else "lower"
-            text += f" and ended with a validation loss {abs(row.difference.mean):.2f}% {word}"
-            text += f" ({_spread(row.loss, 4)})"
+            text += f" and ended with {loss} {abs(row.difference.mean):.2f}% {word} ({_spread(row.compared, 4)})"
         if row.reached_fraction is not None:
             of = (
                 ""
@@ -155,7 +176,7 @@ def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: in
                 else f" in {row.reached.count} of {len(row.group.runs)} seeds"
             )
             text += f"; it reached the loss of {base.label} with {row.reached_fraction:.3f} of its FLOPs{of}"
-        elif row.loss.count:
+        elif row.difference.count:
             text += f"; it did not reach the loss of {base.label}"
         said.append(text + ".")
     means = [(group.label, cell) for group, cell in zip(groups, cells(groups, MEAN, shots), strict=True) if cell]
@@ -222,14 +243,15 @@ def _saving_numbers(row: Saving) -> dict[str, Any]:
         "layers": row.layers,
         "depth": row.depth,
         "steps": row.steps,
-        "tokens": row.tokens.mean,
-        "flops": row.flops.mean,
+        "tokens": _known(row.tokens.mean),
+        "flops": _known(row.flops.mean),
         "fraction_of_baseline": _known(row.fraction),
         "val_loss": _known(row.loss.mean),
         "val_loss_deviation": row.loss.deviation,
         "difference_percent": _known(row.difference.mean),
         "difference_deviation": row.difference.deviation,
         "bits_per_byte": _known(row.bits.mean),
+        "bits_per_byte_deviation": row.bits.deviation,
         "flops_to_baseline_loss": _known(row.reached.mean),
         "fraction_to_baseline_loss": row.reached_fraction,
         "seeds_that_reached": row.reached.count,
@@ -238,7 +260,7 @@ def _saving_numbers(row: Saving) -> dict[str, Any]:
 
 
 def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None
 
 
 def _cell_numbers(cell: Cell | None) -> dict[str, Any] | None:
@@ -267,24 +289,25 @@ def _loop_numbers(groups: Sequence[Group], shots: int) -> list[dict[str, Any]]:
     ]
 
 
-def _run_numbers(run: Run) -> dict[str, Any]:
-    seconds = float(run.seconds[-1])
+def _run_numbers(run: Run, label: str) -> dict[str, Any]:
+    seconds, tokens = float(run.seconds[-1]), _known(float(run.tokens[-1]))
     return {
         "run": str(run.path),
         "name": run.name,
-        "seed": run.config.get("seed"),
+        "label": label,
+        "seed": run.seed,
         "steps": int(run.step[-1]),
         "of": run.steps,
-        "tokens": float(run.tokens[-1]),
-        "flops": float(run.flops[-1]),
+        "tokens": tokens,
+        "flops": _known(float(run.flops[-1])),
         "seconds": seconds,
         "ranks": run.ranks,
-        "tokens_per_second": float(run.tokens[-1]) / seconds if seconds else None,
+        "tokens_per_second": tokens / seconds if tokens is not None and seconds > 0 else None,
         "memory_bytes": run.memory_bytes,
         "restarts": run.restarts,
         "rollbacks": run.rollbacks,
-        "torch": run.start.get("torch"),
-        "attention": run.start.get("attention"),
+        "torch": run.torch,
+        "attention": run.attention,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from megaloop.report.primitives import MEAN, Cell, by_loops, by_shots, cells, held_out
 from megaloop.report.read import Array, Run
-from megaloop.report.savings import Group, curve_points, trained_loops
+from megaloop.report.savings import NATS, Group, Measure, curve_points, trained_loops
 
 __all__ = ["COLOURS", "loops_plot", "loss_plot", "primitives_plot", "shots_plot"]
 
@@ -27,6 +28,7 @@ _POINTS = 300
 _RING: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.2}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with dollars in it is a name
     "svg.hashsalt": "megaloop",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -54,15 +56,23 @@ def _line(number: int) -> dict[str, Any]:
     }
 
 
+def _label(name: str) -> str:
+    """A name in a legend, from which matplotlib leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _svg(figure: Figure) -> str:
     out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # the browser chooses the font: matplotlib only guesses how wide the text is
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     return text[text.index("<svg") :].replace(_INK, "currentColor")
 
 
-def loss_plot(groups: Sequence[Group], axis: str) -> str:
-    """Validation loss (lines) and training loss (faint) against ``tokens``, ``flops`` or ``seconds``; boundaries as dots."""
+def loss_plot(groups: Sequence[Group], axis: str, measure: Measure) -> str:
+    """Validation loss (lines) against ``tokens``, ``flops`` or ``seconds``; boundaries as dots; in nats also training loss (faint)."""
     titles = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 4.4))
@@ -71,35 +81,38 @@ def loss_plot(groups: Sequence[Group], axis: str) -> str:
             style = _line(number)
             for index, run in enumerate(group.runs):
                 x: Array = getattr(run, axis)
-                axes.plot(
-                    *curve_points(x, run.loss, _POINTS), alpha=0.18, linewidth=0.8, zorder=1, color=style["color"]
-                )
-                label = group.label if index == 0 else None
-                axes.plot(x[run.val_at], run.val_loss, linewidth=1.4, label=label, zorder=3, **style)
-                _mark(axes, run, x, style["color"])
+                if measure is NATS:  # how many bytes of text a training step saw is not known
+                    axes.plot(
+                        *curve_points(x, run.loss, _POINTS), alpha=0.18, linewidth=0.8, zorder=1, color=style["color"]
+                    )
+                label = _label(group.label) if index == 0 else None
+                axes.plot(x[run.val_at], measure.of(run), linewidth=1.4, label=label, zorder=3, **style)
+                _mark(axes, run, x, measure.of(run), style["color"])
         axes.set_xlabel(titles[axis])
-        axes.set_ylabel("loss, nats per token")
-        axes.set_ylim(*_limits(groups))
+        axes.set_ylabel(f"loss, {measure.unit}")
+        axes.set_ylim(*_limits(groups, measure))
         axes.set_xlim(left=0)
         axes.legend(loc="upper right", fontsize=9)
         return _svg(figure)
 
 
-def _mark(axes: Any, run: Run, x: Array, colour: str) -> None:
+def _mark(axes: Any, run: Run, x: Array, losses: Array, colour: str) -> None:
     """A dot where the model's depth changes, on the line of its validation losses."""
     if not len(run.val_at):
         return
     at = [int(np.searchsorted(run.step, boundary.step)) for boundary in run.boundaries]
     places = x[np.array([min(index, len(x) - 1) for index in at], dtype=np.int64)]
-    heights = np.interp(places, x[run.val_at], run.val_loss, left=np.nan)
+    heights = np.interp(places, x[run.val_at], losses, left=np.nan)
     axes.plot(places, heights, "o", markersize=3.5, color=colour, zorder=4)
 
 
-def _limits(groups: Sequence[Group]) -> tuple[float, float]:
+def _limits(groups: Sequence[Group], measure: Measure) -> tuple[float, float]:
     """What there is to see: from a little under the lowest loss to where the second twentieth of training lies."""
     runs = [run for group in groups for run in group.runs]
-    losses = [run.loss[np.isfinite(run.loss)] for run in runs]
-    lowest = min(float(np.nanmin(each)) for run in runs for each in (run.val_loss, run.loss) if np.isfinite(each).any())
+    shown = [measure.of(run) for run in runs] + ([run.loss for run in runs] if measure is NATS else [])
+    finite = [each[np.isfinite(each)] for each in shown]
+    lowest = min((float(each.min()) for each in finite if len(each)), default=0.0)
+    losses = finite[len(runs) :] or finite
     early = max(
         (float(np.median(each[len(each) // 20 : len(each) // 10 + 1])) for each in losses if len(each)), default=lowest
     )
@@ -131,7 +144,7 @@ def primitives_plot(groups: Sequence[Group], shots: int, chance: float) -> str:
         for number, (group, cell) in enumerate(zip(groups, cells(groups, MEAN, shots), strict=True)):
             if cell is not None:
                 points = {group.runs[-1].depth + apart * (number - (len(groups) - 1) / 2): cell}
-                label = f"{group.label}, {group.runs[-1].layers} unique"
+                label = _label(f"{group.label}, {group.runs[-1].layers} unique")
                 _errorbar(axes, points, color=_line(number)["color"], label=label)
         axes.axhline(chance, color=_INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("layers executed")
@@ -179,7 +192,7 @@ def _curves(
         places: set[int] = set()
         for number, group in enumerate(groups):
             if found := points(group):
-                _errorbar(axes, found, label=group.label, **_line(number))
+                _errorbar(axes, found, label=_label(group.label), **_line(number))
                 if ring and (trained := trained_loops(group.runs[-1])) in found:
                     axes.plot([trained], [found[trained].value], "o", **_RING, color=COLOURS[number % len(COLOURS)])
                 places |= set(found)

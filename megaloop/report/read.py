@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,25 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from megaloop.checkpoint import list_checkpoints
+from megaloop.checkpoint.manifest import MANIFEST
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.records import EVALUATION, Record, read_records
+from megaloop.evaluation import records as evaluations
+from megaloop.evaluation.records import EVALUATION, Record
+from megaloop.runs.records import number, parse_record, read_records, text, whole_number
+from megaloop.text import printable
 from megaloop.train.metrics import EVENTS, METRICS
 
-__all__ = ["Boundary", "Run", "read_run"]
+__all__ = ["Boundary", "HeldOutText", "Run", "read_run"]
 
 Array = NDArray[np.float64]
+_VALUES, _NESTED = 20_000, 20
+"""A run's configuration has fewer values, and is less deep."""
+_LARGEST = 10**30
+_DEEPEST = 100_000
+"""No model executes as many layers (:class:`megaloop.depth.DepthPlan` says so)."""
+_ON_PURPOSE = ("stop_at", "finished", "interrupted", "signal")
+"""How the reason of a ``stop`` event begins where somebody wanted that end."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +51,43 @@ class Boundary:
 
 
 @dataclass(frozen=True)
+class HeldOutText:
+    """What a run is validated on: losses in nats per token compare where this is the same.
+
+    Attributes:
+        data: its format and paths, as configured; how they are mixed for training does not matter.
+        tokenizer: SHA-256 of the tokenizer, from the newest checkpoint; None where there is none.
+    """
+
+    data: tuple[str, ...]
+    tokenizer: str | None
+
+    def is_that_of(self, other: HeldOutText) -> bool:
+        return self.data == other.data and (
+            self.tokenizer == other.tokenizer or None in (self.tokenizer, other.tokenizer)
+        )
+
+
+@dataclass(frozen=True)
 class Run:
     """A run.
 
     Attributes:
-        config: the resolved configuration.
+        name: as configured, fit to be shown.
+        config: the resolved configuration, of plain values alone.
+        held_out: what its validation losses are of.
         step, tokens, flops, seconds, loss: of each optimizer step; all but the loss are counted from the beginning.
         val_at: indices of steps that validation followed; val_loss (nats per token) and val_bits (per byte) of them.
-        start: the last ``start`` event.
+        parameters: of the model that the last start began with, whose depth is ``plan``; None where it does not say.
+        torch, attention: versions and kernels of the last start.
+        restarts: starts after an end that nobody wanted: an error, or none that was written down.
         evaluations: of the newest step that was evaluated.
     """
 
     path: Path
     name: str
     config: dict[str, Any]
+    held_out: HeldOutText
     step: Array
     tokens: Array
     flops: Array
@@ -67,7 +101,10 @@ class Run:
     ranks: int
     memory_bytes: int
     boundaries: tuple[Boundary, ...]
-    start: dict[str, Any]
+    parameters: int | None
+    plan: str | None
+    torch: str | None
+    attention: str | None
     restarts: int
     rollbacks: int
     evaluations: tuple[Record, ...]
@@ -76,6 +113,11 @@ class Run:
     def steps(self) -> int:
         """Steps that the configuration asks for."""
         return int(self.config["train"]["steps"])
+
+    @property
+    def seed(self) -> int | None:
+        seed = self.config.get("seed")
+        return seed if isinstance(seed, int) else None
 
     @property
     def finished(self) -> bool:
@@ -93,17 +135,20 @@ def read_run(path: Path) -> Run:
     if not (path / METRICS).is_file():
         raise MegaloopError(f"report: {path} holds no {METRICS}; give run directories that megaloop train wrote")
     config = _config(path)
-    records = list(_lines(path / METRICS, "step"))
+    records = [record for record in read_records(path / METRICS) if whole_number(record, "step") is not None]
     if not records:
         raise MegaloopError(f"report: {path / METRICS} holds no step yet; wait for the run's first, or leave it out")
-    events = list(_lines(path / EVENTS, "event"))
-    starts = [event for event in events if event["event"] == "start"]
-    validated = [index for index, record in enumerate(records) if isinstance(record.get("val_loss"), int | float)]
+    events = list(read_records(path / EVENTS))
+    starts = [event for event in events if event.get("event") == "start"]
+    start = starts[-1] if starts else {}
+    validated = [index for index, record in enumerate(records) if _was_validated(record)]
     last = records[-1]
+    model = config.get("model")
     return Run(
         path=path,
-        name=str(config.get("name", path.name)),
+        name=printable(config.get("name") or path.name, 80),
         config=config,
+        held_out=HeldOutText(_data(config), _tokenizer(path)),
         step=_column(records, "step"),
         tokens=_column(records, "tokens"),
         flops=_column(records, "flops"),
@@ -112,64 +157,140 @@ def read_run(path: Path) -> Run:
         val_at=np.array(validated, dtype=np.int64),
         val_loss=_column([records[index] for index in validated], "val_loss"),
         val_bits=_column([records[index] for index in validated], "val_bits_per_byte"),
-        layers=int(last.get("layers") or 0),
-        depth=int(last.get("depth") or 0),
-        ranks=int(last.get("pp", 1)) * int(last.get("tp", 1)) * int(last.get("dp", 1)),
-        memory_bytes=max(int(record.get("memory_bytes") or 0) for record in records),
+        layers=_count(last, "layers"),
+        depth=_count(last, "depth"),
+        ranks=math.prod(_count(last, axis) or 1 for axis in ("pp", "tp", "dp")),
+        memory_bytes=max(whole_number(record, "memory_bytes") or 0 for record in records),
         boundaries=tuple(_boundaries(events)),
-        start=starts[-1] if starts else {},
-        restarts=max(len(starts) - 1, 0),
-        rollbacks=sum(event["event"] == "rollback" for event in events),
-        evaluations=_evaluations(path),
+        parameters=whole_number(start, "parameters"),
+        plan=text(start, "plan"),
+        torch=_shown(start, "torch"),
+        attention=_shown(start, "attention"),
+        restarts=_restarts(events),
+        rollbacks=sum(event.get("event") == "rollback" for event in events),
+        evaluations=_evaluations(path, isinstance(model, dict) and model.get("document_masking") is True),
     )
 
 
+def _was_validated(record: dict[str, Any]) -> bool:
+    """A validation followed the step, even if its loss was not finite."""
+    nonfinite = record.get("nonfinite")
+    return isinstance(record.get("val_loss"), int | float) or (isinstance(nonfinite, dict) and "val_loss" in nonfinite)
+
+
 def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.yaml"
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise MegaloopError(
-            f"report: {path / 'config.yaml'} cannot be read; give run directories of megaloop train"
-        ) from None
-    if not isinstance(config, dict) or not isinstance((config.get("train") or {}).get("steps"), int):
-        raise MegaloopError(f"report: {path / 'config.yaml'} is no configuration of a run")
-    return config
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
+        # what is tagged or written as a number or a date but is none makes PyYAML raise more than its own errors
+        raise MegaloopError(f"report: {file} cannot be read; give run directories of megaloop train") from None
+    if not isinstance(config, dict):
+        raise MegaloopError(f"report: {file} is no configuration of a run")
+    plain: dict[str, Any] = _plain(config, file)
+    steps = plain.get("train")
+    if not isinstance(steps, dict) or not whole_number(steps, "steps"):
+        raise MegaloopError(f"report: {file} is no configuration of a run (train.steps is no number of steps)")
+    return plain
 
 
-def _lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file that have a key; lines that a crash tore are passed over."""
+def _plain(value: Any, file: Path) -> Any:
+    """What JSON can hold: keys are text, and so is every value that is no number, list or mapping.
+
+    Raises:
+        MegaloopError: it is larger than any configuration. YAML's references make much of little.
+    """
+    count = 0
+
+    def plain(value: Any, nested: int) -> Any:
+        nonlocal count
+        count += 1
+        if count > _VALUES or nested > _NESTED:
+            raise MegaloopError(
+                f"report: {file} is no configuration of a run (more than {_VALUES} values, or nested deeper than {_NESTED})"
+            )
+        if isinstance(value, dict):
+            return {printable(key): plain(each, nested + 1) for key, each in value.items()}
+        if isinstance(value, list | tuple | set):
+            return [plain(each, nested + 1) for each in value]
+        if isinstance(value, int) and abs(value) >= _LARGEST:
+            return "a very large number"
+        return value if isinstance(value, bool | int | float | None) else printable(value, 500)
+
+    return plain(value, 0)
+
+
+def _data(config: dict[str, Any]) -> tuple[str, ...]:
+    data = config.get("data")
+    data = data if isinstance(data, dict) else {}
+    sources = data.get("sources")
+    paths = [str(each.get("path")) for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+    return (str(data.get("format", "shards")), *paths)
+
+
+def _tokenizer(path: Path) -> str | None:
+    """SHA-256 of the run's tokenizer, as its newest checkpoint names it."""
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict) and key in value:
-                yield value
+        newest = list_checkpoints(path / "checkpoints")[-1:]
+        manifest = parse_record((newest[0] / MANIFEST).read_bytes()) if newest else None
+    except (MegaloopError, OSError):
+        return None
+    tokenizer = (manifest or {}).get("tokenizer")
+    return text(tokenizer, "sha256") if isinstance(tokenizer, dict) else None
 
 
 def _column(records: list[dict[str, Any]], key: str) -> Array:
-    """Numbers; what is none (a loss that was not finite) is a gap."""
-    values = (record.get(key) for record in records)
-    return np.array([float(value) if isinstance(value, int | float) else math.nan for value in values])
+    """Numbers; what is none (a loss that was not finite), or so large that sums may not be finite, is a gap."""
+    values = (number(record, key) for record in records)
+    return np.array([math.nan if value is None or abs(value) >= _LARGEST else value for value in values])
 
 
-def _boundaries(events: list[dict[str, Any]]) -> Iterator[Boundary]:
+def _count(record: dict[str, Any], key: str) -> int:
+    """Of layers or ranks; 0 where it is not known."""
+    value = whole_number(record, key) or 0
+    return value if value <= _DEEPEST else 0
+
+
+def _shown(record: dict[str, Any], key: str) -> str | None:
+    value = text(record, key)
+    return None if value is None else printable(value, 40)
+
+
+def _restarts(events: Sequence[dict[str, Any]]) -> int:
+    """How often the run was started again after an end that nobody wanted."""
+    count, began = 0, False
+    ending: str | None = None  # of the start before; None: it left none
+    for event in events:
+        if event.get("event") == "start":
+            # after a rollback the same processes go on
+            count += began and (ending is None or not ending.startswith((*_ON_PURPOSE, "rollback")))
+            began, ending = True, None
+        if event.get("event") == "stop":
+            ending = str(event.get("reason"))
+    return count
+
+
+def _boundaries(events: Sequence[dict[str, Any]]) -> Iterator[Boundary]:
     last: dict[int, Boundary] = {}  # a run that went back passes a boundary again
     for event in events:
-        if event["event"] not in ("grow", "loop") or not isinstance(event.get("plan"), dict):
+        plan, step = event.get("plan"), whole_number(event, "step")
+        order = plan.get("order") if isinstance(plan, dict) else None
+        if event.get("event") not in ("grow", "loop") or not isinstance(order, list) or step is None:
             continue
-        order = event["plan"].get("order", [])
-        step = int(event.get("step", 0))
-        last[step] = Boundary(step, len(set(order)), len(order), event.get("loss_before"), event.get("loss_after"))
+        if all(type(layer) is int for layer in order):
+            losses = number(event, "loss_before"), number(event, "loss_after")
+            last[step] = Boundary(step, len(set(order)), len(order), *losses)
     yield from (last[step] for step in sorted(last))
 
 
-def _evaluations(path: Path) -> tuple[Record, ...]:
-    records = read_records(path / EVALUATION)
-    newest = max((subject.step for subject in records), default=0)
-    return tuple(record for subject, record in records.items() if subject.step == newest)
+def _evaluations(path: Path, document_masking: bool) -> tuple[Record, ...]:
+    """Those of the newest step that were made as the model was trained."""
+    # of a model with document masking, older versions have also left some that let it look across documents
+    found = evaluations.read_records(path / EVALUATION)
+    same = {
+        subject: record
+        for subject, record in found.items()
+        if subject.document_masking is document_masking and max(subject.loops, subject.shots) <= _DEEPEST
+    }
+    newest = max((subject.step for subject in same), default=0)
+    return tuple(record for subject, record in same.items() if subject.step == newest)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,23 @@ from megaloop.depth.flops import layer_parameters
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import Record
 from megaloop.report.read import Array, Run
+from megaloop.text import printable
 
 __all__ = [
+    "BITS",
+    "NATS",
     "Group",
+    "Measure",
     "Saving",
     "Spread",
     "at_trained_depth",
     "choose_baseline",
+    "choose_measure",
     "curve_points",
     "differences",
     "flops_to_reach",
     "group_runs",
+    "run_labels",
     "savings",
     "trained_loops",
 ]
@@ -76,19 +83,51 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order in which their first runs are given."""
+    """Groups in the order in which their first runs are given.
+
+    Configurations of one name have their runs' paths with it. Runs of one configuration whose tokenizers differ (the
+    data was prepared again between them) are of different groups.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         same = {key: value for key, value in run.config.items() if key not in _OF_A_SEED}
         if isinstance(same.get("init"), str):  # fine-tuned, each from the pretrained run of its seed
             same["init"] = _without_seed(same["init"])
-        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(run)
-    labels = [_label(members) for members in groups.values()]
-    made = []
-    for number, (label, members) in enumerate(zip(labels, groups.values(), strict=True)):
-        twin = labels.count(label) > 1  # of one name, but configured otherwise
-        made.append(Group(f"{label} ({labels[: number + 1].count(label)})" if twin else label, tuple(members)))
-    return made
+        key, number = json.dumps(same, sort_keys=True), 0
+        while not all(run.held_out.is_that_of(other.held_out) for other in groups.get(f"{key} {number}", [])):
+            number += 1
+        groups.setdefault(f"{key} {number}", []).append(run)
+    names = [_label(members) for members in groups.values()]
+    paths = [Path(_without_seed(str(members[0].path))) for members in groups.values()]
+    labels = _told_apart(names, paths)
+    return [Group(label, tuple(members)) for label, members in zip(labels, groups.values(), strict=True)]
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """The runs' names, and where several have one name, the ends of their paths in which they differ."""
+    return _told_apart([run.name for run in runs], [run.path for run in runs])
+
+
+def _told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    labels = []
+    for name, path in zip(names, paths, strict=True):
+        others = [other for twin, other in zip(names, paths, strict=True) if twin == name and other != path]
+        alone = names.count(name) == 1
+        labels.append(name if alone else f"{name} ({printable(_end(path, others), 120)})")
+    # what even paths do not tell apart is counted
+    return [
+        f"{label}, {labels[: number + 1].count(label)}" if labels.count(label) > 1 else label
+        for number, label in enumerate(labels)
+    ]
+
+
+def _end(path: Path, others: Sequence[Path]) -> Path:
+    """As much of the end of a path as the others do not share."""
+    for count in range(1, len(path.parts)):
+        end = path.parts[-count:]
+        if all(other.parts[-count:] != end for other in others):
+            return Path(*end)
+    return path
 
 
 def _label(runs: Sequence[Run]) -> str:
@@ -101,6 +140,34 @@ def _without_seed(name: str) -> str:
     return re.sub(r"[-_.](?:seed|s)[-_]?\d+(?=/|$)", "", name)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What validation losses are compared by.
+
+    Attributes:
+        unit: in which they are.
+        of: of a run, one value for each of its validations.
+    """
+
+    unit: str
+    of: Callable[[Run], Array]
+
+    def last(self, run: Run) -> float | None:
+        """Of the run's last validation; None where that was not finite."""
+        values = self.of(run)
+        return float(values[-1]) if len(values) and math.isfinite(values[-1]) else None
+
+
+NATS = Measure("nats per token", lambda run: run.val_loss)
+BITS = Measure("bits per byte", lambda run: run.val_bits)
+
+
+def choose_measure(groups: Sequence[Group]) -> Measure:
+    """Nats per token where all are validated on the same data by the same tokenizer; else bits per byte of text."""
+    found = [run.held_out for group in groups for run in group.runs]
+    return NATS if all(each.is_that_of(other) for each in found for other in found) else BITS
+
+
 def choose_baseline(groups: Sequence[Group], name: str | None) -> Group:
     """The group that the others are measured by: the named one, ``baseline``, or the one of most FLOPs.
 
@@ -109,28 +176,24 @@ def choose_baseline(groups: Sequence[Group], name: str | None) -> Group:
     """
     by_label = {group.label: group for group in groups}
     if name is not None and name not in by_label:
-        near = difflib.get_close_matches(name, by_label, n=1, cutoff=0)
+        near = difflib.get_close_matches(name, by_label, n=1)
         raise MegaloopError(
-            f"report: --baseline {name}: there is {', '.join(by_label)}; did you mean {near[0] if near else groups[0].label}?"
+            f"report: --baseline {printable(name)}: there is {printable(', '.join(by_label), 400)}"
+            + (f"; did you mean {near[0]}?" if near else "; choose one of these")
         )
     chosen = by_label.get(name or "baseline")
-    return chosen or max(groups, key=lambda group: group.spread(lambda run: run.flops[-1]).mean)
+    return chosen or max(groups, key=lambda group: _known(group.spread(lambda run: run.flops[-1]).mean, 0.0))
 
 
-def final_loss(run: Run) -> float | None:
-    """The last validation loss, nats per token."""
-    return float(run.val_loss[-1]) if len(run.val_loss) else None
+def _known(value: float, otherwise: float) -> float:
+    return otherwise if math.isnan(value) else value
 
 
-def final_bits(run: Run) -> float | None:
-    return float(run.val_bits[-1]) if len(run.val_bits) else None
-
-
-def flops_to_reach(run: Run, loss: float) -> float | None:
+def flops_to_reach(run: Run, loss: float, measure: Measure = NATS) -> float | None:
     """FLOPs at which the validation loss first is ``loss`` or lower, on the straight line between validations; None: never."""
     before: tuple[float, float] | None = None
-    for at, value in zip(run.flops[run.val_at], run.val_loss, strict=True):
-        if math.isnan(value):
+    for at, value in zip(run.flops[run.val_at], measure.of(run), strict=True):
+        if math.isnan(value) or math.isnan(at):
             continue
         if value <= loss:
             if before is None or before[1] == value:
@@ -147,7 +210,10 @@ class Saving:
     Attributes:
         fraction: of the baseline's FLOPs.
         loss: final validation loss, nats per token.
-        difference: of the loss from the baseline's, in percent of it, seed by seed where both have the seed.
+        bits: the same in bits per byte of text.
+        compared: of the two the one that is compared.
+        difference: of that from the baseline's, in percent of it, seed by
+            seed where both have the seed.
         reached: FLOPs at which the baseline's final loss is reached; its count says in how many seeds it is.
         reached_fraction: of the baseline's FLOPs.
     """
@@ -161,26 +227,27 @@ class Saving:
     flops: Spread
     fraction: float
     loss: Spread
-    difference: Spread
     bits: Spread
+    compared: Spread
+    difference: Spread
     reached: Spread
     reached_fraction: float | None
     rank_hours: float
 
 
-def savings(groups: Sequence[Group], baseline: Group) -> list[Saving]:
-    """A row of the table for each group."""
+def savings(groups: Sequence[Group], baseline: Group, measure: Measure = NATS) -> list[Saving]:
+    """A row of the table for each group; losses are compared by ``measure``."""
     base_flops = baseline.spread(lambda run: run.flops[-1]).mean
-    base_loss = baseline.spread(final_loss).mean
-    by_seed = {run.config.get("seed"): final_loss(run) for run in baseline.runs}
+    base_loss = baseline.spread(measure.last).mean
+    by_seed = {run.seed: measure.last(run) for run in baseline.runs}
 
     def difference(run: Run) -> float | None:
-        own, against = final_loss(run), by_seed.get(run.config.get("seed"), base_loss)
+        own, against = measure.last(run), by_seed.get(run.seed, base_loss)
         return None if own is None or not against or math.isnan(against) else 100 * (own / against - 1)
 
     def reached(run: Run) -> float | None:
-        against = by_seed.get(run.config.get("seed"), base_loss)
-        return None if against is None or math.isnan(against) else flops_to_reach(run, against)
+        against = by_seed.get(run.seed, base_loss)
+        return None if against is None or math.isnan(against) else flops_to_reach(run, against, measure)
 
     rows = []
     for group in groups:
@@ -196,11 +263,12 @@ def savings(groups: Sequence[Group], baseline: Group) -> list[Saving]:
                 tokens=group.spread(lambda run: run.tokens[-1]),
                 flops=flops,
                 fraction=flops.mean / base_flops if base_flops else math.nan,
-                loss=group.spread(final_loss),
+                loss=group.spread(NATS.last),
+                bits=group.spread(BITS.last),
+                compared=group.spread(measure.last),
                 difference=group.spread(difference),
-                bits=group.spread(final_bits),
                 reached=reach,
-                reached_fraction=reach.mean / base_flops if reach.count and base_flops else None,
+                reached_fraction=reach.mean / base_flops if reach.count and base_flops > 0 else None,
                 rank_hours=float(sum(run.seconds[-1] * run.ranks for run in group.runs)) / 3600,
             )
         )
@@ -210,11 +278,11 @@ def savings(groups: Sequence[Group], baseline: Group) -> list[Saving]:
 def _parameters(run: Run) -> int | None:
     """Of the model as it ends; None where the run does not say what it takes."""
     try:
-        began = DepthPlan.parse(str(run.start["plan"])).layers
-        more = run.layers - began
-        return int(run.start["parameters"]) + more * layer_parameters(ModelConfig.model_validate(run.config["model"]))
+        began = DepthPlan.parse(run.plan or "").layers
+        per_layer = layer_parameters(ModelConfig.model_validate(run.config["model"]))
     except (KeyError, TypeError, ValueError, MegaloopError):
         return None
+    return None if run.parameters is None else run.parameters + (run.layers - began) * per_layer
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -229,7 +297,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(values, dict) and values:
         parts = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
         return {key: value for part in parts for key, value in part.items()}
-    return {prefix: "" if values is None else json.dumps(values, default=str).strip('"')}
+    return {prefix: "" if values is None else json.dumps(values).strip('"')}
 
 
 def at_trained_depth(record: Record, run: Run) -> bool:

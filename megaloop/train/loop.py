@@ -20,8 +20,8 @@ from megaloop.config import Config
 from megaloop.data import (
     BatchLoader,
     Holes,
-    MicroBatch,
     Sources,
+    bits_per_byte,
     embedding_rows,
     open_sources,
     usable_validation,
@@ -471,12 +471,8 @@ def _validation_samples(config: Config, sources: Sources, world_size: int, first
 
 def _engine_batches(config: Config, batches: Any) -> Iterator[Any]:
     """Micro-batches as the engine takes them."""
-    return (_as_engine_batch(config, each) for each in batches) if batches is not None else iter(())
-
-
-def _as_engine_batch(config: Config, batch: MicroBatch) -> Any:
-    inputs = (batch.inputs, batch.documents) if config.model.document_masking else batch.inputs
-    return inputs, batch.targets if batch.weights is None else (batch.targets, batch.weights)
+    masking = config.model.document_masking
+    return (each.for_model(masking) for each in batches) if batches is not None else iter(())
 
 
 class _Validation:
@@ -497,17 +493,14 @@ class _Validation:
             for dp_rank in range(engine.topology.dp)
         ]
         everything = [batch for batches in replicas for batch in batches]
-        tokens = sum(
-            batch.targets.numel() if batch.weights is None else int((batch.weights > 0).sum()) for batch in everything
-        )
-        # bits per byte = nats per token x tokens per byte / ln 2
-        self._bits = tokens / max(sum(batch.bytes for batch in everything), 1) / math.log(2)
+        self._tokens = sum(batch.tokens for batch in everything)
+        self._bytes = sum(batch.bytes for batch in everything)
         self._batches = replicas[engine.coordinate.dp]
 
     def run(self) -> tuple[float, float]:
         """(nats per token, bits per byte); collective."""
         loss = self._engine.evaluate(_engine_batches(self._config, self._batches), len(self._batches))
-        return loss, loss * self._bits
+        return loss, bits_per_byte(loss, self._tokens, self._bytes)
 
 
 # --- checks ---

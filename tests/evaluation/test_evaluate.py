@@ -113,6 +113,7 @@ def test_errors_of_clusters_are_those_of_their_sums() -> None:
     ("options", "message"),
     [
         ({"tasks": ["nothing"]}, "unknown task 'nothing'"),
+        ({"tasks": ["hellaswag"]}, "tasks of EleutherAI's lm-eval go to --harness hellaswag"),
         ({"loops": [2], "block": Block(2, 5)}, "--block 2:5: the model has 3 layers"),
         ({"data": [Path("nowhere")]}, "data nowhere: no data.json there"),
     ],
@@ -161,6 +162,7 @@ def test_the_command_line_shows_and_remembers_and_shares_over_ranks(plain_run: P
         (("--shots", "x"), "--shots x: expected whole numbers from 0 on"),
         (("--loops", "0"), "--loops 0: expected whole numbers from 1 on"),
         (("--block", "1:2"), "say how often with --loops"),
+        (("--loops", "\N{SUPERSCRIPT TWO}"), "expected whole numbers from 1 on"),
     ):
         result = megaloop("eval", run, *wrong)
         assert (result.returncode, message in result.stderr) == (2, True)

@@ -155,6 +155,6 @@ def test_p_hop_by_hand() -> None:
 def test_unknown_tasks_are_named() -> None:
     assert [task.name for task in tasks_named(["p-hop", "primitives"])][:2] == ["p-hop", "variables-0-math"]
     assert len(tasks_named([])) == len(TASKS)
-    with pytest.raises(MegaloopError, match="unknown task 'p-hopp'; choose of variables-0-math"):
+    with pytest.raises(MegaloopError, match="unknown task 'p-hopp'; choose from variables-0-math"):
         tasks_named(["p-hopp"])
     assert BLOCK >= 25

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from megaloop.config import Config
 from megaloop.evaluation.records import Record, Subject, append_record
 from megaloop.train.metrics import StepRecord
 
-__all__ = ["evaluated", "write_run"]
+__all__ = ["evaluated", "write_run", "written_by_tokenizer"]
 
 
 def write_run(
@@ -29,9 +28,10 @@ def write_run(
     flops: int = 10**12,
     validate: int = 10,
     grown_at: int | None = None,
+    bits: float = 0.5,
     **changes: Any,
 ) -> Path:
-    """A run whose every step costs ``flops`` (half of it before ``grown_at``) and takes half a second."""
+    """A run whose every step costs ``flops`` (half of it before ``grown_at``) and takes half a second; ``bits`` per byte for a nat per token."""
     values = {
         "name": name,
         "run_dir": str(path),
@@ -67,9 +67,9 @@ def write_run(
             seconds=0.5,
             memory_bytes=1 << 30,
             val_loss=loss(step) if step % validate == 0 else None,
-            val_bits_per_byte=loss(step) / 2 if step % validate == 0 else None,
+            val_bits_per_byte=loss(step) * bits if step % validate == 0 else None,
         )
-        lines.append(json.dumps(asdict(record)))
+        lines.append(json.dumps(record.to_json()))
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     began = 4 if grown_at is not None else 8
     events: list[dict[str, Any]] = [
@@ -107,3 +107,11 @@ def evaluated(run: Path, task: str, accuracy: float, *, shots: int = 5, loops: i
             "exact_match_stderr": error,
         }
     append_record(run / "evaluation.jsonl", Record(subject, values, "2026-01-01T00:00:00+00:00"))
+
+
+def written_by_tokenizer(run: Path, sha256: str) -> Path:
+    """Give a run a checkpoint that names this tokenizer; nothing else of it is there."""
+    folder = run / "checkpoints" / "step-00000100"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"file": "tokenizer.model", "sha256": sha256}}))
+    return run

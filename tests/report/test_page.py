@@ -91,6 +91,19 @@ def test_names_cannot_smuggle_in_script(browser: str, tmp_path: Path) -> None:
     assert "<script" not in text
 
 
+def test_names_are_neither_formulas_nor_hidden(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """matplotlib would read what is between dollars as a formula, and leave what begins with an underscore out of legends."""
+    names = ("a$x^$ $\\frac{", "_hidden", "\N{CJK UNIFIED IDEOGRAPH-6A21}")
+    runs = [
+        write_run(tmp_path / str(number), name, steps=30, depth=str(8 + number)) for number, name in enumerate(names)
+    ]
+    write_report(runs, tmp_path / "report.html")
+    svg = (tmp_path / "report.html").read_text(encoding="utf-8").partition("<svg")[2].partition("</svg>")[0]
+    for name in names:
+        assert name in svg
+    assert "Glyph" not in capfd.readouterr().err
+
+
 def test_a_run_alone_says_what_was_not_measured(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "alone", steps=200, done=120)
     result = megaloop("report", run)
