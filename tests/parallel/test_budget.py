@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_an_engine_pads_where_the_budget_pads(ranks_2: RankPool, precision: str)
     assert all(held(planned).items() <= found.items() for found in ranks_2.run(held_bytes, values))
 
 
-def peaks(pool: RankPool, values: dict[str, Any], expected: list[float], rel: float) -> list[int]:
+def peaks(pool: RankPool, values: dict[str, Any], expected: Sequence[float], rel: float) -> list[int]:
     """By rank; where it is not what is expected, the median of three: on a busy machine the profiler's clock now and then swaps what two threads do."""
     found: list[list[int]] = []
     for _ in range(3):
