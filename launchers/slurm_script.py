@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2.meta import find_undeclared_variables
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from megaloop.errors import MegaloopError
@@ -21,6 +22,7 @@ __all__ = ["TEMPLATE", "JobOptions", "Site", "job_script", "load_site", "read_en
 TEMPLATE = Path(__file__).parent / "templates/train.sbatch.j2"
 _SITES = Path(__file__).parent / "sites"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_BLANK = " \t\r"
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
@@ -52,7 +54,8 @@ class JobOptions:
         time: limit, as Slurm takes it (minutes, H:MM:SS, D-HH:MM:SS); None: the partition's.
         signal_before: seconds before the limit at which the ranks are told to save.
         max_restarts: failures, and likewise rounds through the queue, without a new checkpoint before it gives up.
-        environment: variables for the ranks, besides the site's.
+        env_file: variables for the ranks, besides the site's. The script reads it when it runs, as it may hold secrets: it
+            must lie where the nodes can read it, and not change while the job waits.
     """
 
     nodes: int
@@ -69,7 +72,7 @@ class JobOptions:
     dependency: str | None = None
     signal_before: int = 120
     max_restarts: int = 3
-    environment: Mapping[str, str] | None = None
+    env_file: Path | None = None
 
     @property
     def ranks(self) -> int:
@@ -122,23 +125,31 @@ def load_site(name: str) -> Site:
 def read_environment_file(path: Path) -> dict[str, str]:
     """``NAME=VALUE`` lines; empty ones and those that begin with # are passed over, and nothing is expanded.
 
+    The job script reads the file again when it runs, in the same way (``export_file`` of the template).
+
     Raises:
-        MegaloopError: it cannot be read, or a line is something else.
+        MegaloopError: it cannot be read, is no regular file, or a line is something else. Values are not shown: they may be
+            secrets.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode().split("\n") if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
-        raise MegaloopError(f"--env-file {path}: cannot be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise MegaloopError(f"--env-file {path}: cannot be read ({reason})") from None
+    if lines is None:
+        raise MegaloopError(f"--env-file {path}: expected a file; the job reads it when it runs")
     values: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
+        line = line.strip(_BLANK)
+        if not line or line.startswith("#"):
             continue
-        name, separator, value = line.strip().removeprefix("export ").partition("=")
-        if not separator:
-            raise MegaloopError(f"--env-file {path}, line {number}: expected NAME=VALUE, found {line.strip()!r}")
+        name, separator, value = line.removeprefix("export ").partition("=")
+        name = name.strip(_BLANK)
+        if not separator or not _NAME.fullmatch(name):
+            raise MegaloopError(f"--env-file {path}, line {number}: expected NAME=VALUE, with the name of a variable")
         if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
             value = value[1:-1]
-        values[name.strip()] = value
+        values[name] = value
     _check_names(f"--env-file {path}", values)
     return values
 
@@ -185,7 +196,8 @@ def job_script(
         "max_restarts": options.max_restarts,
         "signal_before": options.signal_before,
         "modules": site.modules,
-        "environment": {**site.environment, **(options.environment or {})},
+        "environment": site.environment,
+        "env_file": None if options.env_file is None else str(options.env_file.absolute()),
         "setup": site.setup,
         "srun_options": srun_options,
         "command": command,
@@ -201,6 +213,10 @@ def job_script(
     )
     jinja.filters["raw"] = _Shell
     try:
+        if options.env_file is not None and "env_file" not in find_undeclared_variables(jinja.parse(text)):
+            raise MegaloopError(
+                f"--template {template}: does not read --env-file; take the lines of env_file from {TEMPLATE}"
+            )
         return jinja.from_string(text).render(values)
     except TemplateError as error:
         raise MegaloopError(f"--template {template}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import os
 import re
 import shutil
 import subprocess
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megaloop import run_commands
 from megaloop.errors import MegaloopError
 from megaloop.runs.allow import AllowOption, allow_arguments
+from megaloop.runs.records import number, read_records, text, whole_number
+from megaloop.text import printable
 
 if TYPE_CHECKING:
     from megaloop.config import Config
@@ -37,6 +41,7 @@ _QUEUED = {
     "SIGNALING",
     "STOPPED",
 }
+_LARGEST_JOB, _MOST_JOBS = 2**31 - 1, 1000
 _PANEL = "What Slurm is asked for"
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/demo.")]
@@ -64,7 +69,9 @@ def submit(
     exclusive: Annotated[bool, _asked("Whole nodes.")] = False,
     dependency: Annotated[str | None, _asked("Wait for another job: afterok:123.", "LIST")] = None,
     container: Annotated[str | None, _asked("Image in which ranks run.", "IMAGE")] = None,
-    env_file: Annotated[Path | None, _asked("NAME=VALUE lines, exported to the ranks.", "FILE")] = None,
+    env_file: Annotated[
+        Path | None, _asked("NAME=VALUE lines, exported to the ranks; read when the job runs.", "FILE")
+    ] = None,
     site: Annotated[str, typer.Option(help="Site: a name of launchers/sites, or a YAML file.")] = "default",
     template: Annotated[Path | None, typer.Option(metavar="FILE", help="Another template of the job script.")] = None,
     chain: Annotated[
@@ -95,20 +102,21 @@ def submit(
         raise MegaloopError("say --gpus-per-node G (one rank per GPU), or --tasks-per-node T to train on CPUs")
     stages = _stages(configuration, chain, nodes, tasks)
     run = configuration.directory.resolve()
-    environment = read_environment_file(env_file) if env_file else None
+    if env_file is not None:
+        read_environment_file(env_file)  # what is wrong with it shows now, not when the job runs
     settings = load_site(site)
     scripts = []
-    for number, stage in enumerate(stages):
+    for index, stage in enumerate(stages):
         options = JobOptions(
             nodes=stage.nodes, tasks_per_node=tasks, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task,
             time=time, partition=partition, account=account, qos=qos, constraint=constraint, container=container,
-            exclusive=exclusive, dependency=_AFTER if number else dependency, signal_before=signal_before,
-            max_restarts=max_restarts, environment=environment,
+            exclusive=exclusive, dependency=_AFTER if index else dependency, signal_before=signal_before,
+            max_restarts=max_restarts, env_file=env_file,
         )  # fmt: skip
         options.check()
         stop = ["--stop-at", str(stage.stop_at)] if stage.stop_at is not None else []
         arguments = ["megaloop", "train", str(run / SUBMITTED), "--resume", *stop, *allow_arguments(allow)]
-        name = configuration.name if len(stages) == 1 else f"{configuration.name}-{number + 1}"
+        name = configuration.name if len(stages) == 1 else f"{configuration.name}-{index + 1}"
         scripts.append(
             job_script(
                 options,
@@ -179,8 +187,7 @@ def _check_free(run: Path, resume: bool) -> None:
     """Refuse a directory that holds a run already, or whose job is still with Slurm."""
     from megaloop.train.rundir import RunDirectory
 
-    known = _lines(run / _JOBS)
-    waiting = [job for job, state in _states([each["job"] for each in known]).items() if state["state"] in _QUEUED]
+    waiting = [job for job, state in _states(list(_jobs(run))).items() if state["state"] in _QUEUED]
     if waiting:
         raise MegaloopError(
             f"run directory {run}: job {', '.join(map(str, waiting))} of this run is still with Slurm; "
@@ -193,22 +200,31 @@ def _check_free(run: Path, resume: bool) -> None:
 
 
 def _submit_all(run: Path, stages: list[_Stage], scripts: list[str]) -> None:
-    """sbatch each script, each after the one before; all or none."""
+    """sbatch each script, each after the one before, and record the jobs; all or none."""
     try:
-        for number, (stage, script) in enumerate(zip(stages, scripts, strict=True)):
-            text = script.replace(_AFTER, f"afterok:{stages[number - 1].job}") if number else script
-            path = run / f"slurm/stage-{number + 1}.sbatch"
-            path.write_text(text, encoding="utf-8")
+        for index, (stage, script) in enumerate(zip(stages, scripts, strict=True)):
+            after = script.replace(_AFTER, f"afterok:{stages[index - 1].job}") if index else script
+            path = run / f"slurm/stage-{index + 1}.sbatch"
+            path.write_text(after, encoding="utf-8")
             stage.job = int(_slurm("sbatch", "--parsable", str(path)).split(";")[0])
-    except BaseException:
+        _record_jobs(run / _JOBS, stages)
+    except BaseException as error:
         submitted = [str(stage.job) for stage in stages if stage.job]
         if submitted:
             _slurm("scancel", *submitted)
+        if isinstance(error, OSError):
+            raise MegaloopError(f"run directory {run}: cannot be written ({error.strerror})") from None
         raise
-    with (run / _JOBS).open("a", encoding="utf-8") as file:
-        for stage in stages:
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            file.write(json_format.dumps({"time": now} | asdict(stage)) + "\n")
+
+
+def _record_jobs(path: Path, stages: list[_Stage]) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    lines = "".join(json_format.dumps({"time": now} | asdict(stage)) + "\n" for stage in stages)
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")  # a line that a full disk cut off must not swallow the next
+        file.write((b"\n" if torn else b"") + lines.encode())
 
 
 def _slurm(program: str, *arguments: str) -> str:
@@ -223,36 +239,50 @@ def _slurm(program: str, *arguments: str) -> str:
         )
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise MegaloopError(f"{program} refused: {words.removeprefix(f'{program}: ')}")
+        raise _refused(program, done)
     return done.stdout.strip()
 
 
+def _refused(program: str, done: subprocess.CompletedProcess[str]) -> MegaloopError:
+    words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    return MegaloopError(f"{program} refused: {printable(words.removeprefix(f'{program}: '), 1000)}")
+
+
 def _states(jobs: list[int]) -> dict[int, dict[str, str]]:
-    """For each job: state, time left, reason and nodes, as the controller knows them; ``GONE`` if it has forgotten."""
+    """For each job: state, time left, reason and nodes, as the controller knows them; ``GONE`` if it has forgotten.
+
+    Raises:
+        MegaloopError: the controller does not answer.
+    """
     states = {job: {"state": "GONE", "left": "", "reason": "", "on": ""} for job in jobs}
     if not jobs or shutil.which("squeue") is None:
         return states
-    for job in jobs:
-        done = subprocess.run(
-            ["squeue", "-h", "-t", "all", "-j", str(job), "-o", "%T|%L|%r|%N"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode == 0 and done.stdout.strip():
-            state, left, reason, hosts = done.stdout.strip().splitlines()[0].split("|")
-            states[job] = {"state": state, "left": left, "reason": reason, "on": hosts}
+    command = ["squeue", "-h", "-t", "all", "-j", ",".join(map(str, jobs)), "-o", "%A|%T|%L|%N|%r"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and "Invalid job id" not in done.stderr:  # what it says of a single job that it has forgotten
+        raise _refused("squeue", done)
+    for line in done.stdout.splitlines():
+        job, state, left, hosts, reason = line.split("|", 4)
+        if int(job) in states:
+            states[int(job)] = {"state": state, "left": left, "reason": reason, "on": hosts}
     return states
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json_format.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise MegaloopError(f"{path}: cannot be read ({error})") from None
+def _jobs(run: Path) -> dict[int, dict[str, Any]]:
+    """The newest jobs that were submitted for a run, by their number, oldest first.
+
+    The file may be torn or edited, and a number of it reaches ``scancel``: what is no job's number is passed over.
+    """
+    jobs: dict[int, dict[str, Any]] = {}
+    for record in read_records(run / _JOBS):
+        job = whole_number(record, "job")
+        if job is not None and 0 < job <= _LARGEST_JOB:
+            jobs[job] = {
+                "time": text(record, "time"),
+                **{key: whole_number(record, key) for key in ("nodes", "ranks", "stop_at")},
+                "job": job,
+            }
+    return dict(list(jobs.items())[-_MOST_JOBS:])
 
 
 @dataclass
@@ -282,17 +312,18 @@ def status(run: Run, json: Json = False) -> None:
 
     jobs = _known_jobs(run)
     found = _Status(str(run))
-    states, history = _states([each["job"] for each in jobs]), _lines(run / _HISTORY)
-    for each in jobs:
-        own = [event for event in history if event.get("job") == each["job"]]
-        last = own[-1]["event"] if own else ""
-        found.jobs.append({**each, **states[each["job"]], "last": last})
-    found.restarts = sum(event.get("event") in ("requeue", "restart") for event in history)
+    states, last = _states(list(jobs)), dict.fromkeys(jobs, "")
+    for record in read_records(run / _HISTORY):
+        job, event = whole_number(record, "job"), text(record, "event")
+        found.restarts += event in ("requeue", "restart")
+        if job in last and event is not None:
+            last[job] = event
+    found.jobs = [{**each, **states[job], "last": last[job]} for job, each in jobs.items()]
     found.steps = load_config(run / SUBMITTED).train.steps
     records = last_records(run, 50)
     if records:
-        found.step, found.loss = records[-1]["step"], records[-1].get("loss")
-        times = [record["seconds"] for record in records if isinstance(record.get("seconds"), float)]
+        found.step, found.loss = whole_number(records[-1], "step") or 0, number(records[-1], "loss")
+        times = [seconds for record in records if (seconds := number(record, "seconds")) is not None]
         found.seconds_left = statistics.median(times) * (found.steps - found.step) if times else None
     whole = list_checkpoints(run / "checkpoints")
     found.last_checkpoint = whole[-1].name if whole else None
@@ -306,25 +337,24 @@ def _show(found: _Status) -> None:
     console = Console(highlight=False)
     loss = f", loss {found.loss:.4f}" if found.loss is not None else ""
     left = f", {found.seconds_left / 3600:.1f} h of training left" if found.seconds_left else ""
-    console.print(f"{found.run}: step {found.step} of {found.steps}{loss}{left}", soft_wrap=True, style="bold")
+    line = f"{printable(found.run, 1000)}: step {found.step} of {found.steps}{loss}{left}"
+    console.print(Text(line), soft_wrap=True, style="bold")
     console.print(f"last checkpoint {found.last_checkpoint or 'none'}, restarts {found.restarts}")
     table = Table(box=None, pad_edge=False)
     for header in ("job", "state", "nodes", "ranks", "until step", "time left", "on", "last word"):
         table.add_column(header, no_wrap=True)
     for job in found.jobs:
-        until = str(job["stop_at"] or found.steps)
+        until = job["stop_at"] or found.steps
         state = job["state"] if job["reason"] in ("None", "") else f"{job['state']} ({job['reason']})"
-        table.add_row(
-            str(job["job"]), state, str(job["nodes"]), str(job["ranks"]), until, job["left"], job["on"], job["last"]
-        )
+        cells = (job["job"], state, job["nodes"], job["ranks"], until, job["left"], job["on"], job["last"])
+        table.add_row(*(Text(printable("" if cell is None else cell)) for cell in cells))
     console.print(table)
 
 
 def cancel(run: Run, json: Json = False) -> None:
     """End a run's jobs: those that train save first, as far as Slurm gives them the time."""
     jobs = _known_jobs(run)
-    states = _states([each["job"] for each in jobs])
-    waiting = [job for job, state in states.items() if state["state"] in _QUEUED]
+    waiting = [job for job, state in _states(list(jobs)).items() if state["state"] in _QUEUED]
     if waiting:
         _slurm("scancel", *map(str, waiting))
     if json:
@@ -335,8 +365,8 @@ def cancel(run: Run, json: Json = False) -> None:
         typer.echo("nothing to cancel: no job of this run is with Slurm")
 
 
-def _known_jobs(run: Path) -> list[dict[str, Any]]:
-    jobs = _lines(run / _JOBS)
+def _known_jobs(run: Path) -> dict[int, dict[str, Any]]:
+    jobs = _jobs(run)
     if not jobs:
         raise MegaloopError(f"{run}: no run that megaloop submit has put on a cluster; expected {_JOBS} in it")
     return jobs

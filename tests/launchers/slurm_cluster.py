@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes on this machine, without systemd or cgroups, for the tests.
+"""A real Slurm cluster of nine nodes on this machine, without systemd or cgroups, for the tests.
 
 Everything (munge's key and socket, Slurm's state, logs and configuration) lies in one temporary directory and ends with
 the fixture; nothing collides with a munge or a Slurm that the machine runs already. There is no accounting database.
@@ -15,22 +15,24 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from tests.debian import install, skip
 
-__all__ = ["CPUS_PER_NODE", "SlurmCluster", "running_cluster", "wait_for"]
+__all__ = ["CPUS_PER_NODE", "NODES", "SlurmCluster", "running_cluster", "wait_for"]
 
+NODES = tuple(f"n{number}" for number in range(1, 10))
 CPUS_PER_NODE = 4
 """What each node pretends to have, whatever the machine has."""
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
 _SBIN = "/usr/sbin:/sbin"
 _ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "SIGNALING"}
 
-# A killed slurmd is noticed after SlurmdTimeout. What bounds the tests otherwise: KillWait (SIGTERM to SIGKILL) and
-# how often the schedulers look. cred_expire stays at its default of 120 s: what a requeued job would have to wait.
+# Jobs run side by side, each on whole nodes. What bounds the tests is how often the schedulers look, and the half minute
+# between two looks at time limits, which nothing sets. All timeouts are long, as the machine may be busy: none is waited
+# for. cred_expire stays at its default of 120 s: what a requeued job would have to wait.
 _CONFIGURATION = """\
 ClusterName=megaloop
 SlurmctldHost={host}(127.0.0.1)
@@ -61,15 +63,17 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min
 MailProg=/bin/true
 ReturnToService=2
 InactiveLimit=0
-KillWait=5
+KillWait=20
+BatchStartTimeout=120
+UnkillableStepTimeout=180
 MinJobAge=600
-SlurmctldTimeout=10
-SlurmdTimeout=6
-MessageTimeout=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_1} CPUs={cpus} RealMemory=1024 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_2} CPUs={cpus} RealMemory=1024 State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
+SlurmctldTimeout=120
+SlurmdTimeout=120
+MessageTimeout=60
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=EXCLUSIVE State=UP
 """
+_NODE = "NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1024 State=UNKNOWN"
 
 _T = TypeVar("_T")
 
@@ -86,7 +90,7 @@ def wait_for(what: str, condition: Callable[[], _T | None], timeout: float = 30.
 
 
 class SlurmCluster:
-    """Two nodes, n1 and n2, of four pretended cores each.
+    """Nine nodes, n1 to n9, of four pretended cores each.
 
     Attributes:
         environment: what Slurm's commands need to find the cluster.
@@ -99,26 +103,25 @@ class SlurmCluster:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Start munge, the controller and both nodes; returns when both are idle."""
+        """Start munge, the controller and the nodes; returns when all are idle."""
         host = socket.gethostname().partition(".")[0]
-        controller_port, port_1, port_2 = _free_ports(3)
-        for name in ("state", "spool-n1", "spool-n2"):
-            (self.folder / name).mkdir()
+        controller_port, *ports = _free_ports(1 + len(NODES))
+        (self.folder / "state").mkdir()
+        nodes = []
+        for node, port in zip(NODES, ports, strict=True):
+            (self.folder / f"spool-{node}").mkdir()
+            nodes.append(_NODE.format(node=node, host=host, port=port, cpus=CPUS_PER_NODE))
         (self.folder / "slurm.conf").write_text(
             _CONFIGURATION.format(
-                host=host,
-                folder=self.folder,
-                cpus=CPUS_PER_NODE,
-                controller_port=controller_port,
-                port_1=port_1,
-                port_2=port_2,
+                host=host, folder=self.folder, controller_port=controller_port, nodes="\n".join(nodes)
             )
         )
         self._start_munge()
         self._daemon("slurmctld", ["slurmctld", "-D"])
-        for node in ("n1", "n2"):
+        for node in NODES:
             self.start_node(node)
-        wait_for("both nodes idle", lambda: self.run("sinfo", "-h", "-o", "%T %D", check=False) == "idle 2")
+        idle = f"idle {len(NODES)}"
+        wait_for("all nodes idle", lambda: self.run("sinfo", "-h", "-o", "%T %D", check=False) == idle, 60)
 
     def _start_munge(self) -> None:
         folder = self.folder
@@ -139,22 +142,29 @@ class SlurmCluster:
         """Start a node's slurmd."""
         self._daemon(node, ["slurmd", "-D", "-N", node])
 
-    def kill_node(self, node: str) -> None:
-        """Kill a node's slurmd, and all that runs on the node, as a machine that loses power does."""
+    def lose_node(self, node: str) -> None:
+        """Take a node away, as one that loses power; the controller is told what it would notice after SlurmdTimeout."""
+        self._kill_node(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
+
+    def _kill_node(self, node: str) -> None:
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
+        for process in self._processes(node):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def _processes(self, node: str) -> Iterator[int]:
+        """What Slurm has started on a node: tasks know it from their environment, a slurmstepd logs into slurmd's file."""
+        marks = {f"SLURM_CONF={self.folder}/slurm.conf".encode(), f"SLURMD_NODENAME={node}".encode()}
+        log = str(self.folder / f"slurmd-{node}.log")
         for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (entry / "cmdline").read_bytes()
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in environment
-            stepd = command.startswith(b"slurmstepd: [") and ours
-            task = ours and f"SLURMD_NODENAME={node}".encode() in environment
-            if (task or stepd) and _stepd_node(entry, command, node):
-                os.kill(int(entry.name), signal.SIGKILL)
+            with suppress(OSError):  # it has ended
+                task = marks <= set((entry / "environ").read_bytes().split(b"\0"))
+                stepd = (entry / "cmdline").read_bytes().startswith(b"slurmstepd: [")
+                if task or (stepd and log in _open_files(entry)):
+                    yield int(entry.name)
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of one of Slurm's commands."""
@@ -178,10 +188,10 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """End all jobs and daemons."""
-        if "slurmctld" in self._daemons:
-            self.run("scancel", "--signal=KILL", "--full", "--user=root", check=False)
-            self.run("scancel", "--user=root", check=False)
-        for name in ("n1", "n2", "slurmctld", "munged"):
+        for node in NODES:
+            if node in self._daemons:
+                self._kill_node(node)
+        for name in ("slurmctld", "munged"):
             daemon = self._daemons.pop(name, None)
             if daemon is not None:
                 daemon.terminate()
@@ -231,8 +241,12 @@ def _install() -> str | None:
     return install(_PROGRAMS, ("slurm-wlm", "munge"), os.environ["PATH"] + os.pathsep + _SBIN)
 
 
-def _stepd_node(entry: Path, command: bytes, node: str) -> bool:
-    return True
+def _open_files(process: Path) -> list[str]:
+    files = []
+    for descriptor in (process / "fd").iterdir():
+        with suppress(OSError):
+            files.append(os.readlink(descriptor))
+    return files
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,4 +1,7 @@
-"""Runs on a real Slurm cluster of two nodes: time limits, dead nodes, chains. What they train is what one machine trains."""
+"""Runs on a real Slurm cluster: time limits, dead nodes, chains. What they train is what one machine trains.
+
+All jobs are submitted at once and run side by side; the tests then look at one each.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,57 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner, Result
 
+from megaloop.cli import app
+from megaloop.errors import MegaloopError
 from tests.data.corpus import write_corpus
 from tests.distributed import RankPool
 from tests.launchers.slurm_cluster import SlurmCluster, running_cluster, wait_for
-from tests.train.runs import configuration, losses, metrics, steps_done, train
+from tests.launchers.waiting_rank import STEPS
+from tests.train.runs import configuration, events, losses, metrics, steps_done, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+PATIENCE = 240
+"""Seconds for what takes ten on an idle machine: other tests may have the cores."""
+_LIMITED: dict[str, Any] = {"train__global_batch": 8, "checkpoint__every": 0, "validation__every": 0}
+_DYING: dict[str, Any] = {"checkpoint__every": 5, "validation__every": 0}
+_CHAIN: dict[str, Any] = {
+    "depth": "4",
+    "growth": {
+        "start": 2,
+        "block": 2,
+        "schedule": [{"steps": 10, "layers": 2}, {"steps": 10, "layers": 4}],
+        "topology": [{"layers": 2, "pp": 1}, {"layers": 4, "pp": 2}],
+    },
+    "train__global_batch": 8,
+}
+
+
+@dataclass
+class Job:
+    """A run and the number of its job: of the first, where it is a chain."""
+
+    run: Path
+    number: int
+    next: int | None = None
+
+    @property
+    def history(self) -> list[str]:
+        path = self.run / "slurm/history.jsonl"
+        return [json.loads(line)["event"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in sorted((self.run / "slurm").glob("job-*.log")))
 
 
 @pytest.fixture(scope="module")
@@ -29,163 +69,180 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with running_cluster() as running:
+    with running_cluster() as running, pytest.MonkeyPatch.context() as patch:
+        for name in ("SLURM_CONF", "PATH"):  # for the commands that run in this process
+            patch.setenv(name, running.environment[name])
         yield running
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python and the code of this test, on nodes with little to share."""
-    path = tmp_path / "site.yaml"
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    path.write_text(yaml.safe_dump({"environment": environment, "python": sys.executable}))
-    return path
+    folder = tmp_path_factory.mktemp("site")
+    root = Path(__file__).parents[2]
+    (folder / "waiting").write_text(f'#!/bin/sh\nexec {sys.executable} {root}/tests/launchers/waiting_rank.py "$@"\n')
+    (folder / "waiting").chmod(0o755)
+    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, python in (("plain.yaml", sys.executable), ("waiting.yaml", str(folder / "waiting"))):
+        (folder / name).write_text(yaml.safe_dump({"environment": environment, "python": python}))
+    return folder
 
 
-def _megaloop(cluster: SlurmCluster, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megaloop", *map(str, arguments)]
-    return subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def jobs(cluster: SlurmCluster, site: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """Five jobs: one reaches its time limit, a node of one dies, one is a chain, two are to be ended."""
+    folder = tmp_path_factory.mktemp("jobs")
+    waiting, pair = ("--site", site / "waiting.yaml"), ("--tasks-per-node", 2)
+    limited = folder / "limited $(touch pwned) 'run'"
+    jobs = {
+        "limited": _submit(
+            configuration(corpus, limited, (2, 1, 2), **_LIMITED),
+            *("--nodes", 2, *pair, *waiting, "--time", "1:00:00", "--signal-before", 600),
+        ),
+        "dying": _submit(
+            configuration(corpus, folder / "dying", (2, 1, 1), **_DYING), "--nodes", 2, "--tasks-per-node", 1, *waiting
+        ),
+    }
+    for name in ("cancelled", "told"):
+        endless = configuration(corpus, folder / name, train__steps=1000)
+        jobs[name] = _submit(endless, "--nodes", 1, "--tasks-per-node", 1, *waiting)
+    values = configuration(corpus, folder / "chain", **_CHAIN)
+    del values["parallel"]
+    jobs["chain"] = _submit(values, "--chain", "1,2", *pair, "--site", site / "plain.yaml")
+    wait_for("steps of the job with the limit", lambda: steps_done(limited) >= STEPS, PATIENCE)
+    wait_for("steps of the job whose node dies", lambda: _waits_after_a_checkpoint(jobs["dying"]), PATIENCE)
+    # the warning comes signal_before seconds before the limit: now
+    cluster.run("scontrol", "update", f"JobId={jobs['limited'].number}", "TimeLimit=10")
+    nodes = cluster.run("scontrol", "show", "hostnames", cluster.job(jobs["dying"].number)["NodeList"]).split()
+    cluster.lose_node(nodes[-1])
+    return jobs
 
 
-def _submit(cluster: SlurmCluster, site: Path, values: dict[str, Any], *arguments: object) -> list[int]:
-    path = site.with_name("config.yaml")
+def _waits_after_a_checkpoint(job: Job) -> bool:
+    manifest = job.run / "checkpoints/step-00000010/manifest.json"
+    return steps_done(job.run) >= STEPS and manifest.exists()
+
+
+def _megaloop(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _submit(values: dict[str, Any], *arguments: object) -> Job:
+    run = Path(values["run_dir"])
+    path = run.with_name(f"{run.name}.yaml")
     path.write_text(yaml.safe_dump(values))
-    result = _megaloop(cluster, "submit", path, "--tasks-per-node", 2, "--site", site, "--json", *arguments)
-    assert result.returncode == 0, result.stderr
-    return [job["job"] for job in json.loads(result.stdout)["jobs"]]
+    result = _megaloop("submit", path, "--json", *arguments)
+    assert result.exit_code == 0, result.exception
+    numbers = [job["job"] for job in json.loads(result.output)["jobs"]]
+    return Job(run, *numbers)
 
 
-def _status(cluster: SlurmCluster, run: Path) -> dict[str, Any]:
-    result = _megaloop(cluster, "status", run, "--json")
-    assert result.returncode == 0, result.stderr
-    values: dict[str, Any] = json.loads(result.stdout)
+def _status(job: Job) -> dict[str, Any]:
+    result = _megaloop("status", job.run, "--json")
+    assert result.exit_code == 0, result.exception
+    values: dict[str, Any] = json.loads(result.output)
     return values
 
 
-def _log(run: Path) -> str:
-    return "\n".join(path.read_text() for path in sorted((run / "slurm").glob("job-*.log")))
-
-
-def _ended(cluster: SlurmCluster, job: int, run: Path, timeout: float = 150) -> str:
+def _ended(cluster: SlurmCluster, job: Job, number: int | None = None) -> str:
     """How a job ended: COMPLETED, FAILED, ..."""
     try:
-        return cluster.ended(job, timeout)["JobState"]
+        return cluster.ended(number or job.number, PATIENCE)["JobState"]
     except AssertionError:
-        print(_log(run), file=sys.stderr)
+        print(job.log, file=sys.stderr)
         raise
 
 
-def _history(run: Path) -> list[str]:
-    return [json.loads(line)["event"] for line in (run / "slurm/history.jsonl").read_text().splitlines()]
-
-
-def test_a_job_saves_before_its_limit_goes_back_into_the_queue_and_ends_with_the_same_losses(
-    cluster: SlurmCluster, site: Path, ranks_4: RankPool, corpus: Path, tmp_path: Path
-) -> None:
-    """Slurm's shortest limit is a minute: the signal comes 45 s before it, and the run is long enough not to be done."""
-    changes: dict[str, Any] = {
-        "train__global_batch": 64,
-        "train__steps": 160,
-        "checkpoint__every": 0,
-        "validation__every": 0,
-    }
-    name = "limited $(touch pwned) 'run'"
-    values = configuration(corpus, tmp_path / name, (2, 1, 2), **changes)
-    (job,) = _submit(cluster, site, values, "--nodes", 2, "--time", "0:01:00", "--signal-before", 40)
-    run = tmp_path / name
-    wait_for("the requeue", lambda: (run / "slurm/history.jsonl").exists() and "requeue" in _history(run), 100)
-    # once is enough: the second time it may take as long as it needs
-    wait_for("the job to wait", lambda: cluster.job(job)["JobState"] in ("PENDING", "RUNNING"), 30)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10", check=False)
-    assert _ended(cluster, job, run) == "COMPLETED", _log(run)
-    assert _history(run)[:3] == ["start", "requeue", "start"]
-    assert _status(cluster, run)["restarts"] >= 1
-    ranks_4.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 2), **changes))
-    assert losses(run) == losses(tmp_path / "straight")
-    assert not list(tmp_path.rglob("pwned"))
-    assert not Path("pwned").exists()
-
-
-def test_a_dead_node_leads_to_a_requeue_and_a_finished_run(
-    cluster: SlurmCluster, site: Path, ranks_4: RankPool, corpus: Path, tmp_path: Path
-) -> None:
-    changes: dict[str, Any] = {
-        "train__global_batch": 64,
-        "train__steps": 60,
-        "checkpoint__every": 5,
-        "validation__every": 0,
-    }
-    run = tmp_path / "run"
-    (job,) = _submit(cluster, site, configuration(corpus, run, (2, 1, 2), **changes), "--nodes", 2)
-    wait_for("some steps", lambda: steps_done(run) >= 12, 60)
-    cluster.kill_node("n2")
-    wait_for("the requeue", lambda: cluster.job(job)["JobState"] == "PENDING", 90)
-    assert cluster.job(job)["Restarts"] == "1"
-    cluster.start_node("n2")
-
-    def runs_again() -> bool:
-        # what a requeued job waits for otherwise is two minutes, so that credentials of its first start have expired
-        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-        return cluster.job(job)["JobState"] == "RUNNING"
-
-    wait_for("the job to run again", runs_again, 90)
-    assert _ended(cluster, job, run) == "COMPLETED", _log(run)
-    ranks_4.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 2), **changes))
-    assert losses(run) == losses(tmp_path / "straight")
-
-
-def test_a_chain_gives_each_stage_its_nodes(
-    cluster: SlurmCluster, site: Path, ranks_4: RankPool, corpus: Path, tmp_path: Path
-) -> None:
-    schedule = [{"steps": 10, "layers": 2}, {"steps": 10, "layers": 4}]
-    topology = [{"layers": 2, "pp": 1}, {"layers": 4, "pp": 2}]
-    changes: dict[str, Any] = {
-        "depth": "4",
-        "growth": {"start": 2, "block": 2, "schedule": schedule, "topology": topology},
-        "train__steps": 20,
-        "train__global_batch": 8,
-    }
-    values = configuration(corpus, tmp_path / "run", **changes)
-    del values["parallel"]
-    first, second = _submit(cluster, site, values, "--chain", "1,2")
-    assert _ended(cluster, first, tmp_path / "run") == "COMPLETED", _log(tmp_path / "run")
-    assert _ended(cluster, second, tmp_path / "run") == "COMPLETED", _log(tmp_path / "run")
-    records = metrics(tmp_path / "run")
-    assert [(each["pp"], each["dp"]) for each in records] == [(1, 2)] * 10 + [(2, 2)] * 10
-    ranks_4.run(train, {**values, "run_dir": str(tmp_path / "straight")})
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
-
-
-def test_status_and_cancel(cluster: SlurmCluster, site: Path, corpus: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    values = configuration(corpus, run, (1, 1, 2), train__steps=100_000, schedule__cooldown=0)
-    (job,) = _submit(cluster, site, values, "--nodes", 1)
-    wait_for("some steps", lambda: steps_done(run) >= 15, 60)
-    found = _status(cluster, run)
-    assert [(each["job"], each["state"]) for each in found["jobs"]] == [(job, "RUNNING")]
-    assert found["step"] >= 15
-    assert found["steps"] == 100_000
-    assert int(found["last_checkpoint"].removeprefix("step-")) >= 10
-    shown = _megaloop(cluster, "status", run)
-    assert "RUNNING" in shown.stdout
-    again = _megaloop(cluster, "submit", site.with_name("config.yaml"), "--nodes", 1, "--tasks-per-node", 2, "--resume")
-    assert again.returncode == 2
-    assert f"job {job} of this run is still with Slurm" in again.stderr
-    began = time.monotonic()
-    assert f"cancelled: job {job}" in _megaloop(cluster, "cancel", run).stdout
-    assert _ended(cluster, job, run) == "CANCELLED"
-    assert time.monotonic() - began < 30
-    assert "nothing to cancel" in _megaloop(cluster, "cancel", run).stdout
-
-
-def test_what_slurm_refuses_is_shown_in_its_own_words(
-    cluster: SlurmCluster, site: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_what_slurm_refuses_is_shown_in_its_own_words(cluster: SlurmCluster, corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(configuration(corpus, tmp_path / "run", (1, 1, 2))))
-    result = _megaloop(cluster, "submit", path, "--nodes", 1, "--tasks-per-node", 2, "--partition", "nowhere")
+    command = ["submit", path, "--nodes", 1, "--tasks-per-node", 2, "--partition", "nowhere"]
+    result = subprocess.run(
+        [sys.executable, "-m", "megaloop", *map(str, command)], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert result.returncode == 2
     assert "sbatch refused: " in result.stderr
     assert "nvalid partition" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert os.environ.get("SLURM_JOB_ID") is None
+
+
+def test_status_and_cancel(cluster: SlurmCluster, jobs: dict[str, Job]) -> None:
+    job = jobs["cancelled"]
+    wait_for("some steps", lambda: _waits_after_a_checkpoint(job), PATIENCE)
+    found = _status(job)
+    assert [(each["job"], each["state"]) for each in found["jobs"]] == [(job.number, "RUNNING")]
+    assert found["step"] == STEPS
+    assert found["steps"] == 1000
+    assert found["last_checkpoint"] == "step-00000010"
+    assert "RUNNING" in _megaloop("status", job.run).output
+    config = job.run.with_name("cancelled.yaml")
+    again = _megaloop("submit", config, "--nodes", 1, "--tasks-per-node", 1, "--resume").exception
+    assert isinstance(again, MegaloopError)
+    assert f"job {job.number} of this run is still with Slurm" in str(again)
+    assert f"cancelled: job {job.number}" in _megaloop("cancel", job.run).output
+    assert _ended(cluster, job) == "CANCELLED"
+    assert job.history == ["start", "ended by Slurm"]
+    assert "nothing to cancel" in _megaloop("cancel", job.run).output
+
+
+def test_a_sigterm_to_the_job_script_alone_makes_the_ranks_save(cluster: SlurmCluster, jobs: dict[str, Job]) -> None:
+    job = jobs["told"]
+    wait_for("some steps", lambda: steps_done(job.run) >= STEPS, PATIENCE)
+    cluster.run("scancel", "--batch", "--signal=TERM", str(job.number))
+    wait_for("the requeue", lambda: "requeue" in job.history, PATIENCE)
+    assert _megaloop("cancel", job.run).exit_code == 0
+    assert _ended(cluster, job) == "CANCELLED"
+    assert "SIGTERM" in (job.run / "events.jsonl").read_text()
+    assert _status(job)["last_checkpoint"] == f"step-{STEPS:08d}"
+
+
+def test_a_job_saves_before_its_limit_goes_back_into_the_queue_and_ends_with_the_same_losses(
+    cluster: SlurmCluster, jobs: dict[str, Job], ranks_4: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    job = jobs["limited"]
+    wait_for("the requeue", lambda: "requeue" in job.history, PATIENCE)
+    # once is enough: the second time it may take as long as it needs
+    wait_for("the job to wait", lambda: cluster.job(job.number)["JobState"] in ("PENDING", "RUNNING"), PATIENCE)
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60", check=False)
+    ranks_4.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 2), **_LIMITED))
+    assert _ended(cluster, job) == "COMPLETED", job.log
+    assert job.history[:3] == ["start", "requeue", "start"]
+    assert _status(job)["restarts"] >= 1
+    assert "SIGUSR1" in (job.run / "events.jsonl").read_text(), "the warning ended it"
+    assert losses(job.run) == losses(tmp_path / "straight")
+    assert not list(job.run.parent.rglob("pwned"))
+    assert not Path("pwned").exists()
+
+
+def test_a_dead_node_leads_to_a_requeue_and_a_finished_run(
+    cluster: SlurmCluster, jobs: dict[str, Job], ranks_2: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    job = jobs["dying"]
+    wait_for("the requeue", lambda: cluster.job(job.number).get("Restarts") == "1", PATIENCE)
+
+    def runs_again() -> bool:
+        # what a requeued job waits for otherwise is two minutes, so that credentials of its first start have expired
+        cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now", check=False)
+        return job.history.count("start") > 1
+
+    wait_for("the job to run again", runs_again, PATIENCE)
+    ranks_2.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 1), **_DYING))
+    assert _ended(cluster, job) == "COMPLETED", job.log
+    (resumed,) = events(job.run, "resume")
+    assert resumed["step"] == 10, "its newest checkpoint"
+    assert losses(job.run) == losses(tmp_path / "straight")
+
+
+def test_a_chain_gives_each_stage_its_nodes(
+    cluster: SlurmCluster, jobs: dict[str, Job], ranks_4: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    job = jobs["chain"]
+    values = configuration(corpus, tmp_path / "straight", **_CHAIN)
+    del values["parallel"]
+    ranks_4.run(train, values)
+    assert _ended(cluster, job) == "COMPLETED", job.log
+    assert _ended(cluster, job, job.next) == "COMPLETED", job.log
+    records = metrics(job.run)
+    assert [(each["pp"], each["dp"]) for each in records] == [(1, 2)] * 10 + [(2, 2)] * 10
+    assert losses(job.run) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)

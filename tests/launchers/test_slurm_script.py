@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from launchers.slurm_rank import record_exit, slurm_rank_environment
-from launchers.slurm_script import JobOptions, Site, job_script, load_site, read_environment_file
+from launchers.slurm_script import TEMPLATE, JobOptions, Site, job_script, load_site
 from megaloop.errors import MegaloopError
 
 NASTY = "a 'run' with \"quotes\", $(touch pwned), `touch pwned`; touch pwned & \\ #"
@@ -31,7 +29,7 @@ def _readable(script: str) -> None:
 def test_all_that_is_asked_for_is_in_it() -> None:
     options = JobOptions(
         3, 4, gpus_per_node=4, cpus_per_task=8, time="2:00:00", partition="gpu", account="me", qos="high",
-        constraint="h100&ib", exclusive=True, dependency="afterok:7", signal_before=90, environment={"A": "b c"},
+        constraint="h100&ib", exclusive=True, dependency="afterok:7", signal_before=90,
     )  # fmt: skip
     script = _script(options)
     for line in (
@@ -40,7 +38,6 @@ def test_all_that_is_asked_for_is_in_it() -> None:
         "--requeue",
     ):  # fmt: skip
         assert f"#SBATCH {line}" in script, line
-    assert "export A='b c'" in script
     _readable(script)
 
 
@@ -59,6 +56,13 @@ def test_a_name_runs_nothing(tmp_path: Path) -> None:
 def test_a_newline_would_be_another_line_of_the_script(field: str) -> None:
     with pytest.raises(MegaloopError, match="has a newline or another control character; take it out"):
         _script(JobOptions(1, 1, **{field: "x\ntouch pwned"}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["run", "directory"])
+def test_nor_may_a_path_have_one(path: str) -> None:
+    changes: dict[str, Any] = {path: Path("/runs/x\ntouch pwned")}
+    with pytest.raises(MegaloopError, match="has a newline or another control character; take it out"):
+        _script(**changes)
 
 
 @pytest.mark.parametrize(("time", "fine"), [("4:00:00", True), ("90", True), ("1-12", True), ("0", True), ("1:30", False),
@@ -105,13 +109,13 @@ def test_a_site_that_makes_no_sense(tmp_path: Path, text: str, message: str) -> 
         load_site(str(tmp_path / "site.yaml"))
 
 
-def test_an_environment_file(tmp_path: Path) -> None:
-    path = tmp_path / "env"
-    path.write_text("# a comment\n\nA=1\nexport B='two words'\nC=$(touch pwned)\n")
-    assert read_environment_file(path) == {"A": "1", "B": "two words", "C": "$(touch pwned)"}
-    path.write_text("A\n")
-    with pytest.raises(MegaloopError, match="line 1: expected NAME=VALUE, found 'A'"):
-        read_environment_file(path)
+def test_a_template_that_reads_no_environment_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old.j2").write_text(
+        TEMPLATE.read_text().replace("env_file", "other").replace("{% if other %}", "{% if 0 %}")
+    )
+    with pytest.raises(MegaloopError, match="does not read --env-file; take the lines of env_file from"):
+        _script(JobOptions(1, 1, env_file=tmp_path / "env"), template=tmp_path / "old.j2")
+    _script(JobOptions(1, 1), template=tmp_path / "old.j2")
 
 
 def test_a_rank_finds_its_place() -> None:
@@ -129,58 +133,3 @@ def test_the_first_orderly_exit_is_kept(tmp_path: Path) -> None:
     for code in (1, 75, 2, 0):
         record_exit(code, environment)
     assert (tmp_path / "exit").read_text() == "75\n"
-
-
-def _submit(folder: Path, *arguments: str, **changes: Any) -> subprocess.CompletedProcess[str]:
-    values = {
-        "run_dir": str(folder / "run"),
-        "data": {"sources": [{"path": "x"}]},
-        "train": {"global_batch": 8},
-    } | changes
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "megaloop", "submit", str(folder / "config.yaml"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={"PATH": "/nowhere"})
-
-
-def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path) -> None:
-    done = _submit(tmp_path, "--nodes", "2", "--gpus-per-node", "2", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("#!/bin/bash\n")
-    assert "#SBATCH --gpus-per-node=2" in done.stdout
-    _readable(done.stdout)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--nodes", "2"], "say --gpus-per-node G (one rank per GPU), or --tasks-per-node T"),
-        (["--gpus-per-node", "2"], "say --nodes N, or --chain N,N,..."),
-        (["--nodes", "3", "--tasks-per-node", "1"], "train.global_batch 8 is not a multiple of"),
-        (
-            ["--chain", "1,2", "--tasks-per-node", "1"],
-            "has 2 jobs, but the run has 1 stages (32 layers until step 1000)",
-        ),
-        (["--chain", "1,x", "--tasks-per-node", "1"], "--chain 1,x: expected a number of nodes for each growth stage"),
-        (
-            ["--nodes", "1", "--tasks-per-node", "1", "--site", "nowhere"],
-            "--site nowhere: no such site; use one of default, ",
-        ),
-        (["--nodes", "1", "--tasks-per-node", "1"], "sbatch: not found"),
-    ],
-)
-def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = _submit(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_what_was_never_submitted(tmp_path: Path) -> None:
-    for command in ("status", "cancel"):
-        done = subprocess.run(
-            [sys.executable, "-m", "megaloop", command, str(tmp_path)], capture_output=True, text=True
-        )
-        assert done.returncode == 2
-        assert "no run" in done.stderr
-        assert "that megaloop submit has put on a cluster" in done.stderr
