@@ -32,11 +32,13 @@ _ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUE
 
 # Jobs run side by side, each on whole nodes. What bounds the tests is how often the schedulers look, and the half minute
 # between two looks at time limits, which nothing sets. All timeouts are long, as the machine may be busy: none is waited
-# for. cred_expire stays at its default of 120 s: what a requeued job would have to wait.
+# for. A job's ports follow from its number, so two clusters on one machine count from different ones. cred_expire stays at
+# its default of 120 s: what a requeued job would have to wait.
 _CONFIGURATION = """\
 ClusterName=megaloop
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={controller_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
