@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -42,8 +43,34 @@ def ranks_4() -> Iterator[RankPool]:
         yield pool
 
 
+_LONGEST = (
+    "launchers/test_slurm",
+    "train/test_watchdog",
+    "parallel/test_loops",
+    "evaluation/test_harness",
+    "parallel/",
+    "train/",
+)
+"""Files that pytest's workers begin with, so that none is left with a long one in the end: those that wait first."""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file is run by one worker, so what its tests share is made once; the files of the Slurm cluster count as one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = nodeid.partition("::")[0]
+            return "slurm" if file.startswith("tests/launchers/test_slurm") else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that need a GPU where there is none."""
+    """Longest files first; tests that need a GPU are deselected where there is none."""
+    items.sort(
+        key=lambda item: next((place for place, name in enumerate(_LONGEST) if name in item.nodeid), len(_LONGEST))
+    )
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return
