@@ -26,7 +26,7 @@ from tests.launchers.slurm_cluster import SlurmCluster, running_cluster, wait_fo
 from tests.launchers.waiting_rank import STEPS
 from tests.train.runs import configuration, events, losses, metrics, steps_done, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 PATIENCE = 240
 """Seconds for what takes ten on an idle machine: other tests may have the cores."""
