@@ -26,7 +26,7 @@ REQUIRES = [
     "tokenizers>=0.21",
     "torch>=2.9",
     "transformers>=4.51,<5",
-    "typer>=0.20",
+    "typer>=0.29",
     "xxhash>=3.4",
     "zstandard>=0.22",
 ]

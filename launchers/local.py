@@ -26,6 +26,7 @@ from typing import IO
 from launchers.rank import CONTINUE, ERROR_FILE, LAUNCHER, STORE_FD
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
+from megaloop.text import printable
 
 __all__ = ["RankFailed", "gpu_count", "launch", "local_ranks", "rank_environment", "single_rank"]
 
@@ -289,7 +290,7 @@ class _Team:
         with self.logs[rank].open("rb") as log:
             log.seek(self.log_starts[rank])
             text = log.read().decode(errors="replace")
-        sys.stderr.writelines(f"[rank {rank}] {line}\n" for line in text.splitlines()[-_TAIL:])
+        sys.stderr.writelines(f"[rank {rank}] {printable(line, 1000)}\n" for line in text.splitlines()[-_TAIL:])
         sys.stderr.flush()
 
 

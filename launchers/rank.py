@@ -1,6 +1,6 @@
 """What a rank of the local launcher knows about its launcher.
 
-Only the standard library is imported here: a rank calls :func:`follow_launcher` before anything slow.
+Nothing slow is imported here: a rank calls :func:`follow_launcher` before anything else.
 """
 
 from __future__ import annotations
@@ -8,10 +8,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megaloop.errors import MegaloopError
+from megaloop.text import message_line, parse_whole, quoted
 
 __all__ = [
     "CONTINUE",
@@ -20,10 +24,12 @@ __all__ = [
     "LAUNCHER",
     "RESTARTS",
     "STORE_FD",
+    "environment_number",
     "follow_launcher",
     "launched",
     "open_store",
     "report_error",
+    "restarts",
     "started_by_launcher",
 ]
 
@@ -46,18 +52,56 @@ _PR_SET_PDEATHSIG = 1
 
 
 def started_by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
-    """True where some launcher (ours, torchrun, Slurm's) has already started this process as one of several ranks."""
-    return "RANK" in environment and "WORLD_SIZE" in environment
+    """True where some launcher (ours, torchrun, Slurm's) has already started this process as one of several ranks.
+
+    Raises:
+        MegaloopError: what it says of the ranks is no set of numbers that torch.distributed could use.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return False
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if name in environment:
+            environment_number(name, environment)
+        elif name == "MASTER_PORT":
+            raise MegaloopError(
+                "RANK and WORLD_SIZE are set, but MASTER_PORT is not; start ranks with a launcher that sets it (torchrun), "
+                "or unset RANK and WORLD_SIZE"
+            )
+    if environment_number("RANK", environment) >= environment_number("WORLD_SIZE", environment):
+        raise MegaloopError(
+            f"RANK is {environment['RANK']} and WORLD_SIZE {environment['WORLD_SIZE']}; ranks count from 0 and are fewer"
+        )
+    return True
+
+
+def environment_number(name: str, environment: Mapping[str, str] = os.environ, default: int | None = None) -> int:
+    """A whole number from the environment.
+
+    Raises:
+        MegaloopError: it is something else, or it is not there and there is no default.
+    """
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or (number := parse_whole(text.strip())) is None:
+        found = "it is not set" if text is None else f"found {quoted(text)}"
+        raise MegaloopError(f"environment variable {name}: expected a whole number, {found}; set or unset it")
+    return number
+
+
+def restarts() -> int:
+    """How often the launcher has started the run again."""
+    return environment_number(RESTARTS, default=0)
 
 
 def follow_launcher() -> None:
     """Die with the launcher, even where it is killed outright, and end when it passes on Ctrl-C."""
-    launcher = os.environ.pop(LAUNCHER, None)
+    launcher = parse_whole(os.environ.pop(LAUNCHER, ""))
     if launcher is None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(launcher):  # it died before this call
+        if os.getppid() != launcher:  # it died before this call
             os._exit(1)
     # a rank is started in a process group of its own, with Ctrl-C blocked, and only the launcher signals it; an exception
     # instead would be a traceback for each rank, and imports of others' modules do not survive it
@@ -77,11 +121,22 @@ def open_store() -> Any:
 
     return TCPStore(
         os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        environment_number("MASTER_PORT"),
         is_master=True,
         wait_for_workers=False,
-        master_listen_fd=int(descriptor),
+        master_listen_fd=_listening(descriptor),
     )
+
+
+def _listening(descriptor: str) -> int:
+    """The launcher's socket; a variable that somebody else has left names none."""
+    number = parse_whole(descriptor)
+    try:
+        if number is not None and stat.S_ISSOCK(os.fstat(number).st_mode):
+            return number
+    except OSError:
+        pass
+    raise MegaloopError(f"environment variable {STORE_FD}: {quoted(descriptor)} is no socket of a launcher; unset it")
 
 
 def launched() -> bool:
@@ -94,5 +149,8 @@ def report_error(message: str) -> bool:
     path = os.environ.get(ERROR_FILE)
     if path is None:
         return False
-    Path(path).write_text(message, encoding="utf-8")
+    try:
+        Path(path).write_text(message_line(message), encoding="utf-8")
+    except OSError:  # the launcher is gone; or somebody else has left the variable
+        return False
     return True

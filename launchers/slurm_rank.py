@@ -1,6 +1,6 @@
 """What a rank that Slurm started knows of the others, and how it tells the job script why it ended.
 
-Only the standard library is imported here: a rank calls this before anything slow.
+Nothing slow is imported here: a rank calls this before anything else.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ import os
 import re
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
+
+from launchers.rank import environment_number
+from megaloop.errors import MegaloopError
+from megaloop.text import quoted
 
 __all__ = ["EXIT_FILE", "SLURM", "join_slurm", "record_exit", "slurm_rank_environment"]
 
@@ -29,14 +33,24 @@ def slurm_rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (and OMP_NUM_THREADS, where it is not set) of one Slurm task.
 
     MASTER_ADDR and MASTER_PORT come from the job script.
+
+    Raises:
+        MegaloopError: a variable of Slurm's is not there, or says something else than Slurm would.
     """
-    per_node = _tasks_per_node(slurm["SLURM_STEP_TASKS_PER_NODE"])
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    per_node, node = _tasks_per_node(slurm.get(name, "")), environment_number("SLURM_NODEID", slurm)
+    if node >= len(per_node):
+        raise MegaloopError(
+            f"environment variable {name}: {quoted(slurm.get(name, ''))} has no node {node} (SLURM_NODEID); "
+            "start ranks with srun, in the script that megaloop submit writes"
+        )
+    threads = slurm.get("OMP_NUM_THREADS")
     return {
-        "OMP_NUM_THREADS": slurm.get("OMP_NUM_THREADS", slurm.get("SLURM_CPUS_PER_TASK", "1")),
-        "RANK": slurm["SLURM_PROCID"],
-        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": slurm["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(per_node[int(slurm["SLURM_NODEID"])]),
+        "OMP_NUM_THREADS": threads or str(environment_number("SLURM_CPUS_PER_TASK", slurm, 1)),
+        "RANK": str(environment_number("SLURM_PROCID", slurm)),
+        "WORLD_SIZE": str(environment_number("SLURM_STEP_NUM_TASKS", slurm)),
+        "LOCAL_RANK": str(environment_number("SLURM_LOCALID", slurm)),
+        "LOCAL_WORLD_SIZE": str(per_node[node]),
     }
 
 
@@ -58,6 +72,6 @@ def record_exit(code: int, environment: Mapping[str, str] = os.environ) -> None:
 def _tasks_per_node(text: str) -> list[int]:
     """Slurm's ``2(x3),1`` as [2, 2, 2, 1]."""
     counts: list[int] = []
-    for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+    for tasks, nodes in re.findall(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", text):
         counts += [int(tasks)] * int(nodes or 1)
     return counts

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined, TemplateError
 from jinja2.meta import find_undeclared_variables
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from megaloop.errors import MegaloopError
+from megaloop.text import quoted
+from megaloop.yaml_text import read_yaml
 
 __all__ = ["TEMPLATE", "JobOptions", "Site", "job_script", "load_site", "read_environment_file"]
 
@@ -23,7 +24,7 @@ TEMPLATE = Path(__file__).parent / "templates/train.sbatch.j2"
 _SITES = Path(__file__).parent / "sites"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _BLANK = " \t\r"
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_TIME = re.compile(r"(?:(?P<days>[0-9]{1,6})-)?(?P<parts>[0-9]{1,9}(?::[0-9]{1,9}){0,2})")
 
 
 class Site(BaseModel):
@@ -105,19 +106,19 @@ def load_site(name: str) -> Site:
     """
     path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else _SITES / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         known = ", ".join(sorted(each.stem for each in _SITES.glob("*.yaml")))
         raise MegaloopError(f"--site {name}: no such site; use one of {known}, or the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MegaloopError(f"--site {name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    except MegaloopError as error:
+        raise MegaloopError(f"--site {name}: {error}") from None
     try:
         site = Site.model_validate(values or {})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         known = f"; known keys: {', '.join(Site.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise MegaloopError(f"--site {name}: {where}: {first['msg']} (found {first['input']!r}){known}") from None
+        raise MegaloopError(f"--site {name}: {where}: {first['msg']} (found {quoted(first['input'])}){known}") from None
     _check_names(f"--site {name}", site.environment)
     return site
 

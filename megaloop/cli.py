@@ -12,12 +12,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.text import Text
+from typer import TyperException
+from typer.core import TyperGroup
 
 from launchers.rank import CONTINUE, GO_ON, RESTARTS, follow_launcher, open_store, report_error, started_by_launcher
 from launchers.slurm_rank import join_slurm, record_exit
@@ -26,13 +28,46 @@ from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
 from megaloop.runs.allow import Allow, AllowOption, allow_arguments
+from megaloop.output import SafeConsole, description_column, echo, print_error
+from megaloop.text import message_line
 
 __all__ = ["app", "main"]
 
 _DEBUG = "MEGALOOP_DEBUG"
 
+_NAMED = (ENAMETOOLONG, ENOTDIR, EISDIR, EACCES, EPERM, EROFS, ELOOP)
+"""What is wrong with a path whoever starts the command again with the same one."""
+
+
+class _Commands(TyperGroup):
+    """All commands; what every one of them does with errors is here."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _one_kind_of_error():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_kind_of_error():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _one_kind_of_error() -> Iterator[None]:
+    """Shorten what wrong usage repeats, and make paths that cannot be one the errors of a user that they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NAMED or not error.filename:
+            raise
+        raise MegaloopError(f"{error.filename}: {error.strerror}") from error
+    except TyperException as error:
+        error.message = message_line(error.message, 600)
+        raise
+
+
 app = typer.Typer(
     name="megaloop",
+    cls=_Commands,
     help="Distributed pretraining of language models whose depth is alive.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -72,12 +107,15 @@ def main() -> None:
     0 done · 1 a bug or a rank that died · 2 an error the user can mend, or wrong usage · 75 a signal ended the run, which
     has saved and wants to be continued · 130 Ctrl-C, after which a run has saved as well.
     """
-    join_slurm()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names that are no UTF-8, and what a terminal of another encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     follow_launcher()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if len(arguments) < len(sys.argv) - 1:  # wherever it stands; ranks inherit it
         os.environ[_DEBUG] = "1"
     try:
+        join_slurm()
         app(arguments, prog_name="megaloop")
     except SystemExit as end:
         _leave(end.code if isinstance(end.code, int) else 0)
@@ -108,14 +146,12 @@ def _leave(code: int) -> NoReturn:
 
 def _print_error(message: str) -> None:
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-    label = "error: " if rank == "0" else f"error (rank {rank}): "
-    line = " ".join(message.split())
-    Console(stderr=True, highlight=False).print(Text.assemble((label, "bold red"), line), soft_wrap=True)
+    print_error(message, "error: " if rank == "0" else f"error (rank {rank[:10]}): ")
 
 
 def _show_version(value: bool) -> None:
     if value:
-        typer.echo(f"megaloop {__version__}")
+        echo(f"megaloop {__version__}")
         raise typer.Exit()
 
 
@@ -166,7 +202,7 @@ def prep(
         text_field=text_field,
         template=template.replace("\\n", "\n") if template is not None else None,
         overwrite=overwrite,
-        console=Console(stderr=True),
+        console=SafeConsole(stderr=True),
     )
     _report(summary, json)
 
@@ -251,7 +287,7 @@ def train(
             _print_error(str(error))
             if restarts == max_restarts:
                 raise typer.Exit(1) from None
-            Console(stderr=True).print(f"starting the ranks again, restart {restarts + 1} of {max_restarts}")
+            SafeConsole(stderr=True).print(f"starting the ranks again, restart {restarts + 1} of {max_restarts}")
 
 
 def _configuration_of(path: Path, overrides: list[str]) -> Any:
@@ -319,7 +355,7 @@ def plan(
     if json:
         _report(run.to_json(), json)
         return
-    console = Console(highlight=False)
+    console = SafeConsole()
     show(run, console)
     if timeline:
         show_timeline(run, console)
@@ -450,7 +486,7 @@ def generate(
 
     def show(text: str) -> None:
         shown.append(text if shown else prompt + text)  # the prompt comes with the first token: no error follows it
-        typer.echo(shown[-1], nl=False)
+        echo(shown[-1], nl=False)
         sys.stdout.flush()
 
     result = generate_text(
@@ -468,9 +504,9 @@ def generate(
     if json:
         _report(result, json)
         return
-    typer.echo("" if shown else result.text)
+    echo("" if shown else result.text)
     rate = result.tokens / max(result.seconds, 1e-9)
-    typer.echo(f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.0f} tokens/s", err=True)
+    echo(f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.0f} tokens/s", err=True)
 
 
 @bench.command("step")
@@ -496,7 +532,7 @@ def bench_step_command(
         raise MegaloopError(f"bench step: unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
 
     def show(number: int, ours: float, theirs: float) -> None:
-        typer.echo(f"round {number}: {ours:,.0f} tokens/s, transformers {theirs:,.0f} tokens/s", err=True)
+        echo(f"round {number}: {ours:,.0f} tokens/s, transformers {theirs:,.0f} tokens/s", err=True)
 
     result = bench_step(
         shape,
@@ -528,7 +564,7 @@ def bench_layers_command(
     times = bench_layers(load_config(config, overrides or []), rounds)
     _report(times, json)
     if not json:
-        typer.echo(f"parallel.layer_costs=[{times.embedding:.3e},{times.layer:.3e},{times.head:.3e}]")
+        echo(f"parallel.layer_costs=[{times.embedding:.3e},{times.layer:.3e},{times.head:.3e}]")
 
 
 @bench.command("prep")
@@ -549,9 +585,10 @@ def bench_prep_command(
 @contextlib.contextmanager
 def _count_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, where that is a terminal: call it with how many are done."""
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+    columns = (description_column(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=SafeConsole(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
 
@@ -559,10 +596,10 @@ def _count_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextlib.contextmanager
 def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, where that is a terminal: call it with what is done, bytes done and bytes in all."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    columns = (description_column(), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+    with Progress(*columns, console=SafeConsole(stderr=True), disable=not sys.stderr.isatty()) as bar:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
@@ -603,7 +640,7 @@ def bench_reshard_command(
 
     def show(number: int, pause: float, restarted: float | None) -> None:
         against = "" if restarted is None else f", save + stop + start + grow on load {restarted:.2f} s"
-        typer.echo(f"round {number}: in flight {pause:.3f} s{against}", err=True)
+        echo(f"round {number}: in flight {pause:.3f} s{against}", err=True)
 
     result = bench_reshard(configuration, count, start, stage=stage, rounds=rounds, restart=restart, on_round=show)
     _report(result, json)
@@ -643,7 +680,7 @@ def bench_rounds_command(
     if json:
         _report(result, json)
         return
-    show(result, Console())
+    show(result, SafeConsole())
 
 
 @bench.command("rounds-rank", hidden=True)
@@ -723,14 +760,14 @@ def _report(result: Any, as_json: bool) -> None:
     if hasattr(result, "model_dump"):
         values = result.model_dump(mode="json")
     if as_json:
-        typer.echo(json.dumps(values, default=str))
+        echo(json.dumps(values, default=str))
         return
     if not isinstance(values, dict):
-        typer.echo(str(values))
+        echo(str(values))
         return
     width = max(map(len, values), default=0)
     for key, value in values.items():
-        typer.echo(f"{key.replace('_', ' '):{width}}  {_text(value)}")
+        echo(f"{key.replace('_', ' '):{width}}  {_text(value)}")
 
 
 def _text(value: Any) -> str:

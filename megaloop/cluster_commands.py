@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megaloop import run_commands
 from megaloop.errors import MegaloopError
 from megaloop.runs.allow import AllowOption, allow_arguments
+from megaloop.output import SafeConsole, echo
 from megaloop.runs.records import number, read_records, text, whole_number
 from megaloop.text import printable
 
@@ -129,7 +129,7 @@ def submit(
             )
         )
     if dry_run:
-        typer.echo("\n".join(scripts), nl=False)
+        typer.echo("\n".join(scripts), nl=False)  # as it is: it may be piped on
         return
     _check_free(run, resume)
     try:
@@ -140,14 +140,12 @@ def submit(
         raise MegaloopError(f"run directory {run}: cannot be written ({error.strerror})") from None
     _submit_all(run, stages, scripts)
     if json:
-        typer.echo(json_format.dumps({"run": str(run), "jobs": [asdict(stage) for stage in stages]}, indent=2))
+        echo(json_format.dumps({"run": str(run), "jobs": [asdict(stage) for stage in stages]}, indent=2))
         return
     for stage in stages:
         until = f", until step {stage.stop_at}" if stage.stop_at is not None else ""
-        typer.echo(f"job {stage.job}: {stage.nodes} node{'s' if stage.nodes > 1 else ''}, {stage.ranks} ranks{until}")
-    typer.echo(
-        f"log: {run}/slurm/job-{stages[0].job}.log   state: megaloop status {run}   end it: megaloop cancel {run}"
-    )
+        echo(f"job {stage.job}: {stage.nodes} node{'s' if stage.nodes > 1 else ''}, {stage.ranks} ranks{until}")
+    echo(f"log: {run}/slurm/job-{stages[0].job}.log   state: megaloop status {run}   end it: megaloop cancel {run}")
 
 
 _AFTER = "afterok:@JOB@"
@@ -168,8 +166,10 @@ def _stages(config: Config, chain: str | None, nodes: int | None, tasks: int) ->
         assert nodes is not None
         config.check_world(nodes * tasks)
         return [_Stage(nodes, nodes * tasks)]
-    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", chain):
-        raise MegaloopError(f"--chain {chain}: expected a number of nodes for each growth stage, for example 1,1,2")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", chain):
+        raise MegaloopError(
+            f"--chain {printable(chain, 60)}: expected a number of nodes for each growth stage, for example 1,1,2"
+        )
     counts = [int(each) for each in chain.split(",")]
     if len(counts) != len(config.stages):
         have = ", ".join(f"{stage.plan.layers} layers until step {stage.stop}" for stage in config.stages)
@@ -328,13 +328,13 @@ def status(run: Run, json: Json = False) -> None:
     whole = list_checkpoints(run / "checkpoints")
     found.last_checkpoint = whole[-1].name if whole else None
     if json:
-        typer.echo(json_format.dumps(asdict(found), indent=2))
+        echo(json_format.dumps(asdict(found), indent=2))
         return
     _show(found)
 
 
 def _show(found: _Status) -> None:
-    console = Console(highlight=False)
+    console = SafeConsole()
     loss = f", loss {found.loss:.4f}" if found.loss is not None else ""
     left = f", {found.seconds_left / 3600:.1f} h of training left" if found.seconds_left else ""
     line = f"{printable(found.run, 1000)}: step {found.step} of {found.steps}{loss}{left}"
@@ -358,11 +358,11 @@ def cancel(run: Run, json: Json = False) -> None:
     if waiting:
         _slurm("scancel", *map(str, waiting))
     if json:
-        typer.echo(json_format.dumps({"run": str(run), "cancelled": waiting}))
+        echo(json_format.dumps({"run": str(run), "cancelled": waiting}))
     elif waiting:
-        typer.echo(f"cancelled: job {', '.join(map(str, waiting))}")
+        echo(f"cancelled: job {', '.join(map(str, waiting))}")
     else:
-        typer.echo("nothing to cancel: no job of this run is with Slurm")
+        echo("nothing to cancel: no job of this run is with Slurm")
 
 
 def _known_jobs(run: Path) -> dict[int, dict[str, Any]]:

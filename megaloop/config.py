@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from megaloop.depth import (
@@ -33,6 +42,8 @@ from megaloop.depth.counts import CountKind
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.depth.schedule import DepthEvent, explicit_steps, loop_stages, proportional_steps, with_events
 from megaloop.errors import MegaloopError
+from megaloop.text import parse_whole, printable, quoted
+from megaloop.yaml_text import parse_yaml, read_yaml
 
 __all__ = [
     "CheckpointConfig",
@@ -58,8 +69,36 @@ __all__ = [
 ]
 
 
+_LARGEST = 2**53
+"""No count, size or seed is larger; floats and JSON hold every whole number up to it."""
+_LONGEST = 4096
+"""Characters of a name, a path or another text."""
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take ``true`` and ``yes`` for 1."""
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("should not be true or false")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _in_reason(cls, value: Any) -> Any:
+        """Refuse numbers that overflow somewhere, and texts that no file could have as its name."""
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"should be at most {_LARGEST}")
+        if isinstance(value, str | Path) and len(str(value)) > _LONGEST:
+            raise ValueError(f"should have at most {_LONGEST} characters")
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise ValueError("should hold no zero byte")
+        return value
 
 
 class ModelConfig(_Section):
@@ -227,6 +266,10 @@ class GrowthConfig(_Section):
                     f"growth.schedule: the stages go through {', '.join(map(str, counts)) or 'no'} layers; the first must "
                     f"have growth.start {self.start}, and the last depth {layers}"
                 )
+            if counts != sorted(counts):
+                raise MegaloopError(
+                    f"growth.schedule: the stages go through {', '.join(map(str, counts))} layers; growth only deepens"
+                )
             steps = explicit_steps([stage.steps for stage in self.schedule], total_steps)
         return growth_stages(counts, steps, self.operator, self.block, insert_at=self.insert_at, first=first)
 
@@ -272,7 +315,7 @@ class DepthEventConfig(_Section):
     @field_validator("depth", mode="before")
     @classmethod
     def _depth_as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return _text_of_number(value)
 
 
 class ParallelConfig(_Section):
@@ -438,7 +481,18 @@ class Config(_Section):
     @field_validator("depth", mode="before")
     @classmethod
     def _depth_as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return _text_of_number(value)
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_directory(cls, value: str) -> str:
+        if value in (".", ".."):
+            raise ValueError("should be the name of a directory of its own")
+        if len(value.encode(errors="replace")) > 200:
+            raise ValueError("should have at most 200 bytes")
+        if value != printable(value):
+            raise ValueError("should hold no control characters")
+        return value
 
     @cached_property
     def stages(self) -> tuple[GrowthStage, ...]:
@@ -532,7 +586,7 @@ class Config(_Section):
                     raise MegaloopError(f"data.{name} is of data.format sft; set that, or leave it out")
         elif data.tokenizer is None and self.init is None:
             raise MegaloopError(
-                "data.format sft: no tokenizer; begin with a checkpoint that has one (--init CKPT), or set data.tokenizer"
+                "data.format sft: no tokenizer; begin with a checkpoint that has one (init=CKPT), or set data.tokenizer"
             )
 
     def _check_weights(self) -> None:
@@ -712,6 +766,11 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def _text_of_number(value: Any) -> Any:
+    """YAML reads a depth of 24 layers as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _looped_example(plan: DepthPlan) -> str:
     block = min(4, plan.layers)
     before = (plan.layers - block) // 2
@@ -731,11 +790,11 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     """``"train.steps=10"`` as (["train", "steps"], 10); the value is YAML."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise MegaloopError(f"override {text!r}: expected key=value, for example train.steps=100")
+        raise MegaloopError(f"override {quoted(text)}: expected key=value, for example train.steps=100")
     try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise MegaloopError(f"override {text!r}: the value is not YAML ({_one_line(error)})") from None
+        return key.strip().split("."), parse_yaml(value)
+    except MegaloopError as error:
+        raise MegaloopError(f"override {quoted(text)}: the value is {error}") from None
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -745,15 +804,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         MegaloopError: no such file, not YAML, an unknown key (the nearest known one is named), a bad value.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        values = read_yaml(path)
     except FileNotFoundError:
         raise MegaloopError(f"configuration {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MegaloopError(f"configuration {path}: cannot be read ({_one_line(error)})") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise MegaloopError(f"configuration {path}: not YAML ({_one_line(error)})") from None
+    except MegaloopError as error:
+        raise MegaloopError(f"configuration {path}: {error}") from None
     if not isinstance(values, dict):
         raise MegaloopError(f"configuration {path}: expected a mapping of keys, found {type(values).__name__}")
     for override in overrides:
@@ -770,20 +825,33 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     node: Any = values
     for key in keys[:-1]:
-        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
-            node = node[int(key)]
+        if isinstance(node, list):
+            node = node[_place(node, key, override)]
             continue
         if not isinstance(node, dict):
-            raise MegaloopError(f"override {override!r}: {key!r} lies under a value that is no section")
+            raise _no_section(override, key)
         if node.get(key) is None:
             node[key] = {}
         node = node[key]
-    if isinstance(node, list) and keys[-1].isdigit() and int(keys[-1]) < len(node):
-        node[int(keys[-1])] = value
+    if isinstance(node, list):
+        node[_place(node, keys[-1], override)] = value
     elif isinstance(node, dict):
         node[keys[-1]] = value
     else:
-        raise MegaloopError(f"override {override!r}: {keys[-1]!r} lies under a value that is no section")
+        raise _no_section(override, keys[-1])
+
+
+def _no_section(override: str, key: str) -> MegaloopError:
+    return MegaloopError(f"override {quoted(override)}: {quoted(key)} lies under a value that is no section")
+
+
+def _place(items: list[Any], key: str, override: str) -> int:
+    """Which element of a list a key means."""
+    place = parse_whole(key)
+    if place is None or place >= len(items):
+        have = f"places 0 to {len(items) - 1}" if items else "none"
+        raise MegaloopError(f"override {quoted(override)}: {quoted(key)} is no element of this list; it has {have}")
+    return place
 
 
 def fields(model: type[BaseModel] | None = None, prefix: str = "", item: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -825,20 +893,25 @@ def _explain(error: ValidationError) -> str:
     if first["loc"][:2] == ("growth", "schedule") or "weight" in first["loc"]:
         plain_names = ("str", "constrained-float", *_BRANCHES)
         first = {**first, "loc": tuple(part for part in first["loc"] if part not in plain_names)}
-    where = ".".join(str(part) for part in first["loc"])
+    where = printable(".".join(str(part) for part in first["loc"]), 200)
+    if first["type"] == "missing":
+        return f"{where}: missing"
     if first["type"] != "extra_forbidden":
-        return (
-            f"{where}: {first['msg']} (found {first['input']!r})" if first["type"] != "missing" else f"{where}: missing"
-        )
+        return f"{where}: {printable(first['msg'].removeprefix('Value error, '), 300)} (found {quoted(first['input'])})"
     plain = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-    known = [name for name, _ in fields(Config)]
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
-    parent, _, leaf = plain.rpartition(".")
-    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
-    same_section = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
-    best = ".".join(filter(None, [parent, same_section[0]])) if same_section else near[0]
-    return f"unknown key {where!r}; did you mean {best!r}?"
+    return f"unknown key {where!r}; {_nearest(plain)}"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _nearest(key: str) -> str:
+    """What somebody may have meant by a key that there is not; what there is, where nothing is like it."""
+    names = [name for name, _ in fields(Config)]
+    parent, _, leaf = key.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == parent]
+    if len(key) <= 100:  # comparing takes time in proportion to the square
+        if near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6):
+            return f"did you mean {'.'.join(filter(None, [parent, near[0]]))!r}?"
+        # the right name in the wrong section, or the whole of it misspelt
+        elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
+        if near := elsewhere[:1] or difflib.get_close_matches(key, names, n=1, cutoff=0.75):
+            return f"did you mean {near[0]!r}?"
+    return f"{parent or 'a configuration'} has {', '.join(siblings)}"

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from launchers.rank import launched, open_store, started_by_launcher
 from megaloop.errors import MegaloopError
-from megaloop.text import printable
+from megaloop.output import SafeConsole, description_column, echo, print_error
+from megaloop.text import parse_whole, printable
 
 if TYPE_CHECKING:
     from megaloop.evaluation.records import Record
@@ -109,7 +109,7 @@ def evaluate_command(
                 again=again,
                 out=out,
                 on_step=show,
-                on_note=lambda note: typer.echo(note, err=True),
+                on_note=lambda note: echo(note, err=True),
             )
         if _first():
             _print_records(records, json)
@@ -119,17 +119,13 @@ def evaluate_command(
 
 def numbers(option: str, text: str, least: int) -> list[int]:
     """Whole numbers of at least ``least`` that a comma separates, or MegaloopError in the option's name."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(_is_count(part) and int(part) >= least for part in parts):
+    found = [parse_whole(part.strip()) for part in text.split(",") if part.strip()]
+    whole = [each for each in found if each is not None and each >= least]
+    if not whole or len(whole) < len(found):
         raise MegaloopError(
-            f"{option} {printable(text)}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
+            f"{option} {printable(text, 60)}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
         )
-    return [int(part) for part in parts]
-
-
-def _is_count(text: str) -> bool:
-    """Digits that int() reads (it does not read every isdigit()), and no more of them than any count has."""
-    return text.isascii() and text.isdigit() and len(text) < 10
+    return whole
 
 
 def _on_ranks(ranks: int) -> None:
@@ -142,7 +138,7 @@ def _on_ranks(ranks: int) -> None:
         try:
             local.launch([sys.executable, "-m", "megaloop", *sys.argv[1:]], ranks, Path(logs))
         except local.RankFailed as error:
-            Console(stderr=True, highlight=False, markup=False).print(f"error: {error}", soft_wrap=True)
+            print_error(str(error))
             raise typer.Exit(1) from None
 
 
@@ -156,14 +152,17 @@ def _first() -> bool:
 def _progress() -> Iterator[Any]:
     """A bar for what is under way, on a terminal; a line for each thing that begins otherwise."""
     begun: list[str] = []
-    with Progress(console=Console(stderr=True), disable=not (sys.stderr.isatty() and _first()), transient=True) as bar:
+    columns = (description_column(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=SafeConsole(stderr=True), disable=not (sys.stderr.isatty() and _first()), transient=True
+    ) as bar:
         task = bar.add_task("loading the model", total=None)
 
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
             if not sys.stderr.isatty() and _first() and what not in begun:
                 begun.append(what)
-                typer.echo(what, err=True)
+                echo(what, err=True)
 
         yield show
 
@@ -173,7 +172,7 @@ def _print_records(records: list[Record], as_json: bool) -> None:
 
     values = [record.to_json() for record in records]
     if as_json:
-        typer.echo(json_module.dumps({"records": values}))
+        echo(json_module.dumps({"records": values}))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("task", "depth", "shots"):
@@ -198,7 +197,7 @@ def _print_records(records: list[Record], as_json: bool) -> None:
             *(_percent(each.get(name), each.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
             f"{100 * each.get('chance', 1 / CANDIDATES):.0f} %",
         )
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _percent(value: float | None, error: float | None) -> str:
@@ -211,7 +210,7 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 def _print_harness(results: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json_module.dumps(results, default=str))
+        echo(json_module.dumps(results, default=str))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("task", "metric", "value", "standard error"):
@@ -228,4 +227,4 @@ def _print_harness(results: dict[str, Any], as_json: bool) -> None:
                 f"{value:.4f}",
                 f"{error:.4f}" if isinstance(error, float) else "-",
             )
-    Console(highlight=False).print(table)
+    SafeConsole().print(table)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from megaloop.output import SafeConsole, echo
 
 if TYPE_CHECKING:
     from megaloop.report.page import Report
@@ -50,7 +51,7 @@ def report(
 def print_report(made: Report, file: Path | None, as_json: bool) -> None:
     """The numbers of a report, in short, and where the page is."""
     if as_json:
-        typer.echo(json_module.dumps({**dataclasses.asdict(made), "page": str(file) if file else None}))
+        echo(json_module.dumps({**dataclasses.asdict(made), "page": str(file) if file else None}))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     loss, deviation = ("val_loss", "val_loss_deviation")
@@ -80,13 +81,13 @@ def print_report(made: Report, file: Path | None, as_json: bool) -> None:
             _or_dash(row["fraction_to_baseline_loss"], "{:.3f}"),
             "-" if mean is None else f"{100 * mean['value']:.1f}" + _or_dash(mean["error"], " ± {:.1f}%", "%", 100),
         )
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
     if loss != "val_loss":
-        typer.echo(
+        echo(
             "validated on different data, or with other tokenizers: losses are compared in bits per byte of text"
         )
     if file is not None:
-        typer.echo(f"written {file}")
+        echo(f"written {file}")
 
 
 def _or_dash(value: float | None, form: str, otherwise: str = "-", factor: float = 1) -> str:

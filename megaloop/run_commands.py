@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megaloop.errors import DamagedCheckpoint, MegaloopError
+from megaloop.output import SafeConsole, description_column, echo
 from megaloop.text import printable
 
 __all__ = ["checkpoints", "doctor", "show_local_status"]
@@ -62,7 +62,7 @@ def checkpoints(
     rows.sort(key=lambda row: row.step)
     if json:
         values = {"checkpoints": [asdict(row) for row in rows], "deleted": [path.name for path in gone]}
-        typer.echo(json_format.dumps(values, indent=2))
+        echo(json_format.dumps(values, indent=2))
     else:
         _show(run, rows, gone)
     if any(row.state == "damaged" for row in rows):
@@ -75,9 +75,9 @@ def doctor(run: Run, json: Json = False) -> None:
 
     found = examine(run)
     if json:
-        typer.echo(json_format.dumps(asdict(found), indent=2))
+        echo(json_format.dumps(asdict(found), indent=2))
         return
-    console = Console(highlight=False, markup=False)
+    console = SafeConsole()
     console.print(f"{printable(run, 1000)}: {found.state}, {found.steps} steps", soft_wrap=True, style="bold")
     styles = {"good": "green", "note": "default", "warning": "bold red"}
     width = max((len(each.topic) for each in found.findings), default=0)
@@ -94,9 +94,9 @@ def show_local_status(run: Path, json: bool) -> None:
 
     found = local_status(run)
     if json:
-        typer.echo(json_format.dumps(asdict(found), indent=2))
+        echo(json_format.dumps(asdict(found), indent=2))
         return
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
     state = f"{found.state} ({found.holder})" if found.holder else found.state
     of = f" of {found.steps}" if found.steps is not None else ""
     loss = f", loss {found.loss:.4f}" if found.loss is not None else ""
@@ -154,11 +154,11 @@ class _bar:
     """A progress bar on stderr, where that is a terminal and there is something to wait for."""
 
     def __init__(self, what: str, wanted: bool):
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+        columns = (description_column(), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
         hidden = not (wanted and sys.stderr.isatty())
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True)
+        self._progress = Progress(*columns, console=SafeConsole(stderr=True), disable=hidden, transient=True)
         self._task = self._progress.add_task(f"reading {what}")
 
     def __enter__(self) -> Callable[[int, int], None]:
@@ -172,7 +172,7 @@ class _bar:
 def _show(run: Path, rows: list[_Row], gone: list[Path]) -> None:
     from megaloop.train.progress import format_bytes
 
-    console = Console(highlight=False, markup=False)
+    console = SafeConsole()
     for path in gone:
         console.print(f"deleted {path.name}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from launchers.rank import CONTINUE
 from megaloop.errors import MegaloopError
+from megaloop.output import SafeConsole, echo
 from megaloop.report_command import print_report
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def bench_savings(
             finished = Runner(work, jobs or _at_once(), base, limit=limit, on_change=show).run()
     if not finished:
         left = sum(job.state != "done" for job in work)
-        typer.echo(
+        echo(
             f"saved after {minutes:g} minutes; {left} of {len(work)} runs are left: the same command goes on", err=True
         )
         raise typer.Exit(CONTINUE)
@@ -136,7 +136,7 @@ def _check_flops(work: Sequence[Job], vocab_size: int, count: Callable[[Config, 
             raise MegaloopError(
                 f"bench savings: of depth {depth} torch counts {theirs} FLOPs, and megaloop {ours}; a bug"
             )
-    typer.echo(f"FLOPs of depths {', '.join(sorted(seen))} are what torch.utils.flop_counter counts", err=True)
+    echo(f"FLOPs of depths {', '.join(sorted(seen))} are what torch.utils.flop_counter counts", err=True)
 
 
 def _prepare_data(config: Config, folder: Path, documents: int, text: list[Path]) -> None:
@@ -151,7 +151,7 @@ def _prepare_data(config: Config, folder: Path, documents: int, text: list[Path]
         return
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    typer.echo(f"preparing {folder}", err=True)
+    echo(f"preparing {folder}", err=True)
     if not text:
         demo_text(folder / "text.jsonl")
     inputs = text or [folder / "text.jsonl"]
@@ -207,7 +207,7 @@ def _terminating() -> Iterator[None]:
 def _progress() -> Iterator[Callable[[Sequence[Job]], None]]:
     """A live table on a terminal; elsewhere a line for each run that changes, and for those under way once a minute."""
     if sys.stderr.isatty():
-        with Live(console=Console(stderr=True), refresh_per_second=2) as live:
+        with Live(console=SafeConsole(stderr=True), refresh_per_second=2) as live:
             yield lambda work: live.update(_table(work))
         return
     shown: dict[str, tuple[str, float]] = {}
@@ -218,7 +218,7 @@ def _progress() -> Iterator[Callable[[Sequence[Job]], None]]:
             state, at = shown.get(job.name, ("waiting", now))
             if job.state != state or (job.state == "training" and now - at > _LINE_EVERY):
                 shown[job.name] = (job.state, now)
-                typer.echo(f"{job.name}: {job.state}, step {job.done} of {job.steps}, {job.seconds:.0f} s", err=True)
+                echo(f"{job.name}: {job.state}, step {job.done} of {job.steps}, {job.seconds:.0f} s", err=True)
 
     yield lines
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from megaloop.bench.step import SHAPES
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
+from megaloop.output import SafeConsole
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.rounds import Rounds
 from megaloop.parallel.state import InitialValues
@@ -171,7 +172,7 @@ def bench_rounds(setting: Setting, start: Callable[[Path], None]) -> RoundsBench
 
 def show(result: RoundsBenchmark, console: Console) -> None:
     """Print what was measured, for a person."""
-    console = Console(width=max(console.width, 104), highlight=False)
+    console = SafeConsole(width=max(console.width, 104))
     console.print(
         f"{result.machine}; {result.shape}, {result.precision}, pp {result.pp}, {result.micro_batches} micro-batches of "
         f"{result.micro_batch} x {result.sequence_length} tokens"

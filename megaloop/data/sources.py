@@ -115,7 +115,7 @@ def _tokenizer_of(init: Path | None) -> Path:
 
     if init is None:
         raise MegaloopError(
-            "data.format sft: no tokenizer; begin with a checkpoint that has one (--init CKPT), or set data.tokenizer"
+            "data.format sft: no tokenizer; begin with a checkpoint that has one (init=CKPT), or set data.tokenizer"
         )
     with Checkpoint.open(resolve_checkpoint(init), verify="sizes") as checkpoint:
         if checkpoint.tokenizer is None:

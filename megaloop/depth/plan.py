@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from megaloop.errors import MegaloopError
+from megaloop.text import quoted
 
 __all__ = ["DepthPlan", "Injection", "Loop", "LoopStyle", "ResidualScale", "Use", "spelled_loop"]
 
@@ -151,18 +152,18 @@ class DepthPlan:
             counts = found
             if counts[1] == 0 or counts[2] == 0:
                 raise MegaloopError(
-                    f"depth: {text!r} loops {counts[1]} layers {counts[2]} times; both must be at least 1"
+                    f"depth: {quoted(text)} loops {counts[1]} layers {counts[2]} times; both must be at least 1"
                 )
         elif text and "".join(m[0] for m in _GROUP.finditer(text)) == text:
             return cls(tuple(_read_groups(text)))
         else:
             raise MegaloopError(
-                f"depth: cannot read {text!r}; expected a number of layers (24) or "
+                f"depth: cannot read {quoted(text)}; expected a number of layers (24) or "
                 "before-LOOPxTIMES-after (4-4x4-4: 4 layers, 4 layers 4 times, 4 layers)"
             )
         before, block, times, after = counts
         if before + block * times + after > _MAX_DEPTH:
-            raise MegaloopError(f"depth: {text!r} is deeper than {_MAX_DEPTH} layers")
+            raise MegaloopError(f"depth: {quoted(text)} is deeper than {_MAX_DEPTH} layers")
         loop = tuple(range(before, before + block))
         return cls((*range(before), *loop * times, *range(before + block, before + block + after)))
 
@@ -269,11 +270,11 @@ def _read_groups(text: str) -> Iterator[int]:
             ids = [int(part) for part in match[1].split(",")]
         except ValueError:
             raise MegaloopError(
-                f"depth: {match[0]!r} is no list of layer ids; expected something like (0,1,4)"
+                f"depth: {quoted(match[0])} is no list of layer ids; expected something like (0,1,4)"
             ) from None
         times = int(match[2] or 1)
         if times * len(ids) > _MAX_DEPTH:
-            raise MegaloopError(f"depth: {match[0]!r} is deeper than {_MAX_DEPTH} layers")
+            raise MegaloopError(f"depth: {quoted(match[0])} is deeper than {_MAX_DEPTH} layers")
         yield from ids * times
 
 

@@ -13,6 +13,7 @@ from megaloop.depth.growth import Growth, InsertAt, Operator, grow
 from megaloop.depth.loops import loop_layers, respell, untie
 from megaloop.depth.plan import DepthPlan, LoopStyle
 from megaloop.errors import MegaloopError
+from megaloop.text import quoted
 
 __all__ = [
     "DepthEvent",
@@ -174,10 +175,15 @@ def proportional_steps(schedule: str, stages: int, total_steps: int, end: float)
     match = _PROPORTIONAL.fullmatch(schedule)
     if match is None:
         raise MegaloopError(
-            f"growth.schedule: cannot read {schedule!r}; expected prop-1, prop-2 and so on, "
+            f"growth.schedule: cannot read {quoted(schedule)}; expected prop-1, prop-2 and so on, "
             "or a list such as [{steps: 1000, layers: 4}, {steps: 3000, layers: 8}]"
         )
-    weights = [float(index) ** float(match[1]) for index in range(1, stages + 1)]
+    try:
+        weights = [float(index) ** float(match[1]) for index in range(1, stages + 1)]
+    except OverflowError:
+        raise MegaloopError(
+            f"growth.schedule: {schedule} is too steep for {stages} stages; use prop-2, for example"
+        ) from None
     share = total_steps * end / sum(weights)
     stops = [round(share * weight) for weight in accumulate(weights)]
     stops[-1] = total_steps

@@ -27,7 +27,7 @@ from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examp
 from megaloop.inference.generate import before_document
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
-from megaloop.text import printable
+from megaloop.text import parse_whole, printable
 
 __all__ = ["VALIDATION", "Block", "evaluate", "with_loops"]
 
@@ -48,10 +48,10 @@ class Block:
     def parse(cls, text: str) -> Block:
         """``"10:14"``."""
         first, separator, stop = text.partition(":")
-        are_places = all(part.isascii() and part.isdigit() and len(part) < 10 for part in (first, stop))
-        if not separator or not are_places or int(first) >= int(stop):
-            raise MegaloopError(f"--block {printable(text)}: expected FIRST:STOP, places of layers, such as 10:14")
-        return cls(int(first), int(stop))
+        begin, end = parse_whole(first), parse_whole(stop)
+        if not separator or begin is None or end is None or begin >= end:
+            raise MegaloopError(f"--block {printable(text, 60)}: expected FIRST:STOP, places of layers, such as 10:14")
+        return cls(begin, end)
 
     def __str__(self) -> str:
         return f"{self.first}:{self.stop}"

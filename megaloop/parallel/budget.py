@@ -78,7 +78,7 @@ def rank_budgets(
 def in_flight(rounds: Rounds, pp: int) -> int:
     """Slices, of whatever micro-batch and round, whose activations a pipeline rank holds at a time, at most."""
     held = most = 0
-    for work in rounds.passes(pp):
+    for work in rounds.beginning().passes(pp):  # as many as later
         held += -1 if work.backward else 1
         most = max(most, held)
     return most
@@ -143,7 +143,7 @@ def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Sl
 
     held = most = 0
     sizes = [kept(number) for number in range(len(slices))]
-    for work in rounds.passes(pp):
+    for work in rounds.beginning().passes(pp):
         held += -sizes[work.round] if work.backward else sizes[work.round]
         most = max(most, held)
     working = max(layer.working, head.working) if last else layer.working

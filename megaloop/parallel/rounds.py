@@ -15,7 +15,7 @@ Nothing here knows of torch or of ranks that exist.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megaloop.errors import MegaloopError
@@ -73,6 +73,20 @@ class Rounds:
         count = max(self.micro_batches // self.ranks, 1)
         size, larger = divmod(self.micro_batches, count)
         return tuple(size + (index < larger) for index in range(count))
+
+    def beginning(self, passes: int = 40_000) -> Rounds:
+        """The same schedule with fewer micro-batches, so that all ranks together do about ``passes`` passes.
+
+        It begins with the same work in the same order, fills the pipeline, works steadily for a while and ends: as many slices
+        are in flight at a time. Itself, where it is no longer than that, or where groups of other sizes would come of it.
+        """
+        count = max(self.micro_batches // self.ranks, 1)
+        size, larger = divmod(self.micro_batches, count)
+        fewer = max(passes // (2 * self.ranks * self.rounds * size), 3)
+        if fewer >= count:
+            return self
+        short = replace(self, micro_batches=fewer * size + (larger > 0))
+        return short if short.groups[0] == size + (larger > 0) else self
 
     def passes(self, rank: int) -> tuple[Pass, ...]:
         """What a rank does, in order: forward passes to warm up, then one forward and one backward in turn, then the rest."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from megaloop.checkpoint import list_checkpoints
@@ -20,6 +19,7 @@ from megaloop.evaluation.records import EVALUATION, Record
 from megaloop.runs.records import number, parse_record, read_records, text, whole_number
 from megaloop.text import printable
 from megaloop.train.metrics import EVENTS, METRICS
+from megaloop.yaml_text import read_yaml
 
 __all__ = ["Boundary", "HeldOutText", "Run", "read_run"]
 
@@ -181,9 +181,8 @@ def _was_validated(record: dict[str, Any]) -> bool:
 def _config(path: Path) -> dict[str, Any]:
     file = path / "config.yaml"
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
-        # what is tagged or written as a number or a date but is none makes PyYAML raise more than its own errors
+        config = read_yaml(file)
+    except (FileNotFoundError, MegaloopError):
         raise MegaloopError(f"report: {file} cannot be read; give run directories of megaloop train") from None
     if not isinstance(config, dict):
         raise MegaloopError(f"report: {file} is no configuration of a run")

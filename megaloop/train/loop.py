@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import socket
 import time
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from launchers.rank import RESTARTS
+from launchers.rank import restarts
 from megaloop.checkpoint import CheckpointInfo, GrowthEntry, list_checkpoints, set_aside, step_of
 from megaloop.config import Config
 from megaloop.data import (
@@ -92,7 +91,7 @@ def run(
                 sources = open_sources(config.data, config.init)
                 vocab_size = embedding_rows(config, sources)
                 samples = _validation_samples(config, sources, world_size, first, stop_at)
-            if newest >= config.train.steps and int(os.environ.get(RESTARTS, "0")):
+            if newest >= config.train.steps and restarts():
                 return "finished"  # it died after its last checkpoint: whoever started it again cannot know
             rolled_back: list[RollBack] = []
             while True:

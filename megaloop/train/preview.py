@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megaloop.config import Config
+from megaloop.data.dataset import DATA_JSON
 from megaloop.data.sources import embedding_rows, open_sources
 from megaloop.depth import DepthPlan, GrowthStage, run_flops
 from megaloop.depth.flops import head_flops, layer_flops, parameters
@@ -63,6 +64,7 @@ class StagePreview:
         micro_batches: per step and data-parallel rank.
         bubble: fraction of a step in which a pipeline stage waits, if all slices take equally long.
         waiting: fraction in which it waits with the slices as they are.
+        estimated: a step has too many micro-batches to simulate; ``waiting`` is extrapolated from fewer.
         flops_per_step: model FLOPs, forward and backward, over all ranks; on average, where the loop's count is drawn.
         flops: of all the stage's steps.
         grows: it has more layers than the stage before.
@@ -81,6 +83,7 @@ class StagePreview:
     micro_batches: int
     bubble: float
     waiting: float
+    estimated: bool
     flops_per_step: int
     flops: int
     grows: bool
@@ -187,10 +190,19 @@ def _vocab_size(config: Config) -> int:
     try:
         sources = open_sources(config.data, config.init)
     except MegaloopError as error:
+        if not _is_missing(config):
+            raise  # it is the data that has to be mended, or what the configuration says of it
         raise MegaloopError(
             f"the vocabulary's size is not known without the data ({error}); set model.vocab_size, for example 49152"
         ) from None
     return embedding_rows(config, sources)
+
+
+def _is_missing(config: Config) -> bool:
+    """Data, tokenizer or checkpoint are not on this machine: there may be none where a run is planned."""
+    inside = DATA_JSON if config.data.format == "tokens" else ""
+    named = [config.data.tokenizer, config.init, *(source.path / inside for source in config.data.sources)]
+    return not all(path is None or path.exists() for path in named)
 
 
 def _stages(config: Config, world_size: int, vocab_size: int, costs: Sequence[int]) -> Iterator[StagePreview]:
@@ -205,6 +217,7 @@ def _stages(config: Config, world_size: int, vocab_size: int, costs: Sequence[in
             topology.pp, config.train.global_batch // (config.train.micro_batch * topology.dp), len(split)
         )  # fmt: skip
         forward, backward = _pass_flops(config, plan, split, vocab_size)
+        step = StepPicture("", rounds, forward, backward)
         yield StagePreview(
             first_step=stage.first_step,
             stop=stage.stop,
@@ -215,7 +228,8 @@ def _stages(config: Config, world_size: int, vocab_size: int, costs: Sequence[in
             topology=topology,
             micro_batches=rounds.micro_batches,
             bubble=rounds.bubble,
-            waiting=StepPicture("", rounds, forward, backward).waiting if topology.pp > 1 else 0.0,
+            waiting=step.waiting if topology.pp > 1 else 0.0,
+            estimated=topology.pp > 1 and bool(step.note),
             flops_per_step=round(flops / stage.steps),
             flops=flops,
             grows=before is not None and plan.layers > before.plan.layers,
@@ -308,6 +322,7 @@ def _stage(number: int, stage: StagePreview, run: RunPreview) -> RenderableType:
     rounds = len(stage.forward_flops)
     waits = f", {_count(rounds, 'round')}" if rounds > 1 else ""
     waits += f", bubble {stage.bubble:.1%}" if stage.topology.pp > 1 else ""
+    waits += " (the step is too long to simulate: waiting is estimated)" if stage.estimated else ""
     facts = [
         f"{stage.topology}; {_count(stage.micro_batches, 'micro-batch', 'micro-batches')} per step and dp rank{waits}",
         f"{_flops(stage.flops_per_step)} per step, {_flops(stage.flops)} in the stage",

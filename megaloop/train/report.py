@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,14 +13,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
-from rich.console import Console
 
-from launchers.rank import RESTARTS
 from megaloop.checkpoint import DepthState, RunState
+from launchers.rank import restarts
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, GrowthStage
 from megaloop.depth.flops import flops_per_token, parameters
 from megaloop.depth.schedule import full_depth
+from megaloop.output import SafeConsole
 from megaloop.parallel.engine import StepResult, TrainingEngine, local_device
 from megaloop.parallel.live import Resharded
 from megaloop.runs.records import number
@@ -92,7 +91,7 @@ class RunReporter:
                 MetricsWriter(self._directory.path, config.logging.tensorboard, start_step=step)
             )
             self._progress = self._stack.enter_context(
-                ProgressReporter(config.train.steps, step, config.logging.every, Console())
+                ProgressReporter(config.train.steps, step, config.logging.every, SafeConsole())
             )
         return self
 
@@ -148,7 +147,7 @@ class RunReporter:
             adam="torch fused",
             torch=torch.__version__,
             ranks=topology.world_size,
-            restarts=int(os.environ.get(RESTARTS, "0")),
+            restarts=restarts(),
         )
 
     def passed_over(self, damaged: Sequence[Damage]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.text import Text
@@ -32,6 +33,8 @@ class StepPicture:
         title: what it is of.
         rounds: the order of work.
         forward, backward: time of a pass of one micro-batch, by round and pipeline rank (only ratios matter).
+
+    Of a step of very many micro-batches only a shorter one is simulated (:meth:`Rounds.beginning`), and drawn.
     """
 
     title: str
@@ -40,18 +43,40 @@ class StepPicture:
     backward: Sequence[Sequence[float]]
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
-        """When each rank does what; messages take no time."""
-        return self.rounds.timeline(self._seconds)
+        """When each rank does what, as far as it is simulated; messages take no time."""
+        return self._spans
+
+    @cached_property
+    def _simulated(self) -> Rounds:
+        return self.rounds.beginning()
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[Span, ...], ...]:
+        return self._simulated.timeline(self._seconds)
+
+    @property
+    def note(self) -> str:
+        """What is not simulated; nothing where all is."""
+        done, there = self._simulated.micro_batches, self.rounds.micro_batches
+        return "" if done == there else f" (estimated: {done:,} of {there:,} micro-batches are simulated)"
 
     def _seconds(self, rank: int, work: Pass) -> float:
         return (self.backward if work.backward else self.forward)[work.round][rank]
 
     @property
     def waiting(self) -> float:
-        """Fraction of the step in which ranks wait, on average: the bubble, and what uneven slices add."""
+        """Fraction of the step in which ranks wait, on average: the bubble, and what uneven slices add.
+
+        Each micro-batch that is not simulated takes as long as the slowest rank works on one.
+        """
         spans = self.spans()
         busy = sum(span.stop - span.start for each in spans for span in each)
-        return 1 - busy / (len(spans) * _end(spans))
+        end = _end(spans)
+        if more := self.rounds.micro_batches - self._simulated.micro_batches:
+            each = [sum(times) for times in zip(*self.forward, *self.backward, strict=True)]
+            busy += more * sum(each)
+            end += more * max(each)
+        return 1 - busy / (len(spans) * end)
 
 
 def _end(spans: Sequence[Sequence[Span]]) -> float:
@@ -68,7 +93,7 @@ def draw_text(picture: StepPicture, width: int) -> Text:
     tick = min(seconds for each in picture.forward for seconds in each if seconds)
     label = len(str(len(spans) - 1)) + 2
     columns = min(round(_end(spans) / tick), max(width - label - 4, 10))
-    lines = Text(f"{picture.title}  ranks wait {picture.waiting:.1%} of a step\n", no_wrap=True)
+    lines = Text(f"{picture.title}  ranks wait {picture.waiting:.1%} of a step{picture.note}\n", no_wrap=True)
     for rank, each in enumerate(spans):
         lines.append(f"{rank:>{label - 2}}  ", "dim")
         upcoming = iter(each)
@@ -83,7 +108,7 @@ def draw_text(picture: StepPicture, width: int) -> Text:
             number = span.work.micro_batch
             character = chr(ord("a") + number % 26) if span.work.backward else str(number % 10)
             lines.append(character, f"white on {_colour(span.work, picture.rounds.rounds)}")
-        if columns * tick < _end(spans) - tick / 2:
+        if columns * tick < _end(spans) - tick / 2 or picture.note:
             lines.append(" ...", "dim")
         if rank < len(spans) - 1:
             lines.append("\n")
@@ -120,7 +145,9 @@ def draw_png(pictures: Sequence[StepPicture], path: Path) -> None:
                         ha="center", va="center", fontsize=7, color="white", clip_on=True,
                     )  # fmt: skip
         axis.set(xlim=(0, _end(spans)), ylim=(len(spans) - 0.5, -0.5), yticks=range(len(spans)), ylabel="pipeline rank")
-        axis.set_title(f"{picture.title}: ranks wait {picture.waiting:.1%} of a step", loc="left", fontsize=10)
+        axis.set_title(
+            f"{picture.title}: ranks wait {picture.waiting:.1%} of a step{picture.note}", loc="left", fontsize=10
+        )
         axis.set_xticks([])
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     axes[-1].set_xlabel(

@@ -179,7 +179,7 @@ def test_the_command_line_begins_with_a_checkpoint(pairs: Path, pretrained: Path
     file.write_text(json.dumps(values), encoding="utf-8")
     refused = megaloop("train", file)
     assert refused.returncode == 2
-    assert "no tokenizer; begin with a checkpoint that has one (--init CKPT)" in refused.stderr
+    assert "no tokenizer; begin with a checkpoint that has one (init=CKPT)" in refused.stderr
     result = megaloop("train", file, "--init", pretrained, "train.steps=5")
     assert result.returncode == 0, result.stderr
     assert "tokens of answers" in result.stdout

@@ -1,0 +1,61 @@
+"""How the commands print: the one place through which text from outside reaches a terminal.
+
+Names of runs, tasks and files, and whatever checkpoints and records hold, may contain what rich takes for markup
+(``[/red]``) or what a terminal obeys (``\\x1b[2J``). Here neither is: consoles parse no markup, and control characters are
+shown as escapes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import TextColumn
+from rich.segment import Segment
+from rich.text import Text
+
+from megaloop.text import message_line, safe_lines
+
+__all__ = ["SafeConsole", "description_column", "echo", "print_error"]
+
+
+class SafeConsole(Console):
+    """A console for texts from outside: no markup, no emoji codes, nothing highlighted, no control characters.
+
+    Args:
+        stderr: print there instead of to stdout.
+        width: columns; default: the terminal's.
+        soft_wrap: leave long lines to the terminal.
+    """
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None, soft_wrap: bool = False):
+        super().__init__(
+            stderr=stderr, width=width, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False
+        )
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich's, with control characters in the text as escapes; those that rich itself sends stay."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(safe_lines(segment.text), segment.style)
+
+
+def description_column() -> TextColumn:
+    """The column of a progress bar that says what is under way, whatever it is called."""
+    return TextColumn("{task.description}", markup=False)
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print text of one line or several, control characters as escapes."""
+    typer.echo(safe_lines(text), err=err, nl=nl)
+
+
+def print_error(message: str, label: str = "error: ") -> None:
+    """Print an error on one line of stderr, in less than 2,000 characters."""
+    sys.stdout.flush()
+    line = Text.assemble((label, "bold red"), message_line(message))
+    SafeConsole(stderr=True).print(line, soft_wrap=True)
