@@ -253,7 +253,7 @@ def write_jsonl(
     if not out.name:
         raise MegaloopError(f"synthesize: {out} is a directory; name a file to write")
     made = documents(kinds, count, seed)
-    partial, problems = out.with_name(out.name + ".partial"), 0
+    partial, problems = out.parent / f"{out.name}.partial", 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:

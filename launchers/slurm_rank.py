@@ -21,6 +21,7 @@ SLURM = "MEGALOOP_SLURM"
 EXIT_FILE = "MEGALOOP_EXIT_FILE"
 """Environment: where the first rank that ends in order leaves its exit code."""
 _ORDERLY = (0, 2, 75)
+_NODES = r"[0-9]{1,6}(?:\(x[0-9]{1,6}\))?"
 
 
 def join_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -70,8 +71,10 @@ def record_exit(code: int, environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's ``2(x3),1`` as [2, 2, 2, 1]."""
+    """Slurm's ``2(x3),1`` as [2, 2, 2, 1]; nothing, where it is something else."""
+    if not re.fullmatch(rf"{_NODES}(?:,{_NODES})*", text):
+        return []
     counts: list[int] = []
-    for tasks, nodes in re.findall(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", text):
+    for tasks, nodes in re.findall(r"([0-9]+)(?:\(x([0-9]+)\))?", text):
         counts += [int(tasks)] * int(nodes or 1)
     return counts

@@ -28,8 +28,9 @@ from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
 from megaloop.runs.allow import Allow, AllowOption, allow_arguments
+from megaloop.options import finite
 from megaloop.output import SafeConsole, description_column, echo, print_error
-from megaloop.text import message_line
+from megaloop.text import message_line, quoted
 
 __all__ = ["app", "main"]
 
@@ -116,6 +117,9 @@ def main() -> None:
         os.environ[_DEBUG] = "1"
     try:
         join_slurm()
+        for argument in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise MegaloopError(f"argument {quoted(argument)} is not UTF-8; configurations and checkpoints hold nothing else")
         app(arguments, prog_name="megaloop")
     except SystemExit as end:
         _leave(end.code if isinstance(end.code, int) else 0)
@@ -174,7 +178,7 @@ def prep(
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Use this sentencepiece model instead.")] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 2048,
-    validation_fraction: Annotated[float, typer.Option(min=0, max=0.5, help="Share of documents held out.")] = 0.01,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=0.5, callback=finite, help="Share of documents held out.")] = 0.01,
     errors: Annotated[OnError, typer.Option(help="What to do with bytes that are not UTF-8.")] = OnError.stop,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of jsonl and parquet that holds the text.")] = "text",
@@ -467,9 +471,9 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0, callback=finite, help="Sampling temperature; 0: greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Sample from the likeliest tokens of this mass.")] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,

@@ -381,7 +381,7 @@ def _append(path: Path, data: bytes) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that it is never seen half-written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.parent / f".{path.name}.tmp"
     try:
         with temporary.open("wb") as file:
             file.write(data)
