@@ -29,7 +29,7 @@ from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
 from megaloop.runs.allow import Allow, AllowOption, allow_arguments
 from megaloop.options import finite
-from megaloop.output import SafeConsole, description_column, echo, print_error
+from megaloop.output import DescriptionColumn, SafeConsole, echo, print_error
 from megaloop.text import message_line, quoted
 
 __all__ = ["app", "main"]
@@ -118,8 +118,7 @@ def main() -> None:
     try:
         join_slurm()
         for argument in arguments:
-            if any("\ud800" <= character <= "\udfff" for character in argument):
-                raise MegaloopError(f"argument {quoted(argument)} is not UTF-8; configurations and checkpoints hold nothing else")
+            _check_encoding(argument)
         app(arguments, prog_name="megaloop")
     except SystemExit as end:
         _leave(end.code if isinstance(end.code, int) else 0)
@@ -131,6 +130,14 @@ def main() -> None:
         if not report_error(str(error)):
             _print_error(str(error))
         _leave(2)
+
+
+def _check_encoding(argument: str) -> None:
+    """Refuse bytes that are no text: neither a configuration nor a checkpoint nor a tokenizer can hold them."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise MegaloopError(f"argument {quoted(argument)} is not UTF-8; write it so, or rename what it names") from None
 
 
 def _leave(code: int) -> NoReturn:
@@ -178,7 +185,9 @@ def prep(
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Use this sentencepiece model instead.")] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 2048,
-    validation_fraction: Annotated[float, typer.Option(min=0, max=0.5, callback=finite, help="Share of documents held out.")] = 0.01,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0, max=0.5, callback=finite, help="Share of documents held out.")
+    ] = 0.01,
     errors: Annotated[OnError, typer.Option(help="What to do with bytes that are not UTF-8.")] = OnError.stop,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of jsonl and parquet that holds the text.")] = "text",
@@ -473,7 +482,9 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, callback=finite, help="Sampling temperature; 0: greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
@@ -591,7 +602,7 @@ def _count_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, where that is a terminal: call it with how many are done."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    columns = (description_column(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=SafeConsole(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
@@ -602,7 +613,7 @@ def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, where that is a terminal: call it with what is done, bytes done and bytes in all."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    columns = (description_column(), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+    columns = (DescriptionColumn(), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
     with Progress(*columns, console=SafeConsole(stderr=True), disable=not sys.stderr.isatty()) as bar:
         tasks: dict[str, Any] = {}
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from launchers.rank import launched, open_store, started_by_launcher
 from megaloop.errors import MegaloopError
-from megaloop.output import SafeConsole, description_column, echo, print_error
+from megaloop.output import DescriptionColumn, SafeConsole, echo, print_error
 from megaloop.text import parse_whole, printable
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _first() -> bool:
 def _progress() -> Iterator[Any]:
     """A bar for what is under way, on a terminal; a line for each thing that begins otherwise."""
     begun: list[str] = []
-    columns = (description_column(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=SafeConsole(stderr=True), disable=not (sys.stderr.isatty() and _first()), transient=True
     ) as bar:

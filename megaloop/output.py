@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import TextColumn
+from rich.progress import ProgressColumn, Task
 from rich.segment import Segment
 from rich.text import Text
 
-from megaloop.text import message_line, safe_lines
+from megaloop.text import message_line, printable, safe_lines
 
-__all__ = ["SafeConsole", "description_column", "echo", "print_error"]
+__all__ = ["DescriptionColumn", "SafeConsole", "echo", "print_error"]
 
 
 class SafeConsole(Console):
@@ -31,9 +32,7 @@ class SafeConsole(Console):
     """
 
     def __init__(self, *, stderr: bool = False, width: int | None = None, soft_wrap: bool = False):
-        super().__init__(
-            stderr=stderr, width=width, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False
-        )
+        super().__init__(stderr=stderr, width=width, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """As rich's, with control characters in the text as escapes; those that rich itself sends stay."""
@@ -43,10 +42,16 @@ class SafeConsole(Console):
             else:
                 yield Segment(safe_lines(segment.text), segment.style)
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich's, with the escapes in it before it is measured: a table's column is as wide as what is shown."""
+        return super().render_str(safe_lines(text), **options)
 
-def description_column() -> TextColumn:
+
+class DescriptionColumn(ProgressColumn):
     """The column of a progress bar that says what is under way, whatever it is called."""
-    return TextColumn("{task.description}", markup=False)
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(task.description, 100))
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megaloop.errors import DamagedCheckpoint, MegaloopError
-from megaloop.output import SafeConsole, description_column, echo
+from megaloop.output import DescriptionColumn, SafeConsole, echo
 from megaloop.text import printable
 
 __all__ = ["checkpoints", "doctor", "show_local_status"]
@@ -156,7 +156,7 @@ class _bar:
     def __init__(self, what: str, wanted: bool):
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-        columns = (description_column(), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+        columns = (DescriptionColumn(), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
         hidden = not (wanted and sys.stderr.isatty())
         self._progress = Progress(*columns, console=SafeConsole(stderr=True), disable=hidden, transient=True)
         self._task = self._progress.add_task(f"reading {what}")

@@ -62,7 +62,9 @@ def bench_savings(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.1, callback=finite, help="Save and leave after so long, with exit code 75; the same command goes on."),
+        typer.Option(
+            min=0.1, callback=finite, help="Save and leave after so long, with exit code 75; the same command goes on."
+        ),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each reasoning primitive.")] = 250,
     shots: Annotated[str, typer.Option(help="Numbers of shots of the k-shot curves.")] = "0,2,5",

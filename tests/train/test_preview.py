@@ -18,6 +18,7 @@ from megaloop.depth import run_flops
 from megaloop.errors import MegaloopError
 from megaloop.train.preview import preview, show
 from tests import processes
+from tests.data.corpus import write_corpus
 
 VALUES: dict[str, Any] = {
     "name": "tiny",
@@ -185,7 +186,35 @@ from megaloop.config import load_config
 from megaloop.train.preview import preview
 from pathlib import Path
 from tests import processes
+from tests.data.corpus import write_corpus
 preview(load_config(Path({str(config_file)!r})), 4)
 assert "deepspeed" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_a_batch_of_millions_is_planned_at_once() -> None:
+    train = VALUES["train"] | {"global_batch": 4_000_000}
+    run = preview(configuration(train=train), ranks=2)
+    last = run.stages[-1]
+    assert (last.micro_batches, last.estimated) == (4_000_000, True)
+    assert last.ranks[0].micro_batches == preview(configuration(), ranks=2).stages[-1].ranks[0].micro_batches
+    console = Console(width=200)
+    with console.capture() as shown:
+        show(run, console)
+    assert "the step is too long to simulate: waiting is estimated" in shown.get()
+    assert not any(stage.estimated for stage in preview(configuration(), ranks=2).stages)
+
+
+def test_what_is_wrong_with_the_data_is_not_blamed_on_the_vocabulary(tmp_path: Path) -> None:
+    data = write_corpus(tmp_path, count=80, sequence_length=32)
+    model = VALUES["model"] | {"vocab_size": None}
+    there = {"sources": [{"path": str(data)}], "sequence_length": 48}
+    with pytest.raises(MegaloopError, match=r"^data.sequence_length 48 is longer than the 32 tokens"):
+        preview(configuration(model=model, data=there))
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(MegaloopError, match=r"not known without the data .*; set model.vocab_size"):
+            preview(configuration(model=model, data=there | {"sources": [{"path": str(path)}]}))
+    sft = {"sources": [{"path": str(tmp_path / "text.jsonl")}], "format": "sft"}
+    with pytest.raises(MegaloopError, match=r"no tokenizer; begin with a checkpoint that has one \(init=CKPT\)"):
+        configuration(data=sft).check()

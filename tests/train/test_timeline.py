@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megaloop.errors import MegaloopError
+from megaloop.parallel.budget import in_flight
 from megaloop.parallel.rounds import Rounds
 from megaloop.train.timeline import StepPicture, draw_png, draw_text
 from tests import processes
@@ -61,3 +62,31 @@ def test_the_command_draws_text_and_png(tmp_path: Path) -> None:
 def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(MegaloopError, match="cannot be written"):
         draw_png([StepPicture("step", Rounds(2, 4), ((1.0, 1.0),), ((2.0, 2.0),))], tmp_path / "missing" / "step.png")
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches", "rounds"), [(2, 20_001, 1), (4, 8003, 2), (3, 10_000, 4)])
+def test_a_step_too_long_to_simulate_is_estimated(ranks: int, micro_batches: int, rounds: int) -> None:
+    """A shorter one stands for it: as many slices in flight, and the waiting of the whole to 1e-4 of the step."""
+    times = tuple(tuple(1.0 + 0.1 * rank for rank in range(ranks)) for _ in range(rounds))
+    long = Rounds(ranks, micro_batches, rounds)
+    picture = StepPicture("step", long, times, times)
+    assert long.beginning().micro_batches < micro_batches
+    assert f"of {micro_batches:,} micro-batches are simulated" in draw_text(picture, 60).plain
+    spans = long.timeline(lambda rank, work: times[work.round][rank])
+    end, busy = max(each[-1].stop for each in spans), sum(span.stop - span.start for each in spans for span in each)
+    assert picture.waiting == pytest.approx(1 - busy / (ranks * end), abs=1e-4)
+    for rank in range(ranks):
+        assert in_flight(long, rank) == _held(long, rank)
+
+
+def _held(rounds: Rounds, rank: int) -> int:
+    held = most = 0
+    for work in rounds.passes(rank):
+        held += -1 if work.backward else 1
+        most = max(most, held)
+    return most
+
+
+def test_a_step_of_usual_length_is_simulated_whole() -> None:
+    for rounds in (Rounds(12, 64), Rounds(8, 512, 4), Rounds(2, 2), Rounds(64, 64)):
+        assert rounds.beginning() is rounds
