@@ -27,9 +27,9 @@ from megaloop import __version__, cluster_commands, evaluation_commands, report_
 from megaloop.depth import InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
-from megaloop.runs.allow import Allow, AllowOption, allow_arguments
 from megaloop.options import finite
 from megaloop.output import DescriptionColumn, SafeConsole, echo, print_error
+from megaloop.runs.allow import Allow, AllowOption, allow_arguments
 from megaloop.text import message_line, quoted
 
 __all__ = ["app", "main"]

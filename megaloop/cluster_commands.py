@@ -18,8 +18,8 @@ from rich.text import Text
 
 from megaloop import run_commands
 from megaloop.errors import MegaloopError
-from megaloop.runs.allow import AllowOption, allow_arguments
 from megaloop.output import SafeConsole, echo
+from megaloop.runs.allow import AllowOption, allow_arguments
 from megaloop.runs.records import number, read_records, text, whole_number
 from megaloop.text import printable
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from rich.progress import Progress
 from rich.table import Table
@@ -59,3 +61,17 @@ def test_a_whole_number_is_read(text: str, number: int) -> None:
 @pytest.mark.parametrize("text", ["", "²", "٣", "-1", "+1", "1_0", " 1", "1e3", "9" * 19, "9" * 5000])
 def test_what_only_looks_like_a_number_is_none(text: str) -> None:
     assert parse_whole(text) is None
+
+
+def test_nothing_reads_yaml_or_prints_elsewhere() -> None:
+    """What a module of its own would forget: limits on what is read, escapes in what is shown."""
+    root = Path(__file__).parents[1]
+    own = {
+        "yaml.safe_load(": [],
+        " Console(": [],
+        "typer.echo(": ["megaloop/output.py", "megaloop/cluster_commands.py"],
+    }
+    for folder in ("megaloop", "launchers", "data_prep"):
+        for path in (root / folder).rglob("*.py"):
+            text, name = path.read_text(encoding="utf-8"), str(path.relative_to(root))
+            assert not [words for words, places in own.items() if words in text and name not in places], name

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 
-from megaloop.checkpoint import DepthState, RunState
 from launchers.rank import restarts
+from megaloop.checkpoint import DepthState, RunState
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, GrowthStage
 from megaloop.depth.flops import flops_per_token, parameters
