@@ -83,9 +83,7 @@ def print_report(made: Report, file: Path | None, as_json: bool) -> None:
         )
     SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
     if loss != "val_loss":
-        echo(
-            "validated on different data, or with other tokenizers: losses are compared in bits per byte of text"
-        )
+        echo("validated on different data, or with other tokenizers: losses are compared in bits per byte of text")
     if file is not None:
         echo(f"written {file}")
 
