@@ -153,6 +153,24 @@ def _ended(cluster: SlurmCluster, job: Job, number: int | None = None) -> str:
         raise
 
 
+def test_a_job_saves_before_its_limit_goes_back_into_the_queue_and_ends_with_the_same_losses(
+    cluster: SlurmCluster, jobs: dict[str, Job], ranks_4: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    job = jobs["limited"]
+    wait_for("the requeue", lambda: "requeue" in job.history, PATIENCE)
+    # once is enough: the second time it may take as long as it needs
+    wait_for("the job to wait", lambda: cluster.job(job.number)["JobState"] in ("PENDING", "RUNNING"), PATIENCE)
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60", check=False)
+    ranks_4.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 2), **_LIMITED))
+    assert _ended(cluster, job) == "COMPLETED", job.log
+    assert job.history[:3] == ["start", "requeue", "start"]
+    assert _status(job)["restarts"] >= 1
+    assert "SIGUSR1" in (job.run / "events.jsonl").read_text(), "the warning ended it"
+    assert losses(job.run) == losses(tmp_path / "straight")
+    assert not list(job.run.parent.rglob("pwned"))
+    assert not Path("pwned").exists()
+
+
 def test_what_slurm_refuses_is_shown_in_its_own_words(cluster: SlurmCluster, corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(configuration(corpus, tmp_path / "run", (1, 1, 2))))
@@ -191,28 +209,12 @@ def test_a_sigterm_to_the_job_script_alone_makes_the_ranks_save(cluster: SlurmCl
     wait_for("some steps", lambda: steps_done(job.run) >= STEPS, PATIENCE)
     cluster.run("scancel", "--batch", "--signal=TERM", str(job.number))
     wait_for("the requeue", lambda: "requeue" in job.history, PATIENCE)
+    # the note comes before Slurm hears of it, and a job that is cancelled in between would be requeued nevertheless
+    wait_for("its second time", lambda: cluster.job(job.number).get("Restarts") == "1", PATIENCE)
     assert _megaloop("cancel", job.run).exit_code == 0
     assert _ended(cluster, job) == "CANCELLED"
     assert "SIGTERM" in (job.run / "events.jsonl").read_text()
     assert _status(job)["last_checkpoint"] == f"step-{STEPS:08d}"
-
-
-def test_a_job_saves_before_its_limit_goes_back_into_the_queue_and_ends_with_the_same_losses(
-    cluster: SlurmCluster, jobs: dict[str, Job], ranks_4: RankPool, corpus: Path, tmp_path: Path
-) -> None:
-    job = jobs["limited"]
-    wait_for("the requeue", lambda: "requeue" in job.history, PATIENCE)
-    # once is enough: the second time it may take as long as it needs
-    wait_for("the job to wait", lambda: cluster.job(job.number)["JobState"] in ("PENDING", "RUNNING"), PATIENCE)
-    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60", check=False)
-    ranks_4.run(train, configuration(corpus, tmp_path / "straight", (2, 1, 2), **_LIMITED))
-    assert _ended(cluster, job) == "COMPLETED", job.log
-    assert job.history[:3] == ["start", "requeue", "start"]
-    assert _status(job)["restarts"] >= 1
-    assert "SIGUSR1" in (job.run / "events.jsonl").read_text(), "the warning ended it"
-    assert losses(job.run) == losses(tmp_path / "straight")
-    assert not list(job.run.parent.rglob("pwned"))
-    assert not Path("pwned").exists()
 
 
 def test_a_dead_node_leads_to_a_requeue_and_a_finished_run(

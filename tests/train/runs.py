@@ -20,6 +20,7 @@ import megaloop.train.loop as loop
 from megaloop.checkpoint import CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import Config
 from megaloop.data import BatchLoader, MicroBatch
+from megaloop.data.order import CURRENT
 from megaloop.depth import Growth
 from megaloop.parallel.engine import StepResult, TrainingEngine
 from megaloop.parallel.live import Resharded
@@ -176,6 +177,7 @@ def _keep(directory: Path, engine: TrainingEngine, config: Config, step: int) ->
             flops=0,
             skipped=0,
             seed=config.seed,
+            order_version=CURRENT,
         ),
         plan=engine.plan,
         model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
