@@ -36,8 +36,8 @@ types: $(STAMP)  ## mypy
 unit: $(STAMP)  ## pytest; PYTEST_ARGS="-k resume" to choose
 	$(PYTEST) $(if $(CI),--durations=10) $(PYTEST_ARGS)
 
-test-fast: $(STAMP)  ## what is left of the tests without those marked slow: under 90 seconds, for the inner loop
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+test-fast: $(STAMP)  ## without the slow tests, and one layout of each kind: under 90 seconds, for the inner loop
+	$(PYTEST) --fast $(PYTEST_ARGS)
 
 chaos: $(STAMP)  ## kill ranks at 200 random moments instead of 10, and compare with the undisturbed run
 	MEGALOOP_CHAOS_KILLS=200 $(BIN)/python -m pytest -q -s tests/train/test_chaos.py

@@ -66,11 +66,35 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+_LAYOUTS = ("parallel", "train", "model", "bench", "evaluation", "checkpoint")
+"""Folders whose tests are made for many layouts, precisions and options."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="Leave out tests marked slow, and of one made for many layouts take the first.",
+    )
+
+
+def _is_left_out_of_fast(item: pytest.Item, taken: set[str]) -> bool:
+    name = item.nodeid.partition("[")[0]
+    again = name in taken and item.path.parent.name in _LAYOUTS
+    taken.add(name)
+    return again or item.get_closest_marker("slow") is not None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Longest files first; tests that need a GPU are deselected where there is none."""
     items.sort(
         key=lambda item: next((place for place, name in enumerate(_LONGEST) if name in item.nodeid), len(_LONGEST))
     )
+    if config.getoption("fast"):
+        taken: set[str] = set()
+        left_out = [item for item in items if _is_left_out_of_fast(item, taken)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

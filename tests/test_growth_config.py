@@ -148,7 +148,7 @@ def _stages(*parts: tuple[int, int]) -> list[dict[str, int]]:
         ({"schedule": _stages((50, 4), (40, 12))}, {}, "add up to 90, but train.steps is 100"),
         ({"schedule": _stages((50, 8), (50, 12))}, {}, "the first must have growth.start 4, and the last depth 12"),
         ({"schedule": _stages((50, 4), (50, 8))}, {}, "the stages go through 4, 8 layers; the first must have"),
-        ({"schedule": _stages((30, 4), (30, 16), (40, 12))}, {}, "from 16 to 12 layers; growth never shrinks"),
+        ({"schedule": _stages((30, 4), (30, 16), (40, 12))}, {}, "the stages go through 4, 16, 12 layers; growth only deepens"),
         ({"schedule": _stages((30, 4), (30, 4), (40, 12))}, {}, "two stages of 4 layers follow each other"),
         ({"schedule": _stages((50, 4), (50, 12)), "end": 0.5}, {}, "growth.end belongs to prop schedules"),
         ({"end": 1.5}, {}, "growth.end: Input should be less than or equal to 1"),

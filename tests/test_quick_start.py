@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.processes import run
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,7 @@ def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return run(*words[1:], *ADDED.get(name, []), cwd=folder)
 
 
+@pytest.mark.slow
 def test_the_quick_start_works_line_by_line(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     printed = []

@@ -32,6 +32,7 @@ def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     return processes.run("bench", "checkpoint", *arguments)
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_nothing_is_left(config: Path, tmp_path: Path) -> None:
     done = _bench(config, "--rounds", "2", "--directory", tmp_path / "here", "--json")
     assert done.returncode == 0, done.stderr

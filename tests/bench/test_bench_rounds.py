@@ -14,6 +14,7 @@ def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return processes.run("bench", "rounds", "--shape", "tiny", "--sequence-length", "16", *arguments, timeout=300)
 
 
+@pytest.mark.slow
 def test_rounds_are_measured_against_stock_deepspeed() -> None:
     done = _bench("--rounds", "2", "--steps", "1", "--unlooped", "8", "--json")
     assert done.returncode == 0, done.stderr

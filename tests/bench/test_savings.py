@@ -115,6 +115,7 @@ def _arguments(preset: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> None:
     """Terminated while both train, it leaves both saved; started again, it trains the rest alone, and reports."""
     out = tmp_path / "out"

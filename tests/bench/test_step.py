@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import pytest
+
 from megaloop.bench import step
 from megaloop.config import Config
 
@@ -14,6 +16,7 @@ def steps_that_tell_their_process(config: Config) -> Iterator[float]:
         yield float(os.getpid())
 
 
+@pytest.mark.slow
 def test_apart_each_contender_has_a_process_that_ends() -> None:
     config = step._configuration("tiny", "fp32", 1, 16, False, "none")
     found = [step._in_a_process(steps_that_tell_their_process, config, 2, 3, 1) for _ in range(2)]

@@ -434,6 +434,7 @@ print(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmHWM"].sp
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_as_the_input_grows(prepared: Path, tmp_path: Path) -> None:
     demo_text(tmp_path / "kjv.jsonl")
     peaks = []

@@ -16,6 +16,8 @@ from megaloop.errors import MegaloopError
 from megaloop.evaluation.tasks import TASKS, examples
 from tests.data.corpus import documents
 
+pytestmark = pytest.mark.slow  # lm-eval takes seconds to import and to list its tasks
+
 TASK_FILES = {
     "local_choice": """
 task: local_choice

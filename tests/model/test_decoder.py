@@ -132,6 +132,7 @@ def test_the_loss_and_its_gradient_are_torchs(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
 def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
     results = []

@@ -53,6 +53,7 @@ def test_fp32_losses_and_norms_equal_a_plain_loop(request: pytest.FixtureRequest
     _check(_pool(request, layout), layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", SEQUENCE_PARALLEL, ids=str)
 def test_sequence_parallel_equals_a_plain_loop(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> None:
     _check(_pool(request, layout), layout, sp=True)

@@ -65,6 +65,7 @@ def test_loops_train_as_one_process_does(
     _check(request, layout, depth=depth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [(2, 1, 1), (2, 1, 2), (2, 2, 1)], ids=str)
 def test_loops_in_bf16_stay_close(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> None:
     _check(request, layout, depth="1-2x3-1", train__precision="bf16")
@@ -78,6 +79,7 @@ def test_a_model_without_loops_may_go_round_several_times(
     _check(request, layout, rounds=rounds, depth="6")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_changes_nothing(request: pytest.FixtureRequest, recompute: str) -> None:
     pool: RankPool = request.getfixturevalue("ranks_2")
@@ -88,10 +90,12 @@ def test_recomputation_changes_nothing(request: pytest.FixtureRequest, recompute
     assert kept == again
 
 
+@pytest.mark.slow
 def test_documents_go_along(request: pytest.FixtureRequest) -> None:
     _check(request, (4, 1, 1), depth="1-2x3-1", model=(*MODEL, ("document_masking", True)))
 
 
+@pytest.mark.slow
 def test_sequence_parallel(request: pytest.FixtureRequest) -> None:
     _check(request, (2, 2, 1), sp=True, depth="1-2x3-1")
 
@@ -100,6 +104,7 @@ def test_untied_embeddings(request: pytest.FixtureRequest) -> None:
     _check(request, (2, 1, 1), depth="1-2x3-1", model=(*MODEL, ("tied_embeddings", False)))
 
 
+@pytest.mark.slow
 def test_seven_micro_batches_on_two_ranks(request: pytest.FixtureRequest) -> None:
     _check(request, (2, 1, 1), depth="1-2x3-1", train__global_batch=7, train__micro_batch=1)
 
@@ -140,6 +145,7 @@ def test_options_depths_and_pipelines_meet_in_pairs() -> None:
     assert {(layout, depth) for _, layout, depth in PAIRS} == {(each, depth) for each in PIPELINES for depth in depths}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [(2, 1, 1), (4, 1, 1)], ids=str)
 def test_a_loop_of_one_layer_runs_on_one_rank(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> None:
     options = (("count", "uniform"), ("injection", "add"), ("backprop", 1), ("norm", True))
@@ -147,17 +153,20 @@ def test_a_loop_of_one_layer_runs_on_one_rank(request: pytest.FixtureRequest, la
     _check(request, layout, depth="4-1x3-0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])
 def test_adapter_and_norm_under_tensor_parallelism(request: pytest.FixtureRequest, sp: bool) -> None:
     _check(request, (2, 2, 1), sp=sp, depth="1-2x3-1", loop=OPTIONS["everything"])
 
 
+@pytest.mark.slow
 def test_options_of_loops_in_bf16(request: pytest.FixtureRequest) -> None:
     _check(
         request, (2, 1, 2), depth="1-2x3-1", train__precision="bf16", loop=OPTIONS["backprop 2, concat and norm"]
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uniform", "poisson", "lognormal-poisson"])
 def test_a_count_drawn_each_step_neither_hangs_nor_changes_the_curve(request: pytest.FixtureRequest, kind: str) -> None:
     """On pp 2 x dp 2 against one process with the same counts."""

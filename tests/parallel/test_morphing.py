@@ -76,6 +76,7 @@ def test_depth_and_topology_change_in_fp32(ranks_4: RankPool, alone: Any, layout
     _check(ranks_4.run(morph, configuration(), _stages(layouts, PATH)), alone("fp32", "lidas", "copy"), limit)
 
 
+@pytest.mark.slow
 def test_depth_and_topology_change_in_bf16(ranks_4: RankPool, alone: Any) -> None:
     everyone = ranks_4.run(morph, configuration(train__precision="bf16"), _stages(MORPHS[2][0], PATH))
     _check(everyone, alone("bf16", "lidas", "copy"), 3e-4)

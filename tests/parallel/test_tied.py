@@ -31,6 +31,7 @@ def train_tied(values: dict[str, Any]) -> dict[str, Any]:
     return {"losses": [each.loss for each in results], "norms": [each.grad_norm for each in results]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "depth"), [*((2, depth) for depth in DEPTHS), (4, "1-2x3-1")])
 def test_the_losses_of_rounds_are_those_of_tied_layers(
     request: pytest.FixtureRequest, pipeline: int, depth: str

@@ -62,6 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
+@pytest.mark.slow
 def test_a_browser_shows_every_part(runs: list[Path], browser: str, tmp_path: Path) -> None:
     report = write_report(runs, tmp_path / "report.html", title="Growing & looping")
     text, complaints = _shown(browser, tmp_path / "report.html", tmp_path / "profile")
@@ -134,6 +135,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_twelve_long_runs_make_a_small_page_soon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """12 runs of 10,000 steps: 1.5 s; the promise is 20 s, counted in seconds of a core, whatever else the machine does."""
     paths = [

@@ -46,6 +46,7 @@ def test_a_run_in_which_nothing_happened(ranks_2: RankPool, corpus: Path, tmp_pa
         assert all(0 < busy <= steps[record["step"] - 1]["seconds"] for busy in record["busy_seconds"])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_signalled_and_finished(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     values = configuration(corpus, run, train__global_batch=32, checkpoint__every=3)

@@ -46,6 +46,7 @@ def _count(run: Path, kind: str) -> int:
     return len(events(run, kind)) if (run / "events.jsonl").exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_run_outlives_a_full_disk(
     ranks_2: RankPool, corpus: Path, tmp_path: Path, disk: Disk, asynchronous: bool

@@ -143,6 +143,7 @@ def records_vocabulary(directory: Path) -> int:
         return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["build", "exchange"])
 @pytest.mark.parametrize("save_before", [False, True])
 def test_a_rank_that_dies_in_a_growth_leaves_the_last_checkpoint(

@@ -179,6 +179,7 @@ def test_an_error_is_one_line_and_exit_code_2(config_file: Path, arguments: list
     assert complaint in result.stderr
 
 
+@pytest.mark.slow
 def test_planning_imports_no_deepspeed(config_file: Path) -> None:
     program = f"""
 import sys

@@ -113,6 +113,7 @@ REPLICATED = [
 """One of each kind, with replicas and in bf16 as well."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout", "precision"),
     [*((name, (2, 1, 1), "fp32") for name in CASES), *((name, (2, 1, 2), "bf16") for name in REPLICATED)],

@@ -72,6 +72,7 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(corpus: Path, tmp_path:
     assert len(losses(run)) == done + 1
 
 
+@pytest.mark.slow
 def test_the_curve_does_not_show_where_a_run_was_signalled(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"checkpoint__every": 0}
     values = configuration(corpus, tmp_path / "run", (2, 1, 1), **changes)
@@ -96,6 +97,7 @@ def test_a_signal_to_one_rank_of_several_is_enough(corpus: Path, tmp_path: Path)
     assert process.returncode == CONTINUE, output.decode()
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
     """Rank 0 is stopped, so that rank 1 sits in a collective and no step ends."""
     process = start(_endless(corpus, tmp_path / "run", (2, 1, 1)), tmp_path)
@@ -187,6 +189,7 @@ def test_stop_at_beyond_the_run_is_refused(corpus: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1)], ids=str)
 def test_a_dead_rank_is_started_again_and_the_run_resumes(
     request: pytest.FixtureRequest, corpus: Path, tmp_path: Path, layout: tuple[int, int, int]

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megaloop.parallel.engine import StepResult, TrainingEngine
 from megaloop.train.watchdog import Watchdog
 from tests.distributed import RankPool
@@ -35,6 +37,7 @@ def hang_in_step_4() -> None:
     TrainingEngine.train_step = train_step  # type: ignore[method-assign, assignment]
 
 
+@pytest.mark.slow
 def test_every_rank_leaves_its_stacks(corpus: Path, tmp_path: Path) -> None:
     values = configuration(corpus, tmp_path / "run", (1, 1, 2), faults={"step_limit": 8})
     process = start(values, tmp_path, setup=hang_in_step_4)
@@ -46,6 +49,7 @@ def test_every_rank_leaves_its_stacks(corpus: Path, tmp_path: Path) -> None:
     assert "in train_step" in (tmp_path / "run/stacks/rank-1.txt").read_text(), "it waits for the other"
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_is_started_again(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
     """One rank is stopped: it does nothing any more, its watchdog included."""
     changes = {"checkpoint": {"every": 3}, "faults": {"step_limit": 8}}
@@ -74,6 +78,7 @@ with watchdog.Watchdog(Path({str(tmp_path)!r}), 3, 0.5):
     assert "most recent call first" in (tmp_path / "stacks/rank-3.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_fed_watchdog_does_nothing(tmp_path: Path) -> None:
     with Watchdog(tmp_path, 0, 4) as watchdog:
         for _ in range(10):
