@@ -1,4 +1,4 @@
-"""The README's quick start works, line by line, where nothing has run before."""
+"""The README's quick start works, line by line, where nothing has run before: real interpreters, as a shell starts them."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     if words[:2] == ["python", "-c"]:
         return subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, timeout=300)
     if words[:2] == ["python", "-m"]:
-        return run(*words[3:], module=words[2], cwd=folder)
+        return run(*words[3:], module=words[2], cwd=folder, fresh=True)
     assert words[0] == "megaloop"
     name = " ".join(words[:2])
     if name == "megaloop train":
         words = ["2" if word == "40" else word for word in words]
-    return run(*words[1:], *ADDED.get(name, []), cwd=folder)
+    return run(*words[1:], *ADDED.get(name, []), cwd=folder, fresh=True)
 
 
 @pytest.mark.slow
