@@ -57,15 +57,19 @@ class HeldOutText:
     Attributes:
         data: its format and paths, as configured; how they are mixed for training does not matter.
         tokenizer: SHA-256 of the tokenizer, from the newest checkpoint; None where there is none.
+        samples: SHA-256 of each source's validation samples, from there too; None where one is not known.
     """
 
     data: tuple[str, ...]
     tokenizer: str | None
+    samples: tuple[str, ...] | None
 
     def is_that_of(self, other: HeldOutText) -> bool:
-        return self.data == other.data and (
-            self.tokenizer == other.tokenizer or None in (self.tokenizer, other.tokenizer)
-        )
+        if self.tokenizer != other.tokenizer and None not in (self.tokenizer, other.tokenizer):
+            return False
+        if self.samples is None or other.samples is None:
+            return self.data == other.data
+        return self.samples == other.samples  # wherever they lie: a path may hold other data than it did
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def read_run(path: Path) -> Run:
         path=path,
         name=printable(config.get("name") or path.name, 80),
         config=config,
-        held_out=HeldOutText(_data(config), _tokenizer(path)),
+        held_out=_held_out(path, config),
         step=_column(records, "step"),
         tokens=_column(records, "tokens"),
         flops=_column(records, "flops"),
@@ -227,15 +231,28 @@ def _data(config: dict[str, Any]) -> tuple[str, ...]:
     return (str(data.get("format", "shards")), *paths)
 
 
-def _tokenizer(path: Path) -> str | None:
-    """SHA-256 of the run's tokenizer, as its newest checkpoint names it."""
+def _held_out(path: Path, config: dict[str, Any]) -> HeldOutText:
+    """What the run is validated on, as its configuration and its newest checkpoint say."""
     try:
         newest = list_checkpoints(path / "checkpoints")[-1:]
         manifest = parse_record((newest[0] / MANIFEST).read_bytes()) if newest else None
     except (MegaloopError, OSError):
-        return None
-    tokenizer = (manifest or {}).get("tokenizer")
-    return text(tokenizer, "sha256") if isinstance(tokenizer, dict) else None
+        manifest = None
+    return HeldOutText(_data(config), text(_part(manifest, "tokenizer"), "sha256"), _samples(manifest))
+
+
+def _samples(manifest: dict[str, Any] | None) -> tuple[str, ...] | None:
+    """SHA-256 of each source's validation samples; None where a checkpoint does not say (those of earlier versions do not)."""
+    sources = _part(_part(manifest, "run"), "data").get("sources")
+    listed = sources if isinstance(sources, list) else []
+    found = [text(each, "validation") if isinstance(each, dict) else None for each in listed]
+    known = tuple(each for each in found if each is not None)
+    return known if known and len(known) == len(found) else None
+
+
+def _part(record: dict[str, Any] | None, key: str) -> dict[str, Any]:
+    part = (record or {}).get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _column(records: list[dict[str, Any]], key: str) -> Array:

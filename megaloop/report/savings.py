@@ -85,8 +85,8 @@ class Group:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order in which their first runs are given.
 
-    Configurations of one name have their runs' paths with it. Runs of one configuration whose tokenizers differ (the
-    data was prepared again between them) are of different groups.
+    Configurations of one name have their runs' paths with it. Runs of one configuration whose tokenizers or validation
+    samples differ (the data was prepared again between them) are of different groups.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:

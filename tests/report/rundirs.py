@@ -109,9 +109,12 @@ def evaluated(run: Path, task: str, accuracy: float, *, shots: int = 5, loops: i
     append_record(run / "evaluation.jsonl", Record(subject, values, "2026-01-01T00:00:00+00:00"))
 
 
-def written_by_tokenizer(run: Path, sha256: str) -> Path:
-    """Give a run a checkpoint that names this tokenizer; nothing else of it is there."""
+def written_by_tokenizer(run: Path, sha256: str, validation: str | None = None) -> Path:
+    """Give a run a checkpoint that names this tokenizer, and the validation samples; nothing else of it is there."""
     folder = run / "checkpoints" / "step-00000100"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"file": "tokenizer.model", "sha256": sha256}}))
+    manifest: dict[str, Any] = {"tokenizer": {"file": "tokenizer.model", "sha256": sha256}}
+    if validation is not None:
+        manifest["run"] = {"data": {"sources": [{"validation": validation}]}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return run

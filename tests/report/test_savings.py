@@ -151,6 +151,26 @@ def test_runs_of_one_configuration_but_other_tokenizers_are_no_seeds_of_each_oth
     assert [len(group.runs) for group in groups] == [2, 1]
 
 
+def test_a_path_that_holds_other_data_than_it_did_is_other_data(tmp_path: Path) -> None:
+    """And the same data is the same wherever it lies."""
+
+    def compared(folder: Path, validation: str, path: str) -> str:
+        other = {"sources": [{"path": path}], "sequence_length": 128}
+        runs = [
+            written_by_tokenizer(write_run(folder / "b", "baseline"), "a" * 64, "b" * 64),
+            written_by_tokenizer(write_run(folder / "o", "other", depth="4", data=other), "a" * 64, validation),
+        ]
+        return make_report(runs)[0].compared_by
+
+    assert compared(tmp_path / "again", "c" * 64, "data/text") == "bits per byte"  # prepared again with its tokenizer
+    assert compared(tmp_path / "moved", "b" * 64, "moved/text") == "nats per token"
+    seeds = [
+        written_by_tokenizer(write_run(tmp_path / str(number), "run", seed=number), "a" * 64, validation * 64)
+        for number, validation in enumerate("bcb")
+    ]
+    assert [len(group.runs) for group in group_runs([read_run(run) for run in seeds])] == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("events", "restarts"),
     [
