@@ -168,6 +168,11 @@ class Manifest(_Content):
         return [Path(path) for path in paths if isinstance(path, str) and "\0" not in path]
 
     @property
+    def is_fine_tuned(self) -> bool:
+        """The run's data is prompts and answers, as far as the configuration tells."""
+        return self._data.get("format") == "sft"
+
+    @property
     def _data(self) -> dict[str, Any]:
         data = self.config.get("data")
         return data if isinstance(data, dict) else {}

@@ -187,6 +187,15 @@ def _datasets(
     paths = checkpoint.manifest.data_paths if data is None else list(data)
     if required and not paths:
         raise MegaloopError("eval: the checkpoint does not know its data; name a data set with --data")
+    if data is None and checkpoint.manifest.is_fine_tuned:
+        text = (
+            "the run was fine-tuned on prompts and answers, and training alone measures their held-out loss (val_loss in "
+            "RUN/metrics.jsonl); name a data set that megaloop prep made with --data"
+        )
+        if required:
+            raise MegaloopError(f"eval: {text}")
+        note(f"no held-out loss: {text}")
+        return []
     opened = []
     for path in paths:
         try:

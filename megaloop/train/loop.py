@@ -66,7 +66,7 @@ def run(
         stop_at: save and end after this step, as if the rest were to follow later; the schedules are those of all steps.
         signals: asks to end; looked at after each step.
         allowed: what may be other than where the run was saved: its data, its seed, its batch.
-        go_on: the command that goes on with this run, to be named where it ends before its last step.
+        go_on: the command that goes on with this run to its end, to be named where it stops before.
 
     Returns:
         How it ended, the same on every rank. Whatever was trained is saved.
@@ -199,7 +199,7 @@ class _Run:
         if ending is None:
             reporter.finished()
         else:
-            reporter.ends_early(self.at.step)
+            reporter.ends_early(self.at.step, None if ending == "stopped" else self._stop_at)
         self.engine.close()
         return ending or "finished"
 

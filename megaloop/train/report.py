@@ -400,11 +400,12 @@ class RunReporter:
         if self._directory is not None:
             self._progress.message(f"step {step}  stopping here as --stop-at asks")
 
-    def ends_early(self, step: int) -> None:
-        """Say what is saved, and how to go on."""
+    def ends_early(self, step: int, stop_at: int | None) -> None:
+        """Say what is saved, and how to go on, up to ``stop_at`` where the run was to end there and has not come that far."""
         if self._directory is not None:
             done = f"stopped after step {step}, which is saved" if step else "stopped before the first step"
-            how = f"go on with: {self._go_on}" if self._go_on else "add --resume to go on"
+            until = "" if stop_at is None else f" --stop-at {stop_at}"
+            how = f"go on with: {self._go_on}{until}" if self._go_on else "add --resume to go on"
             self._progress.message(f"{done}; {how}")
 
     def not_saved(self, step: int, reason: str) -> None:

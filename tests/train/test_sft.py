@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megaloop.config import Config
 from megaloop.data import open_sources
 from megaloop.errors import MegaloopError
+from megaloop.evaluation.evaluate import evaluate
 from megaloop.inference.load import load_decoder
 from megaloop.model.parameters import parameter_specs
 from megaloop.train.schedule import learning_rate
@@ -185,3 +186,8 @@ def test_the_command_line_begins_with_a_checkpoint(pairs: Path, pretrained: Path
     assert "tokens of answers" in result.stdout
     assert len(losses(tmp_path / "run")) == 5
     assert (tmp_path / "run" / "checkpoints" / "step-00000005" / "tokenizer.model").is_file()
+    with pytest.raises(MegaloopError, match=r"fine-tuned on prompts and answers.* with --data"):
+        evaluate(tmp_path / "run", tasks=["validation"])
+    notes: list[str] = []
+    evaluate(tmp_path / "run", shots=[], on_note=notes.append)  # no number of shots: no questions
+    assert [note[:34] for note in notes] == ["no held-out loss: the run was fine"]

@@ -173,6 +173,8 @@ def test_stop_at_saves_and_ends_and_the_rest_follows(ranks_1: RankPool, corpus: 
     assert process.returncode == 0, output.decode()
     assert len(losses(tmp_path / "run")) == 5
     assert events(tmp_path / "run", "stop")[0]["reason"] == "stop_at"
+    told = f"stopped after step 5, which is saved; go on with: megaloop train {tmp_path}/run --resume"
+    assert told in output.decode().splitlines(), "with --stop-at 5 it would not go on"
     again = start(values, tmp_path, "--stop-at", "5", "--resume")
     assert again.wait(300) == 0
     assert len(losses(tmp_path / "run")) == 5, "it was there already"
