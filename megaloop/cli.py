@@ -279,7 +279,7 @@ def train(
     from launchers import local
 
     count = local.local_ranks(configuration, ranks)
-    options = {"--ranks": ranks, "--stop-at": stop_at, "--max-restarts": max_restarts or None}
+    options = {"--ranks": ranks, "--max-restarts": max_restarts or None}
     go_on = ["megaloop", "train", str(configuration.directory), "--resume"]
     go_on += [word for name, value in options.items() if value is not None for word in (name, str(value))]
     os.environ[GO_ON] = shlex.join(go_on)
@@ -298,7 +298,7 @@ def train(
             return
         except local.RankFailed as error:
             _print_error(str(error))
-            if restarts == max_restarts:
+            if restarts == max_restarts or error.signalled:  # who told it to end does not want it back
                 raise typer.Exit(1) from None
             SafeConsole(stderr=True).print(f"starting the ranks again, restart {restarts + 1} of {max_restarts}")
 

@@ -400,11 +400,16 @@ class RunReporter:
         if self._directory is not None:
             self._progress.message(f"step {step}  stopping here as --stop-at asks")
 
-    def ends_early(self, step: int) -> None:
-        """Say what is saved, and how to go on."""
+    def ends_early(self, step: int, stop_at: int | None) -> None:
+        """Say what is saved, and how to go on.
+
+        Args:
+            stop_at: a step that is still to come, after which the run was to end.
+        """
         if self._directory is not None:
             done = f"stopped after step {step}, which is saved" if step else "stopped before the first step"
-            how = f"go on with: {self._go_on}" if self._go_on else "add --resume to go on"
+            option = f" --stop-at {stop_at}" if stop_at is not None else ""
+            how = f"go on with: {self._go_on}{option}" if self._go_on else "add --resume to go on"
             self._progress.message(f"{done}; {how}")
 
     def not_saved(self, step: int, reason: str) -> None:
