@@ -36,7 +36,15 @@ _TAIL = 30
 
 
 class RankFailed(Exception):
-    """A rank ended in a way that is no user's error: killed, or with a traceback. The message names it and its log."""
+    """A rank ended in a way that is no user's error: killed, or with a traceback. The message names it and its log.
+
+    Attributes:
+        signalled: the ranks had been told to end, by this signal; 0: they had not.
+    """
+
+    def __init__(self, message: str, signalled: int = 0) -> None:
+        super().__init__(message)
+        self.signalled = signalled
 
 
 class _Signalled(BaseException):
@@ -283,8 +291,8 @@ class _Team:
                 "SIGKILL": " (out of memory?)",
                 "SIGALRM": " (it hung for longer than faults.step_limit; where, is in the run's stacks/)",
             }.get(name, "")
-            return RankFailed(f"rank {rank} died with {name}{hint}; {log}")
-        return RankFailed(f"rank {rank} failed with exit code {code}; {log}")
+            return RankFailed(f"rank {rank} died with {name}{hint}; {log}", self.signalled)
+        return RankFailed(f"rank {rank} failed with exit code {code}; {log}", self.signalled)
 
     def _show_tail(self, rank: int) -> None:
         with self.logs[rank].open("rb") as log:

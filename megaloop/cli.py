@@ -298,7 +298,7 @@ def train(
             return
         except local.RankFailed as error:
             _print_error(str(error))
-            if restarts == max_restarts:
+            if restarts == max_restarts or error.signalled:  # who told it to end does not want it back
                 raise typer.Exit(1) from None
             SafeConsole(stderr=True).print(f"starting the ranks again, restart {restarts + 1} of {max_restarts}")
 

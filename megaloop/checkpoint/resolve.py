@@ -10,6 +10,7 @@ from megaloop.checkpoint.manifest import MANIFEST, Manifest
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
+from megaloop.text import printable
 
 __all__ = [
     "DAMAGED",
@@ -90,9 +91,9 @@ def resolve_checkpoint(path: Path) -> Path:
         if (path / MANIFEST).is_file():
             return path
         if not path.exists():
-            raise MegaloopError(f"checkpoint {path}: no such directory")
+            raise MegaloopError(f"checkpoint {printable(path, 1000)}: no such directory")
     except OSError as error:
-        raise MegaloopError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
+        raise MegaloopError(f"checkpoint {printable(path, 1000)}: cannot be read ({error.strerror})") from None
     for directory in (path / "checkpoints", path):
         whole = list_checkpoints(directory)
         if whole:
@@ -155,4 +156,4 @@ def _describe(model: ModelConfig, plan: DepthPlan, vocab_size: int | None) -> di
 
 
 def _differences(one: dict[str, object], other: dict[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in one.items() if other[key] != value)
+    return ", ".join(f"{key} {printable(value)}" for key, value in one.items() if other[key] != value)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["Count", "DataState", "DepthState", "Entry", "RunState", "SourceState"]
 
 Count = Annotated[int, Field(ge=0, lt=10**30)]
 """Steps, tokens, bytes or FLOPs: no honest number is larger."""
+_FromOne = Annotated[Count, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -45,7 +46,7 @@ class DataState(Entry):
         cooldown_sample: the first with the cooldown's weights; None: there is no cooldown.
     """
 
-    sequence_length: PositiveInt
+    sequence_length: _FromOne
     cooldown_sample: Count | None
     sources: tuple[SourceState, ...]
 
@@ -61,7 +62,7 @@ class DepthState(Entry):
     """
 
     step: Count
-    layers: PositiveInt
+    layers: _FromOne
     depth: str
     grown: bool = False
 
@@ -90,10 +91,10 @@ class RunState(Entry):
     flops: Count
     skipped: Count
     seed: Count
-    batch: PositiveInt | None = None
-    steps: PositiveInt | None = None
+    batch: _FromOne | None = None
+    steps: _FromOne | None = None
     lr: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    order_version: PositiveInt = 1
+    order_version: _FromOne = 1
     data: DataState | None = None
     depths: tuple[DepthState, ...] = ()
 

@@ -27,7 +27,7 @@ from math import lcm
 
 from megaloop.errors import MegaloopError
 
-__all__ = ["CURRENT", "SampleOrder", "permute", "shuffled"]
+__all__ = ["CURRENT", "SampleOrder", "check_version", "permute", "shuffled"]
 
 CURRENT = 2
 """The version of the order that new runs take. A run keeps the one that it began with: its checkpoints record it.
@@ -88,6 +88,15 @@ def _shuffle(size: int, key: int) -> tuple[int, ...]:
 
 
 _PERMUTATIONS = {1: permute, 2: shuffled}
+
+
+def check_version(version: int) -> None:
+    """Raise MegaloopError for a version of the order that is not known here."""
+    if version not in _PERMUTATIONS:
+        raise MegaloopError(
+            f"the run's samples are in an order of version {version}; this megaloop knows 1 to {CURRENT}: "
+            "go on with the megaloop that began the run"
+        )
 
 
 def _whole_shares(weights: Sequence[float]) -> list[int]:
@@ -168,11 +177,7 @@ class SampleOrder:
         changes: Sequence[tuple[int, Sequence[float]]] = (),
         version: int = CURRENT,
     ):
-        if version not in _PERMUTATIONS:
-            raise MegaloopError(
-                f"the run's samples are in an order of version {version}; this megaloop knows 1 to {CURRENT}: "
-                "go on with the megaloop that began the run"
-            )
+        check_version(version)
         self._permute = _PERMUTATIONS[version]
         self._seed = seed
         self._shards = tuple(tuple(sizes) for sizes in shard_sizes)

@@ -222,6 +222,11 @@ class _Run:
         self._reporter.stopped(self.at.step)
         return "stopped"
 
+    def _look_for_directory(self) -> None:
+        """As :meth:`_check_directory`, where nothing else is to be agreed on; collective."""
+        (lost,) = highest(self._reporter.lost)
+        self._check_directory(bool(lost))
+
     def _check_directory(self, lost: bool) -> None:
         """End, on all ranks alike, where rank 0 has found that the run's directory is gone; there is nowhere to save."""
         if lost:
@@ -308,6 +313,7 @@ class _Run:
         if not result.applied or self._config.faults.spike_rollback:
             verdict = from_rank_0(verdict)
             if isinstance(verdict, RollBack):
+                self._look_for_directory()  # it would go back to what another directory holds, and begin anew there
                 raise _Trouble(verdict)
 
     def _topology(self, stage: GrowthStage) -> Topology:
@@ -352,10 +358,7 @@ class _Run:
         )
 
     def _save(self) -> None:
-        (lost,) = highest(self._reporter.lost)
-        self._check_directory(
-            bool(lost)
-        )  # or the checkpoint would be all that is in a new directory, or in another run's
+        self._look_for_directory()  # or the checkpoint would be all that is in a new directory, or in another run's
         self.saver.save(self.engine.pieces(), self._checkpoint_info(), self._sources.tokenizer)
 
     def _checkpoint_info(self) -> CheckpointInfo:

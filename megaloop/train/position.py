@@ -10,7 +10,7 @@ from megaloop.checkpoint import DataState, RunState, SourceState
 from megaloop.config import Config
 from megaloop.data import DataSet, Sources
 from megaloop.data.holes import Holes, past_holes
-from megaloop.data.order import CURRENT
+from megaloop.data.order import CURRENT, check_version
 from megaloop.data.sft import FineTuningSet
 from megaloop.errors import MegaloopError
 from megaloop.runs.allow import Allow
@@ -75,9 +75,13 @@ def go_on(
     """The state of a run that goes on from a saved one, and what has changed of what its place in the data rests on.
 
     Raises:
-        MegaloopError: something has changed that is not among ``allowed``, or that no position could be exact for.
+        MegaloopError: something has changed that is not among ``allowed``, or that no position could be exact for; or the
+            order of the samples is one that is not known here.
     """
+    check_version(saved.order_version)
     now = begin(config, sources)
+    if not saved.step and not saved.samples:  # an import, say: nothing rests on a place in the data yet
+        return now.model_copy(update={"tokens": saved.tokens, "flops": saved.flops, "depths": saved.depths}), ()
     changes = tuple(_changes(saved, now, [str(each.path) for each in sources.datasets]))
     if refused := [each for each in changes if each.what not in allowed]:
         flags = " ".join(f"--allow {what}" for what in dict.fromkeys(each.what for each in refused))
@@ -89,6 +93,11 @@ def go_on(
         raise MegaloopError(
             f"{next(each.text for each in changes if each.what == 'batch')}, but the weights of its cooldown begin at a sample "
             "that the batch decides; keep train.global_batch, or give each source one weight"
+        )
+    if _has_phases(now) and _had_another_batch(saved, now):
+        raise MegaloopError(
+            f"its {saved.step} steps took {saved.samples} samples, not {now.batch} (train.global_batch) each, and the weights "
+            "of its cooldown would begin at a sample that is not that of the learning rate's; give each source one weight"
         )
     kept = {"seed": now.seed, "batch": now.batch, "steps": now.steps, "data": now.data}
     return saved.model_copy(update=kept), changes
@@ -145,6 +154,18 @@ def _shares(weights: list[float]) -> list[Fraction]:
     exact = [Fraction(repr(float(weight))) for weight in weights]
     total = sum(exact)
     return [weight / total for weight in exact] if total else exact
+
+
+def _had_another_batch(saved: RunState, now: RunState) -> bool:
+    """Whether steps so far took another batch, which ``--allow batch`` took.
+
+    The position alone does not tell, as it has passed over holes; nor do the tokens alone, should the sequence length
+    have been another.
+    """
+    assert now.batch is not None
+    assert now.data is not None
+    samples = saved.step * now.batch
+    return saved.samples != samples and saved.tokens != samples * now.data.sequence_length
 
 
 def _has_phases(*states: RunState) -> bool:

@@ -257,6 +257,13 @@ def test_a_manifest_that_makes_no_sense(checkpoint: Path, edit: Any, message: st
     assert message in found
 
 
+@pytest.mark.parametrize("key", ["batch", "steps", "order_version"])
+def test_a_number_that_no_run_has(checkpoint: Path, key: str) -> None:
+    """And that no message could show."""
+    edit_manifest(checkpoint, lambda value: value["run"].update({key: 10**4000}))
+    assert f"run.{key}: Input should be less than" in refused(checkpoint, "sizes")
+
+
 def test_boxes_that_overlap_and_leave_a_gap(checkpoint: Path) -> None:
     def edit(value: dict[str, Any]) -> None:
         whole = _piece(value, "embedding.weight", "model")

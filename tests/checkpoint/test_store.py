@@ -361,8 +361,19 @@ def test_a_checkpoint_of_another_shape(tmp_path: Path) -> None:
         check_same_model(checkpoint.manifest, model, DepthPlan.plain(1), 24)
         with pytest.raises(MegaloopError) as raised:
             check_same_model(checkpoint.manifest, model.model_copy(update={"ffn_size": 32}), DepthPlan.plain(2), 24)
+        with pytest.raises(MegaloopError) as long:
+            check_same_model(
+                checkpoint.manifest, model.model_copy(update={"ffn_size": 10**4000}), DepthPlan.plain(1), 24
+            )
     assert "it holds depth 1, ffn_size 16; the configuration asks for depth 2, ffn_size 32" in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert len(str(long.value)) < 500
+
+
+def test_a_path_that_no_message_could_show() -> None:
+    with pytest.raises(MegaloopError, match="File name too long") as raised:
+        resolve_checkpoint(Path("x" * 5000))
+    assert len(str(raised.value)) < 1100
 
 
 def test_the_documentation_reads_a_checkpoint(tmp_path: Path, ranks_4: RankPool) -> None:

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from launchers import local
 from launchers.local import RankFailed, launch, local_ranks, rank_environment, single_rank
+from megaloop.cli import app
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
 
@@ -54,6 +58,28 @@ dist.barrier()
     launch(_script(tmp_path, body), 2, tmp_path / "logs")
     assert (tmp_path / "logs/rank-1.log").read_text() == "sum 3.0\n"
     assert not (tmp_path / "logs/rank-0.log").exists()
+
+
+@pytest.mark.parametrize(("signalled", "starts"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (0, 3)])
+def test_a_run_that_was_told_to_end_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: int, starts: int
+) -> None:
+    """A rank that dies while it saves: whoever pressed Ctrl-C does not want the run back."""
+    team = local._Team([], 2, tmp_path, tmp_path / "errors")
+    (tmp_path / "errors").mkdir()
+    team.signalled = signalled
+    asked: list[Any] = []
+
+    def dying(*arguments: Any) -> None:
+        asked.append(arguments)
+        raise team.failure(0, -signal.SIGKILL)
+
+    monkeypatch.setattr(local, "launch", dying)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run_dir: {tmp_path}/run\nparallel: {{pp: 2}}\ndata: {{sources: [{{path: x}}]}}\n")
+    done = CliRunner().invoke(app, ["train", str(config), "--max-restarts", "2"])
+    assert done.exit_code == 1, done.exception
+    assert len(asked) == starts
 
 
 def test_rank_0_has_the_terminal_and_the_others_write_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -155,6 +155,17 @@ def test_another_batch_would_move_a_cooldown_of_the_mixture(corpus: Path) -> Non
         go_on(*_opened(corpus, **weights, train__global_batch=8), state, [Allow.batch])
 
 
+def test_a_cooldown_of_the_mixture_can_not_follow_another_batch(corpus: Path) -> None:
+    """It would begin at sample 136, step 17 of 8 samples: but the first 10 steps took 4."""
+    one, own = _two(corpus, 1, 3), _two(corpus, 1, {"stable": 3, "cooldown": 1})
+    before = begin(*_opened(corpus, **one)).model_copy(update={"step": 10, "samples": 40, "tokens": 1280})
+    at, _ = go_on(*_opened(corpus, **one, train__global_batch=8), before, [Allow.batch])
+    with pytest.raises(MegaloopError, match=r"its 10 steps took 40 samples, not 8 \(train\.global_batch\) each"):
+        go_on(*_opened(corpus, **own, train__global_batch=8), at, ())
+    past_a_hole = before.model_copy(update={"samples": 52})
+    go_on(*_opened(corpus, **own), past_a_hole, ())
+
+
 def test_a_state_without_hashes_goes_on(corpus: Path, other: Path, saved: RunState) -> None:
     """As an earlier version wrote it; and one that knows nothing at all, as an imported checkpoint."""
     assert saved.data is not None
@@ -168,8 +179,20 @@ def test_a_state_without_hashes_goes_on(corpus: Path, other: Path, saved: RunSta
 
 
 def test_the_order_is_that_with_which_the_run_began(corpus: Path, saved: RunState) -> None:
-    at, _ = go_on(*_opened(corpus), saved.model_copy(update={"order_version": 7}), ())
-    assert at.order_version == 7
+    assert begin(*_opened(corpus)).order_version == saved.order_version == 2
+    at, _ = go_on(*_opened(corpus), saved.model_copy(update={"order_version": 1}), ())
+    assert at.order_version == 1
+    with pytest.raises(MegaloopError, match=r"in an order of version 7; this megaloop knows 1 to 2"):
+        go_on(*_opened(corpus), saved.model_copy(update={"order_version": 7}), ())
+
+
+def test_a_checkpoint_that_has_trained_nothing_is_compared_with_nothing(corpus: Path) -> None:
+    """An import has neither a seed nor a place in the data; its run is a new one."""
+    config, sources = _opened(corpus, seed=3)
+    imported = RunState.fresh().at_depth(3, "3")
+    at, changes = go_on(config, sources, imported, ())
+    assert changes == ()
+    assert at == begin(config, sources).at_depth(3, "3")
 
 
 def test_a_step_keeps_what_it_does_not_count(corpus: Path) -> None:

@@ -15,6 +15,7 @@ from megaloop.cli import _configuration_of, app
 from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import TrainingEngine
+from megaloop.train.faults import Faults, RollBack
 from megaloop.train.report import RunReporter
 from tests.distributed import RankPool
 from tests.train.runs import configuration, events, metrics, train
@@ -78,7 +79,7 @@ def _move(run: Path) -> None:
 
 
 def _replace(run: Path) -> None:
-    run.rename(run.with_name("replaced"))
+    run.rename(run.with_name(f"replaced-{run.name}"))
     run.mkdir()
     (run / "run.lock").write_text("another run's")
 
@@ -87,9 +88,13 @@ def _delete_metrics(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
 
 
-def train_losing(values: dict[str, Any], lose: Callable[[Path], None]) -> tuple[str, int]:
-    """Run on this rank; after step 3, rank 0 does something to the directory. Returns the error, and the steps done."""
-    plainly = RunReporter.stepped
+def train_losing(values: dict[str, Any], lose: Callable[[Path], None], rolls_back: bool = False) -> tuple[str, int]:
+    """Run on this rank; after step 3, rank 0 does something to the directory. Returns the error, and the steps done.
+
+    Args:
+        rolls_back: the numbers of step 3 are such that the run goes back.
+    """
+    plainly, judged = RunReporter.stepped, Faults.stepped
     done = 0
 
     def stepped(reporter: Any, at: Any, *arguments: Any) -> None:
@@ -99,18 +104,30 @@ def train_losing(values: dict[str, Any], lose: Callable[[Path], None]) -> tuple[
         if at.step == 3 and dist.get_rank() == 0:
             lose(Path(values["run_dir"]))
 
+    def judge(faults: Faults, at: Any, result: Any) -> Any:
+        return RollBack(3, "a spike", (8, 12)) if rolls_back and at.step == 3 else judged(faults, at, result)
+
     RunReporter.stepped = stepped  # type: ignore[method-assign, assignment]
+    Faults.stepped = judge  # type: ignore[method-assign, assignment]
     try:
         return refused(values, resume=False), done
     finally:
         RunReporter.stepped = plainly  # type: ignore[method-assign]
+        Faults.stepped = judged  # type: ignore[method-assign]
 
 
 def test_a_directory_that_goes_away_ends_the_run(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
-    for every, lose in ((0, _delete), (3, _delete), (1, _move), (3, _replace), (2, _delete_metrics)):
+    for every, lose, rolls_back in (
+        (0, _delete, False),
+        (3, _delete, False),
+        (1, _move, False),
+        (3, _replace, False),
+        (0, _replace, True),
+        (2, _delete_metrics, False),
+    ):
         run = tmp_path / f"run-{every}{lose.__name__}"
-        values = configuration(corpus, run, (1, 1, 2), checkpoint__every=every)
-        results = ranks_2.run(train_losing, values, lose)
+        values = configuration(corpus, run, (1, 1, 2), checkpoint__every=every, faults={"spike_rollback": True})
+        results = ranks_2.run(train_losing, values, lose, rolls_back)
         assert results[0] == results[1]
         error, done = results[0]
         assert done == 3
