@@ -326,11 +326,8 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise MegaloopError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = printable(".".join(map(str, first["loc"])) or "content")
-        what = printable(" ".join(f"{where}: {first['msg'].removeprefix('Value error, ')}".split()), 500)
         raise DamagedCheckpoint(
-            f"checkpoint {directory}: {MANIFEST} is damaged ({what}); use another checkpoint"
+            f"checkpoint {directory}: {MANIFEST} is damaged ({_first(error)}); use another checkpoint"
         ) from None
     _check_checksum(directory, text, manifest.checksum)
     _check_decoder(directory, manifest)
@@ -360,11 +357,21 @@ def _check_decoder(directory: Path, manifest: Manifest) -> None:
             raise ValueError("plan.order holds something else than layer ids")
         DepthPlan.from_json(manifest.plan)
     except (MegaloopError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = printable(" ".join(str(error).split()) or type(error).__name__, 500)
+        if isinstance(error, ValidationError):
+            what = f"model.{_first(error)}"
+        else:
+            what = printable(" ".join(str(error).split()) or type(error).__name__, 500)
         raise MegaloopError(
             f"checkpoint {directory}: {MANIFEST} describes a decoder that this megaloop does not know ({what}); "
             f"use the megaloop that wrote it ({manifest.megaloop})"
         ) from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors()[0]
+    where = printable(".".join(map(str, first["loc"])) or "content")
+    return printable(" ".join(f"{where}: {first['msg'].removeprefix('Value error, ')}".split()), 500)
 
 
 def _read_text(directory: Path, path: Path) -> bytes:
