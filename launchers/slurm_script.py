@@ -250,8 +250,17 @@ def _check_line(key: str, value: Any) -> None:
             )
 
 
+_READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
+"""Variables of bash's own, which it lets nobody set."""
+
+
 def _check_names(where: str, values: Mapping[str, str]) -> None:
+    taken = _READ_ONLY | set(re.findall(r"(?<![\w$-])([a-z_]+)(?==)", TEMPLATE.read_text(encoding="utf-8")))
     for name, value in values.items():
+        if name in taken:
+            raise MegaloopError(
+                f"{where}: {name} is a variable of the job script or of bash itself; choose another name"
+            )
         if not _NAME.fullmatch(name):
             raise MegaloopError(f"{where}: {name!r} is no name of an environment variable")
         if "\0" in value:

@@ -116,13 +116,23 @@ def _step(path: Path) -> int:
 
 
 def _prune(run: Path, keep: int | None) -> list[Path]:
-    """Delete what the run's own configuration does not keep; not while it is alive, as it does so itself."""
-    from megaloop.checkpoint import prune
+    """Delete what the run's own configuration does not keep; not while it is alive, as it does so itself.
+
+    The newest checkpoint is read first: where it is damaged, an older one may be all that a resume could go on from.
+    """
+    from megaloop.checkpoint import list_checkpoints, prune
     from megaloop.config import load_config
     from megaloop.train.rundir import CONFIG, held
 
     with held(run):
         policy = load_config(run / CONFIG, []).checkpoint
+        for newest in list_checkpoints(run / "checkpoints")[-1:]:
+            row = _describe(newest, verify=True)
+            if row.problem is not None:
+                raise MegaloopError(
+                    f"{printable(run, 1000)}: the newest checkpoint, {newest.name}, is damaged ({row.problem}), so nothing was deleted; "
+                    "see which are whole with --verify; --resume goes on from the newest of them"
+                )
         return prune(run / "checkpoints", keep or policy.keep, policy.keep_every)
 
 

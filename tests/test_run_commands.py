@@ -77,6 +77,15 @@ def test_pruning_follows_the_runs_configuration(run: Path) -> None:
     assert values["deleted"] == ["step-00000001", "step-00000002.damaged"]
 
 
+def test_nothing_is_deleted_where_the_newest_is_damaged(run: Path) -> None:
+    damaged = run / "checkpoints/step-00000004/model/rank-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    result = _megaloop("checkpoints", run, "--prune", "--keep", "1")
+    assert result.returncode == 2
+    assert "the newest checkpoint, step-00000004, is damaged" in result.stderr
+    assert len(list((run / "checkpoints").iterdir())) == 4
+
+
 def test_those_without_a_manifest_and_those_set_aside_are_shown(run: Path) -> None:
     (run / "checkpoints/step-00000001/manifest.json").unlink()
     (run / "checkpoints/step-00000002").rename(run / "checkpoints/step-00000002.damaged")

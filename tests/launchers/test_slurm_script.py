@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launchers.slurm_rank import record_exit, slurm_rank_environment
-from launchers.slurm_script import TEMPLATE, JobOptions, Site, job_script, load_site
+from launchers.slurm_script import TEMPLATE, JobOptions, Site, job_script, load_site, read_environment_file
 from megaloop.errors import MegaloopError
 
 NASTY = "a 'run' with \"quotes\", $(touch pwned), `touch pwned`; touch pwned & \\ #"
@@ -133,3 +133,12 @@ def test_the_first_orderly_exit_is_kept(tmp_path: Path) -> None:
     for code in (1, 75, 2, 0):
         record_exit(code, environment)
     assert (tmp_path / "exit").read_text() == "75\n"
+
+
+@pytest.mark.parametrize("name", ["run", "tries", "max_restarts", "UID"])
+def test_a_variable_of_the_job_scripts_own_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "env").write_text(f"{name}=1\n")
+    with pytest.raises(MegaloopError, match=rf"env: {name} is a variable of the job script or of bash itself"):
+        read_environment_file(tmp_path / "env")
+    (tmp_path / "env").write_text("http_proxy=here\nWANDB_API_KEY=secret\n")
+    assert set(read_environment_file(tmp_path / "env")) == {"http_proxy", "WANDB_API_KEY"}
