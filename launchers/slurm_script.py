@@ -255,7 +255,9 @@ _READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
 
 
 def _check_names(where: str, values: Mapping[str, str]) -> None:
-    taken = _READ_ONLY | set(re.findall(r"(?<![\w$-])([a-z_]+)(?==)", TEMPLATE.read_text(encoding="utf-8")))
+    script = TEMPLATE.read_text(encoding="utf-8")
+    local = {name for names in re.findall(r"\blocal ([a-z_ ]+)", script) for name in names.split()} - {"state"}
+    taken = _READ_ONLY | set(re.findall(r"(?<![\w$-])([a-z_]+)(?==)", script)) - local
     for name, value in values.items():
         if name in taken:
             raise MegaloopError(
