@@ -28,7 +28,7 @@ from tests.train.runs import configuration, events, losses, metrics, steps_done,
 
 pytestmark = pytest.mark.slow
 
-PATIENCE = 240
+PATIENCE = 900
 """Seconds for what takes ten on an idle machine: other tests may have the cores."""
 _LIMITED: dict[str, Any] = {"train__global_batch": 8, "checkpoint__every": 0, "validation__every": 0}
 _DYING: dict[str, Any] = {"checkpoint__every": 5, "validation__every": 0}
