@@ -150,7 +150,7 @@ def test_a_rank_that_dies_in_a_growth_leaves_the_last_checkpoint(
     ranks_2: RankPool, corpus: Path, tmp_path: Path, alone: Path, moment: str, save_before: bool
 ) -> None:
     # written before the next step: a thread might not be done when the rank dies
-    changes = {"growth": {"save_before": save_before}, "checkpoint__asynchronous": False}
+    changes: dict[str, Any] = {"growth": {"save_before": save_before}, "checkpoint__asynchronous": False}
     values = growing(corpus, tmp_path / "run", (2, 1, 1), **changes)
     with pytest.raises(RankError):
         ranks_2.run(train_dying_in_growth, values, moment)
