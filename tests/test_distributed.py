@@ -71,6 +71,7 @@ def test_an_error_on_every_rank_leaves_the_pool_in_use(ranks_2: RankPool) -> Non
     assert ranks_2.run(_process_id) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "what"), [(_fail_while_others_wait, "alone"), (_die, "SIGKILL")])
 def test_one_failing_rank_is_named_and_the_others_do_not_hang(function: object, what: str) -> None:
     with RankPool(2) as pool:

@@ -28,6 +28,8 @@ from megaloop.text import printable
 from tests.data.corpus import write_corpus
 from tests.report.rundirs import evaluated, write_run
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 2000
 CONFIG = """
 name: fuzz

@@ -32,6 +32,7 @@ def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return processes.run("bench", "reshard", *arguments)
 
 
+@pytest.mark.slow
 def test_a_growth_is_measured_both_ways(config: Path) -> None:
     done = _bench(str(config), "--rounds", "1", "--json")
     assert done.returncode == 0, done.stderr

@@ -137,6 +137,7 @@ def test_progress_is_told_to_the_end(tmp_path: Path, shallow: Path) -> None:
     assert [what for what, _, _ in told] == sorted((what for what, _, _ in told), key=["verifying", "writing"].index)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     """Private memory of the process while it writes 400 MB, of tensors of 4 MB at most."""
     model = replace_widths(hidden=512, ffn=2048, vocab=512)

@@ -185,6 +185,7 @@ def _pieces(boxes: list[tuple[list[int], list[int]]], shape: list[int]) -> dict[
     return {"model": {"w": TensorEntry(shape=shape, dtype="float32", pieces=pieces)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["rows", "columns", "both"])
 def test_many_boxes_are_checked_in_a_time_in_proportion(cut: str) -> None:
     """20,000 boxes, pair by pair, would take minutes."""

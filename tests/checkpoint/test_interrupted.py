@@ -144,6 +144,7 @@ def test_a_killed_save_leaves_the_earlier_checkpoint(fresh_rank: RankPool, tmp_p
     assert finished < 3  # only what comes after the last rename
 
 
+@pytest.mark.slow
 def test_a_killed_save_of_the_same_step_loses_neither(fresh_rank: RankPool, tmp_path: Path) -> None:
     [(kills, _)] = fresh_rank.run(_kill_everywhere, tmp_path / "run", 1, init=False)
     assert kills > 10

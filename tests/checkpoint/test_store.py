@@ -147,6 +147,7 @@ def cases(draw: st.DrawFn) -> Any:
     return shape, draw(cuttings(shape)), draw(cuttings(shape)), draw(st.sampled_from(["model", "master"]))
 
 
+@pytest.mark.slow
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_any_cut_is_read_in_any_other(tmp_path_factory: pytest.TempPathFactory, case: Any) -> None:

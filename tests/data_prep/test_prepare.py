@@ -315,6 +315,7 @@ def test_an_output_that_is_a_file_is_refused(text: Path, tmp_path: Path) -> None
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_of_two_preps_into_one_directory_the_later_is_refused(text: Path, prepared: Path, tmp_path: Path) -> None:
     """The second finishes while the first still reads its input, here a pipe's worth of it."""
     out, tokenizer = tmp_path / "shards", prepared / "tokenizer.model"
@@ -414,6 +415,7 @@ prepare([Path(sys.argv[2])], Path(sys.argv[3]), tokenizer=Path(sys.argv[4]), seq
 """
 
 
+@pytest.mark.slow
 def test_a_killed_prep_is_not_taken_for_a_data_set(text: Path, prepared: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     command = [sys.executable, "-c", _KILLED, "100", str(text), str(out), str(prepared / "tokenizer.model")]

@@ -141,6 +141,7 @@ def test_data_of_another_tokenizer_is_refused(plain_run: Path, tmp_path: Path) -
         evaluate(plain_run, tasks=["validation"], data=[tmp_path / "other"])
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_and_remembers_and_shares_over_ranks(plain_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(plain_run, tmp_path / "run")
     arguments = ("eval", run, "--tasks", "p-hop,validation", "--examples", "110", "--shots", "0,1", "--json")

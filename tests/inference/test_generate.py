@@ -70,6 +70,7 @@ def test_text_comes_as_it_is_generated(run: Path) -> None:
     assert result.text.startswith("The" + "".join(parts))
 
 
+@pytest.mark.slow
 def test_generation_ends_with_the_text(run: Path) -> None:
     """Documents end after a few dozen words; one of these samples reaches it."""
     results = [generate_text(run, "The", max_tokens=400, temperature=1.2, seed=seed) for seed in range(4)]

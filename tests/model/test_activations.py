@@ -51,7 +51,8 @@ def held(config: Config, device: str = "cpu", tp: TensorParallel | None = None) 
     documents_BS = (
         (torch.arange(shape[1], device=device) // 10).expand(shape) if config.model.document_masking else None
     )
-    before = set(_storages(_tensors()))
+    # held until the end: memory that is freed meanwhile (a thread of gloo's lets go late) would be taken for new tensors
+    held_before = _tensors()
     saved: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,7 +62,7 @@ def held(config: Config, device: str = "cpu", tp: TensorParallel | None = None) 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits_BSV = decoder(tokens_BS, documents_BS)
         loss = vocab_parallel_cross_entropy(logits_BSV, targets_BS, decoder.tp)
-    passing = before | set(_storages([logits_BSV, loss]))
+    passing = set(_storages([*held_before, logits_BSV, loss]))
     storages = _storages([*saved, *_tensors()])
     return sum(size for address, size in storages.items() if address not in passing)
 

@@ -165,6 +165,7 @@ class _Products(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
 def test_compiled_or_not_selective_recomputation_computes_no_product_again() -> None:
     # seven products of a layer and the head's, each twice in the backward pass; to run a layer again takes some more

@@ -61,6 +61,7 @@ def peaks(pool: RankPool, values: dict[str, Any], expected: Sequence[float], rel
     return [sorted(each)[1] for each in zip(*found, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_takes_what_was_budgeted(ranks_1: RankPool, precision: str, recompute: str) -> None:
@@ -78,6 +79,7 @@ def test_a_step_takes_what_was_budgeted(ranks_1: RankPool, precision: str, recom
     assert peaks(ranks_1, values, expected, 0.02) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("depth", "rounds"), [("8", 1), ("8", 2), ("2-2x3-0", 1), ("1-2x4-1", 1)])
 def test_a_step_over_rounds_takes_what_was_budgeted(ranks_2: RankPool, depth: str, rounds: int, precision: str) -> None:

@@ -78,6 +78,7 @@ def test_bf16_gradients_are_added_up_in_fp32(
         assert found["off"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)], ids=str)
 def test_activation_checkpointing_changes_nothing(
@@ -89,6 +90,7 @@ def test_activation_checkpointing_changes_nothing(
     assert recomputed == kept  # bit for bit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)], ids=str)
 def test_document_masking_and_untied_embeddings_hold_on_every_layout(
     request: pytest.FixtureRequest, layout: tuple[int, int, int]
@@ -112,6 +114,7 @@ def test_a_replica_that_drifts_is_named(
     assert everyone == [[f"{kind} {name}"]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("hidden", [20, 24])
 def test_replicas_stay_equal_where_sizes_do_not_divide_into_vectors(

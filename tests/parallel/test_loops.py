@@ -71,6 +71,7 @@ def test_loops_in_bf16_stay_close(request: pytest.FixtureRequest, layout: tuple[
     _check(request, layout, depth="1-2x3-1", train__precision="bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [2, 3])
 @pytest.mark.parametrize("layout", [(2, 1, 1), (2, 1, 2), (2, 2, 1)], ids=str)
 def test_a_model_without_loops_may_go_round_several_times(
@@ -131,6 +132,7 @@ PAIRS = [
 """Every option on every pipeline and with every depth, every depth on every pipeline; not all three in all combinations."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout", "depth"), PAIRS, ids=str)
 def test_options_of_loops_do_not_depend_on_the_pipeline(
     request: pytest.FixtureRequest, layout: tuple[int, int, int], depth: str, name: str

@@ -82,6 +82,7 @@ def test_depth_and_topology_change_in_bf16(ranks_4: RankPool, alone: Any) -> Non
     _check(everyone, alone("bf16", "lidas", "copy"), 3e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "moments", "layers"),
     [
@@ -105,6 +106,7 @@ def test_other_operators_and_moments(
     assert _furthest(expected["losses"][4:], usual[4:]) > 2e-4, "the operator or the moments make a difference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_topology_alone_changes_and_every_byte_of_the_state_is_accounted_for(
     ranks_4: RankPool, alone: Any, precision: str
@@ -163,6 +165,7 @@ def test_what_is_in_place_stays(ranks_2: RankPool) -> None:
     assert sum(report["in_place"]) > 2 * sum(report["moved"]) > 0
 
 
+@pytest.mark.slow
 def test_the_process_groups_of_earlier_topologies_are_gone(ranks_4: RankPool) -> None:
     grown = ranks_4.run(morph, configuration(), _stages([(1, 2, 2), (4, 1, 1), (2, 1, 2)], [(4, 1), (6, 1), (8, 1)]))
     fresh = ranks_4.run(morph, configuration(), [(8, (2, 1, 2), 1)])

@@ -124,6 +124,7 @@ def test_bytes_are_the_fewest_between_all_topologies(world: int, growth: tuple[O
         check(placement(plan, before), placement(grown.plan, after), grown)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     operator=st.sampled_from(get_args(Operator)),

@@ -83,6 +83,7 @@ def test_a_browser_shows_every_part(runs: list[Path], browser: str, tmp_path: Pa
     assert "NaN" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
 
 
+@pytest.mark.slow
 def test_names_cannot_smuggle_in_script(browser: str, tmp_path: Path) -> None:
     name = "<script>document.title='taken'<" + "\\script>&\"'"
     run = write_run(tmp_path / "run", name, steps=30)

@@ -211,6 +211,7 @@ def test_a_run_without_a_finite_loss_has_a_page(tmp_path: Path) -> None:
         assert "did not reach" not in " ".join(report.summary)
 
 
+@pytest.mark.slow
 def test_what_was_tampered_with_in_a_run_is_passed_over(tmp_path: Path) -> None:
     """Any value of any line may have become any other: a page is made, or the error is one line."""
     whole = write_run(tmp_path / "whole", "whole", grown_at=10, growth={"start": 4, "end": 0.4}, steps=30)

@@ -138,6 +138,7 @@ def test_a_finished_run_says_so(corpus: Path, finished: Path, tmp_path: Path) ->
     assert [record["step"] for record in metrics(finished)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_live_run_keeps_its_directory(corpus: Path, tmp_path: Path) -> None:
     values = configuration(corpus, tmp_path / "run", train__steps=100_000, validation__every=0)
     path = tmp_path / "live.yaml"

@@ -78,6 +78,7 @@ def test_a_run_outlives_a_full_disk(
     assert done == losses(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_an_error(corpus: Path, tmp_path: Path, disk: Disk) -> None:
     small = disk("1200k")
     values = configuration(corpus, small / "run", (1, 1, 2), train__steps=6, checkpoint__every=2)

@@ -103,6 +103,7 @@ def _stop_at(directory: Path, copy: Path, step: int, checkpoint: Path | None = N
         shutil.copytree(checkpoint, copy / "checkpoints" / f"step-{step:08d}")
 
 
+@pytest.mark.slow
 def test_what_a_run_tells_of_a_growth(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     values = growing(corpus, directory, (2, 1, 1), growth={"save_before": True})
@@ -161,6 +162,7 @@ def test_a_rank_that_dies_in_a_growth_leaves_the_last_checkpoint(
     assert [event["live"] for event in events(tmp_path / "run", "grow")] == [not save_before]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_before_and_after_its_growth_is_the_run_that_was_not_stopped(
     ranks_1: RankPool, corpus: Path, tmp_path: Path, alone: Path
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_run_resumed_before_and_after_its_growth_is_the_run_that_was_not_stopp
         assert _losses(directory) == _losses(alone)
 
 
+@pytest.mark.slow
 def test_the_topology_may_follow_the_depth(ranks_4: RankPool, corpus: Path, tmp_path: Path, alone: Path) -> None:
     topology = [{"layers": 4, "pp": 1}, {"layers": 8, "pp": 2}]
     samples = ranks_4.run(train, growing(corpus, tmp_path / "run", (1, 1, 4), growth={"topology": topology}))
@@ -184,12 +187,14 @@ def test_the_topology_may_follow_the_depth(ranks_4: RankPool, corpus: Path, tmp_
     assert set(samples[0][:10]) | set(samples[1][:10]) | set(samples[2][:10]) | set(samples[3][:10]) == set(range(40))
 
 
+@pytest.mark.slow
 def test_the_learning_rate_warms_up_again_where_asked(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
     ranks_1.run(train, growing(corpus, tmp_path / "run", growth={"warmup_steps": 4}))
     rates = [record["lr"] for record in metrics(tmp_path / "run")]
     assert rates[8:14] == pytest.approx([3e-3, 3e-3, 0.75e-3, 1.5e-3, 2.25e-3, 3e-3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["copy", "zero"])
 def test_a_new_run_takes_a_grown_checkpoint_and_grows_it_on(
     ranks_1: RankPool, corpus: Path, tmp_path: Path, alone: Path, moments: str
@@ -253,6 +258,7 @@ def test_a_checkpoint_that_does_not_fit_the_growth_is_refused(
     assert (tmp_path / "run" / "checkpoints" / "step-00000016" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_command_line_grows_in_flight_and_offline(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(growing(corpus, tmp_path / "run", (2, 1, 1), growth={"save_before": True})))

@@ -46,6 +46,7 @@ def test_the_second_source_begins_with_the_cooldown(two: list[dict[str, Any]], t
     assert sum(sources[48:]) == 16
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_and_is_resumed_reads_the_mixture_of_one_that_does_neither(
     two: list[dict[str, Any]], tmp_path: Path, ranks_1: RankPool, ranks_2: RankPool
 ) -> None:

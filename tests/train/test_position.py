@@ -251,6 +251,7 @@ def test_flags_reach_the_run_and_the_job(corpus: Path, tmp_path: Path, monkeypat
 # --- on ranks ---
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_something_else_says_so(
     ranks_1: RankPool, corpus: Path, other: Path, tmp_path: Path
 ) -> None:

@@ -194,6 +194,7 @@ assert "deepspeed" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_batch_of_millions_is_planned_at_once() -> None:
     train = VALUES["train"] | {"global_batch": 4_000_000}
     run = preview(configuration(train=train), ranks=2)

@@ -74,6 +74,7 @@ def test_resuming_on_the_same_topology_is_bit_identical(
     assert _validation(tmp_path / "run") == _validation(straight(layout, precision))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "sequence_parallel"),
     [

@@ -165,6 +165,7 @@ def _furthest(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_run_tells_of_it(alone: Callable[[str], Path], corpus: Path, name: str) -> None:
     case, run = CASES[name], alone(name)
@@ -193,6 +194,7 @@ def _rows(directory: Path) -> int:
         return rows
 
 
+@pytest.mark.slow
 def test_a_drawn_count_is_told_and_resumes_alike(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"depth": "1-2x3-1", "loop": {"count": "uniform", "ramp": 0.5}}
     run = configuration(corpus, tmp_path / "run", (2, 1, 1), **changes)
@@ -211,6 +213,7 @@ def test_a_drawn_count_is_told_and_resumes_alike(ranks_2: RankPool, corpus: Path
     assert metrics(tmp_path / "run")[-1]["flops"] == sum(each.total for each in steps) * 4 * 32
 
 
+@pytest.mark.slow
 def test_a_new_run_loops_a_plain_checkpoint_and_keeps_to_a_trained_style(
     ranks_1: RankPool, corpus: Path, tmp_path: Path
 ) -> None:

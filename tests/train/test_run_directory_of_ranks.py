@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from typer.testing import CliRunner
 
@@ -116,6 +117,7 @@ def train_losing(values: dict[str, Any], lose: Callable[[Path], None], rolls_bac
         Faults.stepped = judged  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_directory_that_goes_away_ends_the_run(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
     for every, lose, rolls_back in (
         (0, _delete, False),

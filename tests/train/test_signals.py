@@ -49,6 +49,7 @@ def test_a_signal_ends_the_step_saves_and_asks_to_be_continued(
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_names_the_command_that_goes_on(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "a run"
     process = start(_endless(corpus, run, (2, 1, 1)), tmp_path, "--stop-at", "50000")

@@ -64,6 +64,7 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
         draw_png([StepPicture("step", Rounds(2, 4), ((1.0, 1.0),), ((2.0, 2.0),))], tmp_path / "missing" / "step.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "micro_batches", "rounds"), [(2, 10_401, 1), (4, 2603, 2), (3, 1720, 4)])
 def test_a_step_too_long_to_simulate_is_estimated(ranks: int, micro_batches: int, rounds: int) -> None:
     """A shorter one stands for it: as many slices in flight, and the waiting of the whole to 1e-4 of the step."""
