@@ -11,6 +11,7 @@ from megaloop.checkpoint.resolve import (
     prune,
     resolve_checkpoint,
     set_aside,
+    step_name,
     step_of,
 )
 from megaloop.checkpoint.run_state import DataState, DepthState, RunState, SourceState
@@ -35,5 +36,6 @@ __all__ = [
     "resolve_checkpoint",
     "save_checkpoint",
     "set_aside",
+    "step_name",
     "step_of",
 ]

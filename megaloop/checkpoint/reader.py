@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaloop.checkpoint.manifest import FileEntry, Manifest, PieceEntry, TensorEntry, read_manifest
+from megaloop.checkpoint.resolve import is_step_name, step_name, step_of
 from megaloop.checkpoint.tensor_file import DTYPE_CODES
 from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.model import ParameterSpec
@@ -55,6 +56,12 @@ class Checkpoint:
             MegaloopError: no checkpoint, or one that cannot be read.
         """
         checkpoint = cls(path, read_manifest(path))
+        step = checkpoint.manifest.step
+        if is_step_name(path.name) and step_of(path) != step:  # what is newest, and what may go, is told from the names
+            raise MegaloopError(
+                f"checkpoint {path}: its name says step {step_of(path)}, but it was saved at step {step}; "
+                f"rename it to {step_name(step)}, or move it out of its run"
+            )
         for entry in checkpoint.manifest.files:
             _check_file(path, entry, verify)
         return checkpoint

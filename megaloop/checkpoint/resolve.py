@@ -23,6 +23,7 @@ __all__ = [
     "remove_checkpoint",
     "resolve_checkpoint",
     "set_aside",
+    "step_name",
     "step_of",
 ]
 
@@ -34,6 +35,11 @@ _NAME = re.compile(r"step-([0-9]+)")
 def is_step_name(name: str) -> bool:
     """Whether a run's checkpoint could have this name."""
     return _NAME.fullmatch(name) is not None
+
+
+def step_name(step: int) -> str:
+    """The name of the checkpoint that a run saves after a step."""
+    return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:

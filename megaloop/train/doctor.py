@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from megaloop.checkpoint import list_checkpoints, list_damaged
+from megaloop.checkpoint import list_checkpoints, list_damaged, step_of
 from megaloop.errors import MegaloopError
 from megaloop.parallel.topology import Topology
 from megaloop.runs.records import number, read_records, text, whole_number
@@ -208,7 +208,7 @@ def _checkpoints(diagnosis: Diagnosis, run: Path, events: Sequence[_Record]) -> 
     diagnosis.stall_seconds = sum(_seconds(event, "stall_seconds") or 0.0 for event in saves)
     whole, damaged = list_checkpoints(run / "checkpoints"), list_damaged(run / "checkpoints")
     if whole:
-        behind = diagnosis.steps - int(whole[-1].name.removeprefix("step-"))
+        behind = diagnosis.steps - step_of(whole[-1])
         ago = f", {behind} steps ago" if behind > 0 else ""
         stall = (
             f"; training stood still for {_duration(diagnosis.stall_seconds)} in {len(saves)} saves" if saves else ""

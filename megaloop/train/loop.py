@@ -35,6 +35,7 @@ from megaloop.runs.allow import Allow
 from megaloop.train.agree import all_ranks_agree, from_rank_0, highest
 from megaloop.train.faults import Faults, RollBack, Spike, add_hole, read_holes
 from megaloop.train.hardware import memory_bytes
+from megaloop.train.metrics import require_tensorboard
 from megaloop.train.position import after_step
 from megaloop.train.report import RankRecord, RunReporter
 from megaloop.train.rundir import RunDirectory
@@ -425,6 +426,8 @@ def _open_directory(config: Config, resume: bool) -> RunDirectory | _NoDirectory
     directory: RunDirectory | _NoDirectory = _NoDirectory()
     with all_ranks_agree():
         if dist.get_rank() == 0:
+            if config.logging.tensorboard:
+                require_tensorboard()  # before anything changes
             directory = RunDirectory.create_or_open(config.directory, resume=resume)
     return directory
 

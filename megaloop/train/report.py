@@ -26,7 +26,7 @@ from megaloop.parallel.live import Resharded
 from megaloop.runs.records import number
 from megaloop.text import printable
 from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
-from megaloop.train.metrics import MetricsWriter, StepRecord, require_tensorboard, timestamp
+from megaloop.train.metrics import MetricsWriter, StepRecord, timestamp
 from megaloop.train.progress import ProgressReporter, format_bytes
 from megaloop.train.rundir import RunDirectory, last_records
 
@@ -83,8 +83,6 @@ class RunReporter:
     def __enter__(self) -> Self:
         if self._directory is not None:
             config, step = self._config, self._start.step
-            if config.logging.tensorboard:
-                require_tensorboard()  # before anything changes
             if step or self._directory.last_step() is not None:
                 self._directory.resume_at(step)
             self._metrics = self._stack.enter_context(

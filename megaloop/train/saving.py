@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megaloop.checkpoint import BackgroundSaver, CheckpointInfo, SaveResult, prune, save_checkpoint
+from megaloop.checkpoint import BackgroundSaver, CheckpointInfo, SaveResult, prune, save_checkpoint, step_name
 from megaloop.config import CheckpointConfig
 from megaloop.errors import MegaloopError
 from megaloop.parallel.placement import StatePiece
@@ -64,7 +64,7 @@ class Saver:
         sizes: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(sizes, sum(each.data.nbytes for each in pieces if each.writes))
         self._needed = sum(sizes)
-        path = self._directory / f"step-{info.step:08d}"
+        path = self._directory / step_name(info.step)
         if self._background:
             self._background.start(path, pieces, info, tokenizer, self._prune)
         else:

@@ -118,3 +118,15 @@ def test_some_checkpoints_stay_for_good(ranks_2: RankPool, corpus: Path, tmp_pat
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
         "step-00000004", "step-00000008", "step-00000009"
     ]  # fmt: skip
+
+
+def test_a_checkpoint_under_another_name_is_refused(
+    ranks_2: RankPool, straight: Path, corpus: Path, tmp_path: Path
+) -> None:
+    checkpoint = _until_4(straight, tmp_path / "run")
+    renamed = checkpoint.rename(checkpoint.with_name("step-00000005"))
+    with pytest.raises(
+        AssertionError, match="its name says step 5, but it was saved at step 4; rename it to step-00000004"
+    ):
+        ranks_2.run(train, _values(corpus, tmp_path / "run", steps=6), resume=True)
+    assert renamed.is_dir()

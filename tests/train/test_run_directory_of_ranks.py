@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,17 @@ from tests.train.runs import configuration, events, metrics, train
 from tests.train.test_rundir import contents
 
 
-def refused(values: dict[str, Any], *, resume: bool = True, stop_at: int | None = None, broken: bool = False) -> str:
-    """Run on this rank; returns the error. ``broken``: the engine cannot be built."""
+def refused(
+    values: dict[str, Any], *, resume: bool = True, stop_at: int | None = None, broken: bool = False, missing: str = ""
+) -> str:
+    """Run on this rank; returns the error. ``broken``: the engine cannot be built; ``missing``: a module that is not installed."""
 
     def build(*_: Any) -> TrainingEngine:
         raise MegaloopError("no room for the engine")
 
+    installed = sys.modules.get(missing)
+    if missing:
+        sys.modules[missing] = None  # type: ignore[assignment]
     if broken:
         loop.TrainingEngine = build  # type: ignore[attr-defined, assignment]
     try:
@@ -36,6 +42,8 @@ def refused(values: dict[str, Any], *, resume: bool = True, stop_at: int | None 
     except MegaloopError as error:
         return str(error)
     finally:
+        if installed is not None:
+            sys.modules[missing] = installed
         loop.TrainingEngine = TrainingEngine  # type: ignore[attr-defined]
     raise AssertionError("it was not refused")
 
@@ -54,6 +62,7 @@ def test_a_refused_start_leaves_the_directory_as_it_was(ranks_2: RankPool, corpu
         (longer | {"depth": "2"}, {}, "depth 2"),
         (longer | {"data__sequence_length": 64}, {}, "longer than the 32 tokens"),
         (longer, {"stop_at": 7}, "--stop-at 7"),
+        (longer | {"logging__tensorboard": True}, {"missing": "torch.utils.tensorboard"}, "package is not installed"),
         (longer, {"broken": True}, "no room for the engine"),
     ):
         values = configuration(corpus, run, layout, **changes)
