@@ -67,5 +67,5 @@ setup(
     data_files=[("share/megaloop/configs", sorted(str(p.relative_to(HERE)) for p in HERE.glob("configs/*.yaml")))],
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megaloop=megaloop.cli:main"]},
+    entry_points={"console_scripts": ["megaloop=megaloop.cli.main:main"]},
 )

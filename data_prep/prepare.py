@@ -25,8 +25,8 @@ from data_prep.sources import Inputs, find_inputs
 from data_prep.tokenizer import token_bytes, train_tokenizer
 from megaloop import __version__
 from megaloop.data.dataset import FORMAT_VERSION, Description, SourceEntry, TokenizerEntry
-from megaloop.data.tokenizer import Tokenizer, file_sha256
 from megaloop.errors import MegaloopError
+from megaloop.tokenizer.sentencepiece import Tokenizer, file_sha256
 
 __all__ = ["PrepSummary", "available_cores", "encode_documents", "prepare"]
 

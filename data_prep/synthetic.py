@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 
+from megaloop.data.induction import p_hop
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.tasks import p_hop
 from megaloop.text import printable
 
 __all__ = ["KINDS", "Problem", "Written", "documents", "write_jsonl"]

@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launchers.rank import CONTINUE, ERROR_FILE, LAUNCHER, STORE_FD
+from launchers.rank import ERROR_FILE, LAUNCHER, STORE_FD
 from megaloop.config import Config
-from megaloop.errors import MegaloopError
+from megaloop.errors import CONTINUE, MegaloopError
 from megaloop.text import printable
 
 __all__ = ["RankFailed", "gpu_count", "launch", "local_ranks", "rank_environment", "single_rank"]

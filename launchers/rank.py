@@ -18,7 +18,6 @@ from megaloop.errors import MegaloopError
 from megaloop.text import message_line, parse_whole, quoted
 
 __all__ = [
-    "CONTINUE",
     "ERROR_FILE",
     "GO_ON",
     "LAUNCHER",
@@ -33,10 +32,6 @@ __all__ = [
     "started_by_launcher",
 ]
 
-CONTINUE = 75
-"""Exit code of a run that a signal ended: all is saved, and it wants to be continued (EX_TEMPFAIL of sysexits.h).
-
-A rank leaves with it after Ctrl-C as well; the local launcher, which knows what it passed on, makes 130 of it."""
 ERROR_FILE = "MEGALOOP_ERROR_FILE"
 """Environment: where this rank leaves the line of an error that the user can mend."""
 GO_ON = "MEGALOOP_GO_ON"

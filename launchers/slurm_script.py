@@ -14,9 +14,9 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from jinja2.meta import find_undeclared_variables
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from megaloop.config.yaml_text import read_yaml
 from megaloop.errors import MegaloopError
 from megaloop.text import quoted
-from megaloop.yaml_text import read_yaml
 
 __all__ = ["TEMPLATE", "JobOptions", "Site", "job_script", "load_site", "read_environment_file"]
 

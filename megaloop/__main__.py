@@ -4,7 +4,7 @@ from launchers.rank import follow_launcher
 
 follow_launcher()
 
-from megaloop.cli import main  # noqa: E402
+from megaloop.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,13 @@
-"""The error class for everything a user can cause, and the one kind of it that a run recovers from."""
+"""The error class for everything a user can cause, the kind of it that a run recovers from, and how a run ends that wants to go on."""
 
 from __future__ import annotations
 
-__all__ = ["DamagedCheckpoint", "MegaloopError"]
+__all__ = ["CONTINUE", "DamagedCheckpoint", "MegaloopError"]
+
+CONTINUE = 75
+"""Exit code of a run that a signal ended: all is saved, and it wants to be continued (EX_TEMPFAIL of sysexits.h).
+
+A rank leaves with it after Ctrl-C as well; the local launcher, which knows what it passed on, makes 130 of it."""
 
 
 class MegaloopError(Exception):

@@ -6,7 +6,7 @@ import reprlib
 import unicodedata
 from typing import Any
 
-__all__ = ["message_line", "parse_whole", "printable", "quoted", "safe_lines"]
+__all__ = ["format_bytes", "message_line", "parse_whole", "printable", "quoted", "safe_lines", "significant"]
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Categories of characters that a terminal obeys or hides: controls, direction marks, surrogates, line separators."""
@@ -61,3 +61,19 @@ def parse_whole(text: str) -> int | None:
     ``str.isdigit`` is no test for it: it is true of "²", of which ``int`` makes nothing, and of thousands of digits.
     """
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def format_bytes(value: int) -> str:
+    """Three significant digits with KiB, MiB, GiB or TiB."""
+    for factor, suffix in ((1 << 10, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB")):
+        if value < 999.5 * factor:
+            return f"{significant(value / factor)} {suffix}"
+    return f"{significant(value / (1 << 40))} TiB"
+
+
+def significant(value: float) -> str:
+    """Three significant digits, without an exponent: 0.0123, 1.23, 12.3, 123, 1234."""
+    if value >= 99.95 or value == 0:
+        return f"{value:.0f}"
+    digits = 2 if value < 9.995 else 1
+    return f"{value:.{digits}f}" if value >= 0.0995 else f"{value:.4f}"

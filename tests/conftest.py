@@ -7,6 +7,7 @@ import os
 # before torch is imported: tests run beside each other, and threads that wait for a core cost more than they bring
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,17 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.data.corpus import write_corpus
 from tests.distributed import RankPool
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("MEGALOOP_HYPOTHESIS", "ci"))
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell that starts the suite in the background lets it ignore Ctrl-C, and so would all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +73,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
-_LAYOUTS = ("parallel", "train", "model", "bench", "evaluation", "checkpoint")
+_LAYOUTS = (
+    "bench", "checkpoint", "evaluation", "huggingface", "layout", "model", "parallel", "plan", "runs", "train"
+)  # fmt: skip
 """Folders whose tests are made for many layouts, precisions and options."""
 
 
@@ -123,3 +132,15 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for path in mounted:
         subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 32-token samples."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"), sequence_length=32)
+
+
+@pytest.fixture
+def small_disk(disk: Callable[[str], Path]) -> Path:
+    """A file system of 64 KiB."""
+    return disk("64k")

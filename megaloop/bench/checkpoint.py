@@ -24,10 +24,10 @@ import torch.distributed as dist
 from megaloop.checkpoint import BackgroundSaver, Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
+from megaloop.layout.sources import InitialValues
+from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import TrainingEngine, join_ranks
-from megaloop.parallel.state import InitialValues
-from megaloop.parallel.topology import Topology
-from megaloop.train.hardware import describe_machine
+from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["CheckpointBenchmark", "bench_checkpoint", "run_rank"]
 

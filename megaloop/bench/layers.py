@@ -13,8 +13,8 @@ from megaloop.config import Config
 from megaloop.data import embedding_rows, open_sources
 from megaloop.depth import DepthPlan
 from megaloop.model import DecoderStage, choose_kernels, vocab_parallel_cross_entropy
-from megaloop.parallel.engine import local_device
-from megaloop.train.hardware import describe_machine
+from megaloop.runtime.device import local_device
+from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["LayerTimes", "bench_layers"]
 

@@ -22,11 +22,12 @@ from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_check
 from megaloop.config import Config
 from megaloop.depth import GrowthStage
 from megaloop.errors import MegaloopError
-from megaloop.parallel.engine import TrainingEngine, join_ranks, local_device
+from megaloop.layout.sources import GrownState, InitialValues
+from megaloop.layout.topology import Topology
+from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
-from megaloop.parallel.state import GrownState, InitialValues
-from megaloop.parallel.topology import Topology
-from megaloop.train.hardware import describe_machine
+from megaloop.runtime.device import local_device
+from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["ReshardBenchmark", "Role", "bench_reshard", "run_rank"]
 

@@ -26,13 +26,13 @@ from rich.table import Table
 from megaloop.bench.step import SHAPES
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
-from megaloop.output import SafeConsole
+from megaloop.layout.rounds import Rounds
+from megaloop.layout.sources import InitialValues
+from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import TrainingEngine, join_ranks
-from megaloop.parallel.rounds import Rounds
-from megaloop.parallel.state import InitialValues
-from megaloop.parallel.topology import Topology
-from megaloop.train.hardware import describe_machine
-from megaloop.train.progress import format_bytes
+from megaloop.runtime.hardware import describe_machine
+from megaloop.terminal import SafeConsole
+from megaloop.text import format_bytes
 
 __all__ = ["Contender", "RoundsBenchmark", "Setting", "bench_rounds", "run_rank", "show"]
 

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from launchers.rank import CONTINUE
 from megaloop.bench.contenders import contender, total_flops
 from megaloop.checkpoint import list_checkpoints, step_of
 from megaloop.config import Config
-from megaloop.errors import MegaloopError
-from megaloop.train.rundir import last_records, replace_file
+from megaloop.errors import CONTINUE, MegaloopError
+from megaloop.runs.directory import last_records, replace_file
 
 __all__ = ["Evaluation", "Job", "Plan", "Runner", "prepare_jobs"]
 

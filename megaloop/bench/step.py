@@ -23,10 +23,11 @@ from torch import Tensor
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
 from megaloop.depth.flops import flops_per_token
-from megaloop.parallel.engine import TrainingEngine, join_ranks, local_device
-from megaloop.parallel.state import InitialValues
-from megaloop.parallel.topology import Topology
-from megaloop.train.hardware import describe_machine
+from megaloop.layout.sources import InitialValues
+from megaloop.layout.topology import Topology
+from megaloop.parallel.engine import TrainingEngine, join_ranks
+from megaloop.runtime.device import local_device
+from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["SHAPES", "StepBenchmark", "bench_step"]
 

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from megaloop.config import Config, ModelConfig
 from megaloop.depth import DepthPlan, LoopStyle
 from megaloop.errors import MegaloopError
+from megaloop.layout.partition import estimated_costs, partition
+from megaloop.layout.pieces import Box, Piece
+from megaloop.layout.sources import StateSource
+from megaloop.layout.topology import Topology
 from megaloop.model import Kernels, TensorParallel, build_adamw, choose_kernels, parameter_specs
 from megaloop.model.layers import AttentionContext, DecoderLayer, RMSNorm, rotary_tables
 from megaloop.model.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
-from megaloop.parallel.engine import Batch, StepResult, align_shares, deepspeed_config, local_device, quietly
-from megaloop.parallel.partition import estimated_costs, partition
-from megaloop.parallel.placement import Box, Piece
-from megaloop.parallel.state import StateSource
-from megaloop.parallel.topology import Topology
+from megaloop.parallel.engine import Batch, StepResult, align_shares, deepspeed_config, quietly
+from megaloop.runtime.device import local_device
 
 __all__ = ["TiedEngine"]
 

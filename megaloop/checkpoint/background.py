@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megaloop.checkpoint.writer import CheckpointInfo, SaveResult, save_checkpoint
-from megaloop.parallel.placement import StatePiece
+from megaloop.layout.pieces import StatePiece
 
 __all__ = ["BackgroundSaver", "HostCopy"]
 

@@ -21,10 +21,10 @@ from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth, InsertAt, Operator, grow, respell, unloop, untie
 from megaloop.depth.flops import parameters
 from megaloop.errors import MegaloopError
+from megaloop.layout.pieces import Box, Piece
+from megaloop.layout.sources import GrownState, InitialValues
+from megaloop.layout.transfers import Moments
 from megaloop.model import parameter_specs
-from megaloop.parallel.placement import Box, Piece
-from megaloop.parallel.reshard import Moments
-from megaloop.parallel.state import GrownState, InitialValues
 
 __all__ = ["GrownCheckpoint", "LoopedCheckpoint", "grow_checkpoint", "loop_checkpoint"]
 

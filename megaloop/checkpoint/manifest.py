@@ -17,7 +17,7 @@ from megaloop.checkpoint.run_state import Count, DataState, Entry, RunState, Sou
 from megaloop.config import Config, ModelConfig
 from megaloop.depth import DepthPlan, Operator
 from megaloop.errors import DamagedCheckpoint, MegaloopError
-from megaloop.parallel.placement import Box, Piece
+from megaloop.layout.pieces import Box, Piece
 from megaloop.text import printable
 
 __all__ = [

@@ -20,8 +20,8 @@ from megaloop.checkpoint.manifest import FileEntry, Manifest, PieceEntry, Tensor
 from megaloop.checkpoint.resolve import is_step_name, step_name, step_of
 from megaloop.checkpoint.tensor_file import DTYPE_CODES
 from megaloop.errors import DamagedCheckpoint, MegaloopError
+from megaloop.layout.pieces import Box, Piece
 from megaloop.model import ParameterSpec
-from megaloop.parallel.placement import Box, Piece
 from megaloop.text import printable
 
 __all__ = ["Checkpoint", "file_checksum"]

@@ -37,7 +37,7 @@ from megaloop.checkpoint.tensor_file import LazyTensor, write_tensors
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
-from megaloop.parallel.placement import Piece, StatePiece
+from megaloop.layout.pieces import Piece, StatePiece
 
 __all__ = ["CheckpointInfo", "LazyPiece", "SaveResult", "save_checkpoint"]
 
@@ -70,7 +70,7 @@ class LazyPiece:
     """A piece that is read when its turn comes to be written.
 
     Attributes:
-        kind, piece: as in :class:`megaloop.parallel.placement.StatePiece`.
+        kind, piece: as in :class:`megaloop.layout.pieces.StatePiece`.
         dtype: of the values.
         read: gives them, shaped like the box, or flat for a fragment.
     """

@@ -1,7 +1,7 @@
 """Reading token shards in a global order that no topology changes."""
 
 from megaloop.data.dataset import DataSet, Sample
-from megaloop.data.holes import Holes, past_holes
+from megaloop.data.excluded import Holes, past_holes
 from megaloop.data.loader import (
     BatchLoader,
     MicroBatch,
@@ -13,7 +13,7 @@ from megaloop.data.loader import (
 )
 from megaloop.data.order import SampleOrder
 from megaloop.data.sources import Sources, embedding_rows, open_sources
-from megaloop.data.tokenizer import Tokenizer
+from megaloop.tokenizer.sentencepiece import Tokenizer
 
 __all__ = [
     "BatchLoader",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megaloop.data.dataset import DataSet, Sample, Split
-from megaloop.data.holes import Holes, past_holes
+from megaloop.data.excluded import Holes, past_holes
 from megaloop.data.order import SampleOrder
 from megaloop.data.sft import FineTuningSet, FineTuningSplit
 from megaloop.errors import MegaloopError

@@ -21,9 +21,9 @@ import numpy as np
 from megaloop.config import DataConfig
 from megaloop.data.dataset import Sample
 from megaloop.data.jsonl import BEGINNING, MARK, NotText, field_text, foreign_encoding, read_object
-from megaloop.data.tokenizer import Tokenizer, file_sha256
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
+from megaloop.tokenizer.sentencepiece import Tokenizer, file_sha256
 
 __all__ = ["FineTuningSet", "FineTuningSplit"]
 

@@ -9,9 +9,9 @@ from megaloop.config import Config, DataConfig
 from megaloop.data.dataset import DataSet
 from megaloop.data.order import CURRENT, SampleOrder
 from megaloop.data.sft import FineTuningSet
-from megaloop.data.tokenizer import Tokenizer, file_sha256
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
+from megaloop.tokenizer.sentencepiece import Tokenizer, file_sha256
 
 __all__ = ["Sources", "embedding_rows", "open_sources"]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 
+from megaloop.data.induction import p_hop
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
 
@@ -24,7 +25,6 @@ __all__ = [
     "Example",
     "Task",
     "examples",
-    "p_hop",
     "shots",
     "tasks_named",
 ]
@@ -203,20 +203,6 @@ def _addition(terms: int) -> Callable[[random.Random, int], Example]:
 
 
 # --- p-hop induction
-
-
-def p_hop(sequence: Sequence[str], hops: int) -> str | None:
-    """What p-hop induction gives (arXiv 2502.17416, section 3); None where a hop leads nowhere.
-
-    A hop goes from a symbol to the one after the latest earlier place of that symbol.
-    """
-    at = len(sequence) - 1
-    for _ in range(hops):
-        earlier = [place for place in range(at) if sequence[place] == sequence[at]]
-        if not earlier:
-            return None
-        at = earlier[-1] + 1
-    return sequence[at]
 
 
 def _hopping(hops: int, length: int) -> Callable[[random.Random, int], Example]:

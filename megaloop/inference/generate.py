@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megaloop.data.tokenizer import Tokenizer
 from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
+from megaloop.tokenizer.sentencepiece import Tokenizer
 
 __all__ = ["GenerationResult", "before_document", "generate_text", "generate_tokens"]
 

@@ -12,7 +12,7 @@ from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.model import Decoder, choose_kernels, parameter_specs
-from megaloop.parallel.engine import local_device
+from megaloop.runtime.device import local_device
 
 __all__ = ["load_decoder"]
 

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,22 +18,17 @@ from torch import Tensor
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
+from megaloop.layout.partition import split_rounds
+from megaloop.layout.pieces import StatePiece
+from megaloop.layout.placement import SHARE_UNIT, Placement
+from megaloop.layout.sources import StateSource
+from megaloop.layout.topology import Coordinate, Topology
 from megaloop.model import Kernels, Labels, build_adamw, choose_kernels, parameter_specs
-from megaloop.parallel.partition import LayerCosts, Slices, estimated_costs, slice_rounds
-from megaloop.parallel.placement import StatePiece
 from megaloop.parallel.replicas import differing_replicas
-from megaloop.parallel.reshard import SHARE_UNIT, Placement
 from megaloop.parallel.rounds_engine import RoundsEngine
-from megaloop.parallel.state import (
-    LocalParameter,
-    StateSource,
-    local_parameters,
-    prime_moments,
-    state_pieces,
-    write_state,
-)
+from megaloop.parallel.state import LocalParameter, local_parameters, prime_moments, state_pieces, write_state
 from megaloop.parallel.stopwatch import Stopwatch
-from megaloop.parallel.topology import Coordinate, Topology
+from megaloop.runtime.device import local_device
 
 __all__ = [
     "Batch",
@@ -43,20 +37,11 @@ __all__ = [
     "align_shares",
     "deepspeed_config",
     "join_ranks",
-    "local_device",
     "quietly",
-    "split_rounds",
 ]
 
 Batch = tuple[Tensor | tuple[Tensor, Tensor], Labels]
 """(tokens [b, S], or (tokens, document indices)) and targets [b, S] (or they and the factors of their losses)."""
-
-
-def local_device() -> torch.device:
-    """This rank's device: its GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def join_ranks() -> int:
@@ -316,17 +301,6 @@ def align_shares() -> None:
     for optimizer in (BF16_Optimizer, DeepSpeedZeroOptimizer):
         # both set it to 2 in their constructors, which then use it: they keep this instead
         optimizer.nccl_start_alignment_factor = property(lambda self: SHARE_UNIT, lambda self, value: None)
-
-
-def split_rounds(config: Config, plan: DepthPlan, topology: Topology, vocab_size: int) -> Slices:
-    """Which pipeline rank runs which positions of the plan in which round, by measured or estimated costs."""
-    costs = (
-        LayerCosts(*config.parallel.layer_costs)
-        if config.parallel.layer_costs
-        else estimated_costs(config.model, vocab_size, config.data.sequence_length)
-    )
-    micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
-    return slice_rounds(plan, topology.pp, config.parallel.rounds, micro_batches, costs)
 
 
 def _process_groups() -> list[Any]:

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaloop.depth import Growth
+from megaloop.layout.pieces import Box, StatePiece
+from megaloop.layout.sources import StateSource
+from megaloop.layout.transfers import Moments, Reshard, Transfer, takes_zeros
 from megaloop.model import grown_from
-from megaloop.parallel.placement import Box, StatePiece
-from megaloop.parallel.reshard import Moments, Reshard, Transfer, takes_zeros
-from megaloop.parallel.state import StateSource
 
 __all__ = ["exchange"]
 

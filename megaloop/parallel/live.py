@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megaloop.depth import Growth
+from megaloop.layout.sources import InitialValues
+from megaloop.layout.topology import Topology
+from megaloop.layout.transfers import Moments, Reshard, transfers
 from megaloop.parallel.engine import TrainingEngine
 from megaloop.parallel.exchange import exchange
-from megaloop.parallel.reshard import Moments, Reshard, transfers
-from megaloop.parallel.state import InitialValues
-from megaloop.parallel.topology import Topology
 
 __all__ = ["Resharded", "reshard"]
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
+from megaloop.layout.partition import Slices, owned_layers
+from megaloop.layout.topology import Topology
 from megaloop.model import DecoderStage, Kernels, Labels, TensorParallel, vocab_parallel_cross_entropy
 from megaloop.model.decoder import Recompute
-from megaloop.parallel.partition import Slices, owned_layers
-from megaloop.parallel.topology import Topology
 
 __all__ = ["PipelinedDecoder"]
 

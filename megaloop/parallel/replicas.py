@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from megaloop.parallel.placement import StatePiece
+from megaloop.layout.pieces import StatePiece
 
 __all__ = ["differing_replicas"]
 

@@ -1,7 +1,7 @@
 """Training and evaluating over several rounds, on DeepSpeed's pipeline engine.
 
 DeepSpeed's engine knows one slice of layers per rank. Here a rank has one per round, and works in the order that
-:class:`megaloop.parallel.rounds.Rounds` gives; a looped layer is held once, by the rank that runs all its uses, and its
+:class:`megaloop.layout.rounds.Rounds` gives; a looped layer is held once, by the rank that runs all its uses, and its
 gradients add up there. Reducing gradients over replicas, the tied embedding's exchange and the optimizer's step remain
 DeepSpeed's, once per step.
 
@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaloop.depth import DepthPlan
+from megaloop.layout.partition import Slices
+from megaloop.layout.rounds import Pass
+from megaloop.layout.topology import Coordinate, Topology
+from megaloop.layout.work import RankWork
 from megaloop.model import Labels
 from megaloop.model.decoder import LoopEntry
-from megaloop.parallel.partition import Slices
-from megaloop.parallel.rounds import Pass
 from megaloop.parallel.stopwatch import Stopwatch
-from megaloop.parallel.topology import Coordinate, Topology
-from megaloop.parallel.work import RankWork
 
 __all__ = ["RoundsEngine"]
 

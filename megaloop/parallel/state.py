@@ -8,87 +8,25 @@ flat buffer per parameter group; ``_hp_mapping`` on a parameter says which.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, Growth
-from megaloop.model import ParameterSpec, grown_from, initial_values, parameter_specs
-from megaloop.parallel.placement import Piece, StatePiece
-from megaloop.parallel.reshard import Moments, local_box, takes_zeros
-from megaloop.parallel.topology import Coordinate, Topology
+from megaloop.layout.pieces import Piece, StatePiece
+from megaloop.layout.placement import local_box
+from megaloop.layout.sources import StateSource
+from megaloop.layout.topology import Coordinate, Topology
+from megaloop.model import ParameterSpec
 
 __all__ = [
-    "GrownState",
-    "InitialValues",
     "LocalParameter",
-    "StateSource",
     "prime_moments",
     "state_pieces",
     "write_state",
 ]
-
-
-class StateSource(Protocol):
-    """Where values come from: a checkpoint, or the initial values of a seed."""
-
-    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
-        """Values of a piece (fp32 or the stored dtype; shaped like the box, or flat), or None: there are none."""
-        ...
-
-
-@dataclass(frozen=True)
-class InitialValues:
-    """The state that a run starts from: weights of a seed, no moments.
-
-    Attributes:
-        vocab_size: rows of the embedding.
-    """
-
-    model: ModelConfig
-    seed: int
-    plan: DepthPlan
-    vocab_size: int
-
-    @cached_property
-    def _specs(self) -> dict[str, ParameterSpec]:
-        return parameter_specs(self.model, self.plan, self.vocab_size)
-
-    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
-        if kind not in ("model", "master"):
-            return None
-        values = initial_values(piece.name, self._specs[piece.name], self.seed, piece.box.offset, piece.box.shape)
-        return values if piece.flat is None else values.reshape(-1)[slice(*piece.flat)]
-
-
-@dataclass(frozen=True)
-class GrownState:
-    """The state of a grown plan, read from that of the plan before.
-
-    Attributes:
-        source: the state before.
-        growth: how the plan grew.
-        fresh: where layers that are no copies get their values from.
-        moments: copied layers take their parent's moments, or zeros.
-    """
-
-    source: StateSource
-    growth: Growth
-    fresh: StateSource
-    moments: Moments = "copy"
-
-    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
-        name = grown_from(piece.name, self.growth)
-        if name is None:
-            return self.fresh.read_piece(kind, piece)
-        if takes_zeros(kind, piece.name, name, self.moments):
-            return None
-        return self.source.read_piece(kind, replace(piece, name=name))
 
 
 @dataclass(frozen=True)

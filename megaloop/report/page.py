@@ -41,7 +41,7 @@ from megaloop.report.savings import (
     run_labels,
     savings,
 )
-from megaloop.train.rundir import replace_file
+from megaloop.runs.directory import replace_file
 
 __all__ = ["Report", "make_report", "write_report"]
 

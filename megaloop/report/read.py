@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from megaloop.checkpoint import list_checkpoints
 from megaloop.checkpoint.manifest import MANIFEST
+from megaloop.config.yaml_text import read_yaml
 from megaloop.errors import MegaloopError
 from megaloop.evaluation import records as evaluations
 from megaloop.evaluation.records import EVALUATION, Record
+from megaloop.runs.metrics import EVENTS, METRICS
 from megaloop.runs.records import number, parse_record, read_records, text, whole_number
 from megaloop.text import printable
-from megaloop.train.metrics import EVENTS, METRICS
-from megaloop.yaml_text import read_yaml
 
 __all__ = ["Boundary", "HeldOutText", "Run", "read_run"]
 

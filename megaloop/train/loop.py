@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from launchers.rank import restarts
 from megaloop.checkpoint import CheckpointInfo, GrowthEntry, list_checkpoints, set_aside, step_of
 from megaloop.config import Config
 from megaloop.data import (
@@ -28,17 +27,18 @@ from megaloop.data import (
 )
 from megaloop.depth import GrowthStage, stage_at, stages_between
 from megaloop.errors import MegaloopError
+from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import StepResult, TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
-from megaloop.parallel.topology import Topology
 from megaloop.runs.allow import Allow
-from megaloop.train.agree import all_ranks_agree, from_rank_0, highest
-from megaloop.train.faults import Faults, RollBack, Spike, add_hole, read_holes
-from megaloop.train.hardware import memory_bytes
-from megaloop.train.metrics import require_tensorboard
-from megaloop.train.position import after_step
+from megaloop.runs.directory import RunDirectory
+from megaloop.runs.excluded import add_hole, read_holes
+from megaloop.runs.metrics import require_tensorboard
+from megaloop.runs.position import after_step
+from megaloop.runtime.collectives import all_ranks_agree, from_rank_0, highest
+from megaloop.runtime.hardware import memory_bytes
+from megaloop.train.faults import Faults, RollBack, Spike
 from megaloop.train.report import RankRecord, RunReporter
-from megaloop.train.rundir import RunDirectory
 from megaloop.train.saving import Saver
 from megaloop.train.schedule import learning_rate
 from megaloop.train.signals import StopSignals
@@ -59,6 +59,7 @@ def run(
     signals: StopSignals | None = None,
     allowed: Collection[Allow] = (),
     go_on: str | None = None,
+    restarts: int = 0,
 ) -> Ending:
     """Train as ``config`` says, on the ranks that the launcher started; called by every rank.
 
@@ -68,6 +69,7 @@ def run(
         signals: asks to end; looked at after each step.
         allowed: what may be other than where the run was saved: its data, its seed, its batch.
         go_on: the command that goes on with this run to its end, to be named where it stops before.
+        restarts: how often the launcher has started these ranks again.
 
     Returns:
         How it ended, the same on every rank. Whatever was trained is saved.
@@ -92,13 +94,13 @@ def run(
                 sources = open_sources(config.data, config.init)
                 vocab_size = embedding_rows(config, sources)
                 samples = _validation_samples(config, sources, world_size, first, stop_at)
-            if newest >= config.train.steps and restarts():
+            if newest >= config.train.steps and restarts:
                 return "finished"  # it died after its last checkpoint: whoever started it again cannot know
             rolled_back: list[RollBack] = []
             while True:
                 holes = _holes(config, rolled_back)
                 start = starting_point(config, vocab_size, sources, resume or bool(rolled_back), allowed)
-                reporter = RunReporter(config, vocab_size, start.position, directory, go_on)
+                reporter = RunReporter(config, vocab_size, start.position, directory, go_on, restarts)
                 training = _Run(config, sources, vocab_size, samples, start, reporter, holes, stop_at, signals)
                 with _accepted(config, start, reporter, directory):
                     if signals:

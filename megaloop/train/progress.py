@@ -14,9 +14,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from megaloop.train.metrics import StepRecord
+from megaloop.runs.metrics import StepRecord
+from megaloop.text import format_bytes, significant
 
-__all__ = ["ProgressReporter", "format_bytes"]
+__all__ = ["ProgressReporter"]
 
 _WINDOW = 32
 """Steps over which speed is averaged."""
@@ -179,7 +180,7 @@ class _LiveLine:
                 (0, step),
                 (1, (f"loss {last.loss:.4f}", "green")),
                 (3, (f"{_si(rates.tokens_per_second)} tok/s" if rates.tokens_per_second else "", "cyan")),
-                (5, (f"{_significant(rates.tflops)} TFLOP/s" if rates.tflops is not None else "", "cyan")),
+                (5, (f"{significant(rates.tflops)} TFLOP/s" if rates.tflops is not None else "", "cyan")),
                 (4, (f"MFU {rates.mfu:.0%}" if rates.mfu is not None else "", "cyan")),
                 (6, (format_bytes(last.memory_bytes) if last.memory_bytes is not None else "", "magenta")),
                 (2, (speed.time_text(rates), "yellow")),
@@ -206,7 +207,7 @@ def _plain_line(speed: _Speed, record: StepRecord) -> str:
         f"lr {record.lr:.2e}",
         f"grad {record.grad_norm:.3f}" if record.grad_norm is not None else "",
         f"{_si(rates.tokens_per_second)} tokens/s" if rates.tokens_per_second else "",
-        f"{_significant(rates.tflops)} TFLOP/s" if rates.tflops is not None else "",
+        f"{significant(rates.tflops)} TFLOP/s" if rates.tflops is not None else "",
         f"MFU {rates.mfu:.1%}" if rates.mfu is not None else "",
         format_bytes(record.memory_bytes) if record.memory_bytes is not None else "",
         speed.time_text(rates),
@@ -218,28 +219,12 @@ def _width(parts: list[tuple[str, str]]) -> int:
     return sum(len(text) for text, _ in parts) + 2 * (len(parts) - 1)
 
 
-def _significant(value: float) -> str:
-    """Three significant digits, without an exponent: 0.0123, 1.23, 12.3, 123, 1234."""
-    if value >= 99.95 or value == 0:
-        return f"{value:.0f}"
-    digits = 2 if value < 9.995 else 1
-    return f"{value:.{digits}f}" if value >= 0.0995 else f"{value:.4f}"
-
-
 def _si(value: float) -> str:
     """Three significant digits with k or M: 12.3k."""
     for factor, suffix in ((1.0, ""), (1e3, "k"), (1e6, "M")):
         if value < 999.5 * factor:
-            return _significant(value / factor) + suffix
-    return _significant(value / 1e9) + "G"
-
-
-def format_bytes(value: int) -> str:
-    """Three significant digits with KiB, MiB, GiB or TiB."""
-    for factor, suffix in ((1 << 10, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB")):
-        if value < 999.5 * factor:
-            return f"{_significant(value / factor)} {suffix}"
-    return f"{_significant(value / (1 << 40))} TiB"
+            return significant(value / factor) + suffix
+    return significant(value / 1e9) + "G"
 
 
 def _duration(seconds: float) -> str:

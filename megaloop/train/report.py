@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 
-from launchers.rank import restarts
 from megaloop.checkpoint import DepthState, RunState
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, GrowthStage
 from megaloop.depth.flops import flops_per_token, parameters
 from megaloop.depth.schedule import full_depth
-from megaloop.output import SafeConsole
-from megaloop.parallel.engine import StepResult, TrainingEngine, local_device
+from megaloop.parallel.engine import StepResult, TrainingEngine
 from megaloop.parallel.live import Resharded
+from megaloop.runs.directory import RunDirectory, last_records
+from megaloop.runs.metrics import MetricsWriter, StepRecord, timestamp
 from megaloop.runs.records import number
-from megaloop.text import printable
-from megaloop.train.hardware import describe_machine, device_name, memory_bytes, peak_flops
-from megaloop.train.metrics import MetricsWriter, StepRecord, timestamp
-from megaloop.train.progress import ProgressReporter, format_bytes
-from megaloop.train.rundir import RunDirectory, last_records
+from megaloop.runtime.device import local_device
+from megaloop.runtime.hardware import describe_machine, device_name, memory_bytes, peak_flops
+from megaloop.terminal import SafeConsole
+from megaloop.text import format_bytes, printable
+from megaloop.train.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from megaloop.data import Sources
+    from megaloop.runs.position import Change
     from megaloop.train.faults import RollBack, Spike
-    from megaloop.train.position import Change
     from megaloop.train.start import Damage
 
 __all__ = ["RankRecord", "RunReporter", "describe_depths"]
@@ -45,7 +45,7 @@ class RankRecord:
 
     Attributes:
         busy: seconds of forward and backward passes in it.
-        memory: bytes, as :func:`megaloop.train.hardware.memory_bytes` counts.
+        memory: bytes, as :func:`megaloop.runtime.hardware.memory_bytes` counts.
         clock: seconds since the epoch, by the host's clock, at a moment at which all ranks are at the same place.
         host: its name.
     """
@@ -63,14 +63,23 @@ class RunReporter:
         start: where the run begins.
         directory: rank 0's run directory; anything else on other ranks.
         go_on: the command that goes on with the run, where it is known.
+        restarts: how often the launcher has started the ranks again.
 
     Attributes:
         flops_per_step: model FLOPs of one optimizer step, over all ranks.
     """
 
-    def __init__(self, config: Config, vocab_size: int, start: RunState, directory: object, go_on: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        start: RunState,
+        directory: object,
+        go_on: str | None = None,
+        restarts: int = 0,
+    ):
         self._config, self._vocab_size = config, vocab_size
-        self._start, self._go_on = start, go_on
+        self._start, self._go_on, self._restarts = start, go_on, restarts
         self._directory = directory if isinstance(directory, RunDirectory) else None
         self._began = time.monotonic()
         self._stack = ExitStack()
@@ -145,7 +154,7 @@ class RunReporter:
             adam="torch fused",
             torch=torch.__version__,
             ranks=topology.world_size,
-            restarts=restarts(),
+            restarts=self._restarts,
         )
 
     def passed_over(self, damaged: Sequence[Damage]) -> None:

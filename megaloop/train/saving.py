@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megaloop.checkpoint import BackgroundSaver, CheckpointInfo, SaveResult, prune, save_checkpoint, step_name
 from megaloop.config import CheckpointConfig
 from megaloop.errors import MegaloopError
-from megaloop.parallel.placement import StatePiece
+from megaloop.layout.pieces import StatePiece
 from megaloop.train.report import RunReporter
 
 __all__ = ["Saver"]

@@ -23,12 +23,12 @@ from megaloop.config import Config
 from megaloop.data import Sources
 from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, before_growth, grow, stage_at, unloop
 from megaloop.errors import DamagedCheckpoint, MegaloopError
+from megaloop.layout.pieces import Piece
+from megaloop.layout.sources import GrownState, InitialValues, StateSource
 from megaloop.model import parameter_specs
-from megaloop.parallel.placement import Piece
-from megaloop.parallel.state import GrownState, InitialValues, StateSource
 from megaloop.runs.allow import Allow
-from megaloop.train.agree import all_ranks_agree, from_rank_0
-from megaloop.train.position import Change, begin, go_on
+from megaloop.runs.position import Change, begin, go_on
+from megaloop.runtime.collectives import all_ranks_agree, from_rank_0
 
 __all__ = ["Damage", "Start", "catch_up", "stages_from", "starting_point"]
 

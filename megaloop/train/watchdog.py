@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["STACKS", "Watchdog"]
+from megaloop.runs.directory import STACKS
 
-STACKS = "stacks"
+__all__ = ["Watchdog"]
+
 _GRACE = 10.0
 """Seconds from the stacks to the end: ranks that hang together notice it one after another."""
 

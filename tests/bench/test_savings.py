@@ -18,12 +18,12 @@ from megaloop.bench.contenders import (
     looped_parameters_depth,
     total_flops,
 )
+from megaloop.cli.savings import _PRESETS
 from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
-from megaloop.savings_command import _PRESETS
+from tests.cli.test_cli import megaloop
 from tests.data.corpus import write_corpus
 from tests.processes import start
-from tests.test_cli import megaloop
 from tests.train.runs import configuration, hold, metrics, pace, release, steps_done, wait_for
 
 VOCAB = 512

@@ -28,7 +28,7 @@ from megaloop.checkpoint.manifest import MANIFEST, encode_manifest
 from megaloop.checkpoint.reader import file_checksum
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
-from megaloop.parallel.placement import KINDS, Box, Piece, StatePiece
+from megaloop.layout.pieces import KINDS, Box, Piece, StatePiece
 
 SHAPES = {
     "embedding.weight": (24, 8),

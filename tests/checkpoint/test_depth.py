@@ -16,8 +16,8 @@ from megaloop.checkpoint.manifest import MANIFEST, Manifest
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth, Operator, grow
 from megaloop.errors import MegaloopError
+from megaloop.layout.pieces import KINDS, Box, Piece, StatePiece
 from megaloop.model import initial_values, parameter_specs
-from megaloop.parallel.placement import KINDS, Box, Piece, StatePiece
 from tests.checkpoint.states import info, reseal
 
 MODEL = ModelConfig(hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, vocab_size=24)

@@ -21,7 +21,7 @@ from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.evaluation.evaluate import evaluate
 from megaloop.evaluation.harness import _context_length
 from megaloop.inference.load import load_decoder
-from megaloop.parallel.placement import StatePiece
+from megaloop.layout.pieces import StatePiece
 from tests.checkpoint.states import save, state
 from tests.checkpoint.test_damage import edit_manifest
 from tests.checkpoint.test_earlier_versions import FIXTURES

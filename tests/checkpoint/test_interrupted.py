@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megaloop.checkpoint import list_checkpoints, resolve_checkpoint
 from megaloop.errors import MegaloopError
-from megaloop.parallel.placement import Box, Piece, StatePiece
+from megaloop.layout.pieces import Box, Piece, StatePiece
 from tests.checkpoint.states import read_all, save, tensor
 from tests.distributed import RankPool
 

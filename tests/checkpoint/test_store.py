@@ -29,7 +29,7 @@ from megaloop.checkpoint.manifest import MANIFEST, Manifest
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
-from megaloop.parallel.placement import KINDS, Box, Piece, StatePiece
+from megaloop.layout.pieces import KINDS, Box, Piece, StatePiece
 from tests.checkpoint.states import SHAPES, info, run_state, save, state, tensor
 from tests.distributed import RankError, RankPool
 

@@ -18,8 +18,8 @@ import pytest
 from data_prep.prepare import prepare
 from data_prep.publish import Output
 from megaloop.data import DataSet, Tokenizer
-from megaloop.data.tokenizer import file_sha256
 from megaloop.errors import MegaloopError
+from megaloop.tokenizer.sentencepiece import file_sha256
 from tests.data.corpus import documents
 
 PARTS = ("train", "validation", "tokenizer.model")

@@ -12,7 +12,7 @@ from data_prep.prepare import prepare
 from data_prep.synthetic import KINDS, Problem, documents, write_jsonl
 from megaloop.data import DataSet, Tokenizer
 from megaloop.errors import MegaloopError
-from tests.test_cli import megaloop
+from tests.cli.test_cli import megaloop
 
 PROBLEMS = {kind: [each for _, series in documents([kind], 200, 1) for each in series] for kind in KINDS}
 

@@ -17,7 +17,7 @@ from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import Block, evaluate, with_loops
 from megaloop.evaluation.records import Record, clustered, read_records
 from megaloop.inference.load import load_decoder
-from tests.test_cli import megaloop
+from tests.cli.test_cli import megaloop
 from tests.train.runs import metrics
 
 QUICK: dict[str, Any] = {"tasks": ["variables-0-math", "copy-words"], "examples": 60, "shots": [2]}

@@ -10,10 +10,10 @@ import lm_eval
 import pytest
 from typer.testing import CliRunner
 
-from megaloop.checkpoint.huggingface import export_huggingface
-from megaloop.cli import app
+from megaloop.cli.main import app
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.tasks import TASKS, examples
+from megaloop.huggingface.weights import export_huggingface
 from tests.data.corpus import documents
 
 pytestmark = pytest.mark.slow  # lm-eval takes seconds to import and to list its tasks

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import pytest
 
 from data_prep.synthetic import KINDS, documents
+from megaloop.data.induction import p_hop
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.tasks import BLOCK, TASKS, Example, Task, examples, p_hop, shots, tasks_named
+from megaloop.evaluation.tasks import BLOCK, TASKS, Example, Task, examples, shots, tasks_named
 
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 

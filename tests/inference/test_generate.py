@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaloop.checkpoint.huggingface import export_huggingface
 from megaloop.data import Tokenizer
 from megaloop.errors import MegaloopError
+from megaloop.huggingface.weights import export_huggingface
 from megaloop.inference.generate import generate_text, generate_tokens
 from megaloop.inference.load import load_decoder
 from tests.data.corpus import write_corpus
@@ -80,7 +80,7 @@ def test_generation_ends_with_the_text(run: Path) -> None:
 
 
 def test_a_checkpoint_without_tokenizer_says_so(run: Path, tmp_path: Path) -> None:
-    from megaloop.checkpoint.huggingface import import_huggingface
+    from megaloop.huggingface.weights import import_huggingface
 
     export_huggingface(run, tmp_path / "out")
     (tmp_path / "out" / "tokenizer.model").unlink()

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from launchers import local
 from launchers.local import RankFailed, launch, local_ranks, rank_environment, single_rank
-from megaloop.cli import app
+from megaloop.cli.main import app
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
 
@@ -52,8 +52,9 @@ import torch, torch.distributed as dist
 dist.init_process_group("gloo")
 value = torch.tensor([rank + 1.0])
 dist.all_reduce(value)
-print("sum", value.item())
+print("sum", value.item(), flush=True)
 dist.barrier()
+os._exit(0)  # as megaloop's ranks: a thread of torch's may abort a process while Python shuts down
 """
     launch(_script(tmp_path, body), 2, tmp_path / "logs")
     assert (tmp_path / "logs/rank-1.log").read_text() == "sum 3.0\n"

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from megaloop.cli import app
+from megaloop.cli.main import app
 from megaloop.errors import MegaloopError
 from tests.data.corpus import write_corpus
 from tests.distributed import RankPool

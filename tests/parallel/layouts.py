@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megaloop.config import Config
+from megaloop.layout.sources import InitialValues
+from megaloop.layout.topology import Topology
 from megaloop.model import Decoder, initial_values, vocab_parallel_cross_entropy
 from megaloop.model.parameters import parameter_specs
 from megaloop.parallel.engine import TrainingEngine, join_ranks
-from megaloop.parallel.state import InitialValues
-from megaloop.parallel.topology import Topology
 
 VOCAB = 128
 LR = 2e-3

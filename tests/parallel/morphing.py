@@ -15,13 +15,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, Operator, grow
+from megaloop.layout.pieces import Box
+from megaloop.layout.sources import InitialValues
+from megaloop.layout.topology import Topology
+from megaloop.layout.transfers import Moments
 from megaloop.model import grown_from, initial_values
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.live import Resharded, reshard
-from megaloop.parallel.placement import Box
-from megaloop.parallel.reshard import Moments
-from megaloop.parallel.state import InitialValues
-from megaloop.parallel.topology import Topology
 from tests.parallel.layouts import LR, VOCAB, micro_batches
 
 Layout = tuple[int, int, int]

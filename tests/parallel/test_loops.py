@@ -10,7 +10,7 @@ import pytest
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
-from megaloop.parallel.partition import LayerCosts, owned_layers, slice_rounds, slices_for
+from megaloop.layout.partition import LayerCosts, owned_layers, slice_rounds, slices_for
 from tests.distributed import RankPool
 from tests.parallel.layouts import configuration, train_layout, train_plainly
 

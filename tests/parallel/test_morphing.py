@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megaloop.depth import Operator
-from megaloop.parallel.reshard import Moments
+from megaloop.layout.transfers import Moments
 from tests.distributed import RankPool
 from tests.parallel.layouts import configuration
 from tests.parallel.morphing import Layout, compare_bits, measure_memory, morph

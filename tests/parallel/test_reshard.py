@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth, Operator, grow
+from megaloop.layout.partition import LayerCosts, partition
+from megaloop.layout.pieces import KINDS, Box, Piece
+from megaloop.layout.placement import Holder, Placement
+from megaloop.layout.topology import Topology
+from megaloop.layout.transfers import Moments, Reshard, takes_zeros, transfers
 from megaloop.model import grown_from, parameter_specs
-from megaloop.parallel.partition import LayerCosts, partition
-from megaloop.parallel.placement import KINDS, Box, Piece
-from megaloop.parallel.reshard import Holder, Moments, Placement, Reshard, takes_zeros, transfers
-from megaloop.parallel.topology import Topology
 
 VOCAB = 8
 WEIGHT_BYTES = 2

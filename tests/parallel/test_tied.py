@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from megaloop.bench.tied import TiedEngine
 from megaloop.config import Config
+from megaloop.layout.sources import InitialValues
+from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import join_ranks
-from megaloop.parallel.state import InitialValues
-from megaloop.parallel.topology import Topology
 from tests.distributed import RankPool
 from tests.parallel.layouts import VOCAB, configuration, micro_batches, train_layout
 

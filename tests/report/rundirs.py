@@ -12,7 +12,7 @@ import yaml
 
 from megaloop.config import Config
 from megaloop.evaluation.records import Record, Subject, append_record
-from megaloop.train.metrics import StepRecord
+from megaloop.runs.metrics import StepRecord
 
 __all__ = ["evaluated", "write_run", "written_by_tokenizer"]
 

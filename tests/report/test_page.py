@@ -14,9 +14,9 @@ import pytest
 
 from megaloop.evaluation.tasks import TASKS
 from megaloop.report.page import write_report
+from tests.cli.test_cli import megaloop
 from tests.debian import install, skip
 from tests.report.rundirs import evaluated, write_run
-from tests.test_cli import megaloop
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
+from megaloop.cli.report import print_report
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.tasks import TASKS
 from megaloop.report.page import make_report
 from megaloop.report.read import read_run
 from megaloop.report.savings import choose_baseline, differences, flops_to_reach, group_runs, savings
-from megaloop.report_command import print_report
 from tests.report.rundirs import evaluated, write_run, written_by_tokenizer
 
 

@@ -22,9 +22,9 @@ from megaloop.config import Config
 from megaloop.data import BatchLoader, MicroBatch
 from megaloop.data.order import CURRENT
 from megaloop.depth import Growth
+from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import StepResult, TrainingEngine
 from megaloop.parallel.live import Resharded
-from megaloop.parallel.topology import Topology
 from megaloop.runs.allow import Allow
 from tests import processes
 from tests.processes import Command

@@ -13,7 +13,8 @@ from megaloop.checkpoint import Checkpoint, RunState
 from megaloop.config import FaultsConfig
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import StepResult
-from megaloop.train.faults import Faults, RollBack, Spike, read_holes
+from megaloop.runs.excluded import read_holes
+from megaloop.train.faults import Faults, RollBack, Spike
 from tests.distributed import RankError, RankPool
 from tests.train.runs import configuration, events, losses, metrics, train, train_on_bad_samples
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from launchers.rank import CONTINUE
 from megaloop.checkpoint import list_checkpoints
+from megaloop.errors import CONTINUE
 from megaloop.train.report import RunReporter
 from tests.debian import skip
 from tests.distributed import RankPool

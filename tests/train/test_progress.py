@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megaloop.train.metrics import StepRecord
+from megaloop.runs.metrics import StepRecord
 from megaloop.train.progress import ProgressReporter
-from tests.train.test_metrics import RECORD
+from tests.runs.test_metrics import RECORD
 
 GPU = replace(
     RECORD, loss=3.1234, tokens_per_second=512_345.0, tflops=412.3, mfu=0.417, memory_bytes=130 << 30, seconds=2.0

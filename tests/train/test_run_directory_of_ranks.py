@@ -13,15 +13,16 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 import megaloop.train.loop as loop
-from megaloop.cli import _configuration_of, app
+from megaloop.cli.main import app
+from megaloop.cli.train import configuration_of
 from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import TrainingEngine
 from megaloop.train.faults import Faults, RollBack
 from megaloop.train.report import RunReporter
 from tests.distributed import RankPool
+from tests.runs.test_directory import contents
 from tests.train.runs import configuration, events, metrics, train
-from tests.train.test_rundir import contents
 
 
 def refused(
@@ -152,11 +153,11 @@ def test_a_directory_that_goes_away_ends_the_run(ranks_2: RankPool, corpus: Path
 
 def test_a_run_directory_is_a_configuration_wherever_it_is(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
     ranks_1.run(train, configuration(corpus, tmp_path / "run", train__steps=2, schedule__warmup_steps=1))
-    assert _configuration_of(tmp_path / "run", ["train.steps=4"]).directory == tmp_path / "run"
+    assert configuration_of(tmp_path / "run", ["train.steps=4"]).directory == tmp_path / "run"
     moved = (tmp_path / "run").rename(tmp_path / "mo[b]ved")
-    found = _configuration_of(moved, ["train.steps=4"])
+    found = configuration_of(moved, ["train.steps=4"])
     assert (found.directory, found.train.steps) == (moved, 4)
-    assert _configuration_of(moved, [f"run_dir={tmp_path}/other"]).directory == tmp_path / "other"
+    assert configuration_of(moved, [f"run_dir={tmp_path}/other"]).directory == tmp_path / "other"
     shown = CliRunner().invoke(app, ["status", str(moved)])
     assert shown.exit_code == 0
     first, second, *_ = shown.stdout.splitlines()

@@ -18,9 +18,9 @@ from megaloop.evaluation.evaluate import evaluate
 from megaloop.inference.load import load_decoder
 from megaloop.model.parameters import parameter_specs
 from megaloop.train.schedule import learning_rate
+from tests.cli.test_cli import megaloop
 from tests.data.test_sft import examples, write
 from tests.distributed import RankPool
-from tests.test_cli import megaloop
 from tests.train.runs import configuration, events, losses, metrics, train
 
 STEPS = 12

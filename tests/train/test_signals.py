@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from launchers.rank import CONTINUE
-from megaloop.train.status import local_status
+from megaloop.errors import CONTINUE
+from megaloop.runs.status import local_status
 from tests import processes
 from tests.distributed import RankPool
 from tests.processes import children

@@ -13,7 +13,7 @@ import pytest
 
 import megaloop.train.loop as loop
 from megaloop.depth import GrowthStage
-from megaloop.parallel.topology import Topology
+from megaloop.layout.topology import Topology
 from megaloop.train.report import RunReporter
 from tests.distributed import RankPool
 from tests.train.runs import configuration, events, losses, train

@@ -1,0 +1,113 @@
+"""``megaloop grow``, ``loop``, ``export`` and ``import``: a checkpoint of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from megaloop.cli.options import Json, Precision
+from megaloop.cli.output import byte_progress, show_result
+from megaloop.depth import InsertAt, Operator
+from megaloop.depth.plan import Injection, ResidualScale
+from megaloop.errors import MegaloopError
+
+__all__ = ["export", "grow", "import_", "loop"]
+
+
+def grow(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write; RUN/checkpoints/step-N to go on from it.")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers to grow to.")] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="Instead of --layers: the grown layers with a loop, such as 4-8x4-4.")
+    ] = None,
+    operator: Annotated[Operator, typer.Option(help="Which layers are copied.")] = "lidas",
+    block: Annotated[int, typer.Option(min=1, help="Layers per copied block (stack copies all).")] = 4,
+    insert_at: Annotated[
+        InsertAt, typer.Option(help="Where lidas and random put a block: behind the middle range, or in it.")
+    ] = "after",
+    moments: Annotated[
+        Literal["copy", "zero"], typer.Option(help="Adam's moments of a copied layer: its parent's, or zeros.")
+    ] = "copy",
+    json: Json = False,
+) -> None:
+    """Deepen a checkpoint by copying layers: another checkpoint, at the same step."""
+    from megaloop.checkpoint.depth import grow_checkpoint
+
+    target = depth if layers is None else layers
+    if target is None or (layers is not None and depth is not None):
+        raise MegaloopError("grow: say what to grow to, with --layers or with --depth")
+    with byte_progress() as show:
+        result = grow_checkpoint(
+            checkpoint,
+            out,
+            operator,
+            target,
+            block,
+            insert_at=insert_at,
+            moments=moments,
+            on_bytes=show,
+        )
+    show_result(result, json)
+
+
+def loop(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write; RUN/checkpoints/step-N to go on from it.")],
+    depth: Annotated[
+        str | None,
+        typer.Option(help="The same layers in another order: 10-4x2-10 loops the middle 4 of 24; 24 undoes it."),
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Instead: make every repetition a layer of its own, a grown model.")
+    ] = False,
+    injection: Annotated[Injection | None, typer.Option(help="As loop.injection; default: as it was, or none.")] = None,
+    residual_scale: Annotated[ResidualScale | None, typer.Option(help="As loop.residual_scale; likewise.")] = None,
+    norm: Annotated[bool | None, typer.Option(help="As loop.norm; likewise.")] = None,
+    moments: Annotated[
+        Literal["copy", "zero"], typer.Option(help="Adam's moments of an untied repetition: its layer's, or zeros.")
+    ] = "copy",
+    json: Json = False,
+) -> None:
+    """Loop some of a checkpoint's layers, or untie what is looped: another checkpoint, at the same step."""
+    from megaloop.checkpoint.depth import loop_checkpoint
+
+    if (depth is None) != untie:
+        raise MegaloopError("loop: say which order the layers run in, with --depth, or --untie them")
+    changes = {"injection": injection, "residual_scale": residual_scale, "norm": norm}
+    chosen: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    if chosen and untie:
+        raise MegaloopError(f"loop: --{next(iter(chosen)).replace('_', '-')} is of loops, and --untie ends them")
+    with byte_progress() as show:
+        result = loop_checkpoint(checkpoint, out, depth, changes=chosen, moments=moments, on_bytes=show)
+    show_result(result, json)
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    dtype: Annotated[Precision | None, typer.Option(help="Convert the weights; default: as trained.")] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="Order of the layers, such as 10-4x3-10; default: as trained.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint in Hugging Face format."""
+    from megaloop.huggingface.weights import export_huggingface
+
+    result = export_huggingface(checkpoint, out, dtype=dtype.value if dtype else None, depth=depth)
+    show_result(result if result is not None else {"written": str(out)}, json)
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face directory of the Llama architecture.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    json: Json = False,
+) -> None:
+    """Read a Llama-architecture directory in Hugging Face format into a checkpoint."""
+    from megaloop.huggingface.weights import import_huggingface
+
+    result = import_huggingface(source, out)
+    show_result(result if result is not None else {"written": str(out)}, json)

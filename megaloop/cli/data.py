@@ -1,0 +1,77 @@
+"""``megaloop prep`` and ``megaloop synthesize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaloop.cli.options import Json, OnError, finite
+from megaloop.cli.output import count_progress, show_result
+from megaloop.terminal import SafeConsole
+
+__all__ = ["prep", "synthesize"]
+
+
+def prep(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="txt, jsonl, jsonl.gz, jsonl.zst, parquet; or directories.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write the data set to.")],
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Use this sentencepiece model instead.")] = None,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 2048,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0, max=0.5, callback=finite, help="Share of documents held out.")
+    ] = 0.01,
+    errors: Annotated[OnError, typer.Option(help="What to do with bytes that are not UTF-8.")] = OnError.stop,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of jsonl and parquet that holds the text.")] = "text",
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of one field of jsonl: several, such as 'Q: {question}\\nA: {answer}' (\\n is a line's end)."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a data set that is already there.")] = False,
+    json: Json = False,
+) -> None:
+    """Turn text into a data set: tokenizer, shards, validation split."""
+    from data_prep.prepare import prepare
+
+    summary = prepare(
+        inputs,
+        out,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        validation_fraction=validation_fraction,
+        errors=errors.value,
+        workers=workers,
+        text_field=text_field,
+        template=template.replace("\\n", "\n") if template is not None else None,
+        overwrite=overwrite,
+        console=SafeConsole(stderr=True),
+    )
+    show_result(summary, json)
+
+
+def synthesize(
+    out: Annotated[Path, typer.Option(help="jsonl file to write; megaloop prep takes it.")],
+    documents: Annotated[int, typer.Option(min=1, help="Documents, each a series of 4 to 12 problems.")] = 10_000,
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of problems, which take turns: of words, addition, hops, variables.")
+    ] = "words,addition,hops,variables",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed makes other problems.")] = 0,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="A line for each problem, with prompt and answer, for fine-tuning.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write problems with their answers as text to train on: word problems, n-ary addition, p-hop induction, variables."""
+    from data_prep.synthetic import write_jsonl
+
+    chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
+    with count_progress("synthesizing", documents) as show:
+        show_result(write_jsonl(out, kinds=chosen, count=documents, seed=seed, pairs=pairs, on_document=show), json)

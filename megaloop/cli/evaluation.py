@@ -1,0 +1,231 @@
+"""``megaloop eval``: what a checkpoint can do."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from launchers.rank import launched, open_store, started_by_launcher
+from megaloop.cli.output import echo, print_error
+from megaloop.errors import MegaloopError
+from megaloop.terminal import DescriptionColumn, SafeConsole
+from megaloop.text import parse_whole, printable
+
+if TYPE_CHECKING:
+    from megaloop.evaluation.records import Record
+
+__all__ = ["evaluate_command", "numbers"]
+
+
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas; 'primitives' for all of those; default: these and validation."),
+    ] = None,
+    shots: Annotated[str, typer.Option(help="Solved examples before each question: 5, or 0,1,2,5,10.")] = "5",
+    loops: Annotated[
+        str | None, typer.Option(help="How often the looped block runs: 1,2,3,4; default: as trained.")
+    ] = None,
+    block: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:STOP", help="Which layers loop, by place; default: the trained loop, or the middle 4."
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Questions of each primitive.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Data set for the held-out loss; again for more; default: the run's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out samples of each data set, at most.")] = 256,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic.")] = "fp32",
+    ranks: Annotated[int, typer.Option(min=1, help="Local ranks that share the examples.")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File of results, one JSON object a line; default: RUN/evaluation.jsonl.")
+    ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(help="Instead: tasks of EleutherAI's lm-eval, separated by commas (needs the extra 'harness')."),
+    ] = None,
+    harness_path: Annotated[
+        list[Path] | None, typer.Option(help="Directory with task files of your own for --harness.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Reasoning primitives and held-out loss, by number of shots and of loops. Results are remembered."""
+    shot_counts = numbers("--shots", shots, 0)
+    loop_counts: list[int | None] = [None] if loops is None else [*numbers("--loops", loops, 1)]
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if block is not None and loops is None:
+        raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
+    if ranks > 1 and not started_by_launcher():
+        _on_ranks(ranks)
+        return
+    store = open_store() if started_by_launcher() else None
+    try:
+        if launched():
+            from megaloop.parallel.engine import join_ranks
+
+            join_ranks()
+        from megaloop.evaluation.evaluate import Block, evaluate
+
+        parsed = None if block is None else Block.parse(block)
+        if harness is not None:
+            from megaloop.evaluation.harness import run_harness
+
+            results = run_harness(
+                checkpoint,
+                [name.strip() for name in harness.split(",") if name.strip()],
+                task_directories=harness_path or [],
+                shots=None if shots == "5" else shot_counts[0],
+                loops=loop_counts[0],
+                block=parsed,
+                precision=precision,
+            )
+            _print_harness(results, json)
+            return
+        with _progress() as show:
+            records = evaluate(
+                checkpoint,
+                tasks=names,
+                shots=shot_counts,
+                loops=loop_counts,
+                block=parsed,
+                examples=examples,
+                seed=seed,
+                data=data,
+                samples=samples,
+                precision=precision,
+                again=again,
+                out=out,
+                on_step=show,
+                on_note=lambda note: echo(note, err=True),
+            )
+        if _first():
+            _print_records(records, json)
+    finally:
+        del store
+
+
+def numbers(option: str, text: str, least: int) -> list[int]:
+    """Whole numbers of at least ``least`` that a comma separates, or MegaloopError in the option's name."""
+    found = [parse_whole(part.strip()) for part in text.split(",") if part.strip()]
+    whole = [each for each in found if each is not None and each >= least]
+    if not whole or len(whole) < len(found):
+        raise MegaloopError(
+            f"{option} {printable(text, 60)}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
+        )
+    return whole
+
+
+def _on_ranks(ranks: int) -> None:
+    """Start this very command on so many ranks."""
+    import tempfile
+
+    from launchers import local
+
+    with tempfile.TemporaryDirectory(prefix="megaloop-eval-") as logs:
+        try:
+            local.launch([sys.executable, "-m", "megaloop", *sys.argv[1:]], ranks, Path(logs))
+        except local.RankFailed as error:
+            print_error(str(error))
+            raise typer.Exit(1) from None
+
+
+def _first() -> bool:
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar for what is under way, on a terminal; a line for each thing that begins otherwise."""
+    begun: list[str] = []
+    columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=SafeConsole(stderr=True), disable=not (sys.stderr.isatty() and _first()), transient=True
+    ) as bar:
+        task = bar.add_task("loading the model", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+            if not sys.stderr.isatty() and _first() and what not in begun:
+                begun.append(what)
+                echo(what, err=True)
+
+        yield show
+
+
+def _print_records(records: list[Record], as_json: bool) -> None:
+    from megaloop.evaluation.tasks import CANDIDATES
+
+    values = [record.to_json() for record in records]
+    if as_json:
+        echo(json_module.dumps({"records": values}))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("task", "depth", "shots"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for name in ("accuracy", "exact match", "chance", "loss", "bits/byte"):
+        table.add_column(name, justify="right")
+    for each in values:
+        if "loss" in each:
+            bits = each.get("bits_per_byte")
+            table.add_row(
+                Text(printable(f"held out of {each['data']}")),
+                Text(printable(each["depth"])),
+                *[""] * 4,
+                _with_error(each["loss"], each.get("loss_stderr"), 4),
+                "-" if bits is None else f"{bits:.4f}",
+            )
+            continue
+        table.add_row(
+            Text(printable(each["task"])),
+            Text(printable(each["depth"])),
+            str(each["shots"]),
+            *(_percent(each.get(name), each.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
+            f"{100 * each.get('chance', 1 / CANDIDATES):.0f} %",
+        )
+    SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _percent(value: float | None, error: float | None) -> str:
+    return "-" if value is None else _with_error(100 * value, None if error is None else 100 * error, 1) + " %"
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _print_harness(results: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        echo(json_module.dumps(results, default=str))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("task", "metric", "value", "standard error"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, values in results.items():
+        for metric, value in values.items():
+            name, _, form = metric.partition(",")
+            if name.endswith("_stderr") or not isinstance(value, float):
+                continue
+            error = values.get(f"{name}_stderr,{form}")
+            table.add_row(
+                Text(printable(task)),
+                Text(printable(name)),
+                f"{value:.4f}",
+                f"{error:.4f}" if isinstance(error, float) else "-",
+            )
+    SafeConsole().print(table)

@@ -1,0 +1,1 @@
+"""Checkpoints from and to the files of Hugging Face transformers."""

@@ -1,0 +1,1 @@
+"""The process that a rank is: its device, its machine, and what all ranks tell one another."""

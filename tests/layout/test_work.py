@@ -1,0 +1,137 @@
+"""The work of all ranks of a pipeline, executed symbolically: every message meets its receive, every gradient its state."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import replace
+
+import pytest
+
+from megaloop.depth import DepthPlan, LoopStyle
+from megaloop.layout.partition import LayerCosts, Slices, slice_rounds
+from megaloop.layout.rounds import Pass
+from megaloop.layout.work import RankWork
+
+COSTS = LayerCosts(0.0, 1.0, 2.0)
+DEPTHS = ["8-8x1-8", "1-2x3-1", "0-4x4-0", "2-3x2-1", "4-4x4-4", "0-8x3-8", "7-1x5-0", "3-2x6-9"]
+
+
+def execute(ranks: list[RankWork]) -> None:
+    """Run all ranks, each in its order, receives blocking and sends not; check what arrives, and what was done in the end."""
+    programs = [deque(work.passes()) for work in ranks]
+    channels: dict[tuple[int, bool], deque[tuple[Pass, int]]] = defaultdict(deque)
+    done: list[list[Pass]] = [[] for _ in ranks]
+    moved = True
+    while any(programs):
+        assert moved, f"ranks wait for each other: {[program[0] if program else None for program in programs]}"
+        moved = False
+        for rank, work in enumerate(ranks):
+            while programs[rank]:
+                each = programs[rank][0]
+                if work.receives(each):
+                    source = (rank + (1 if each.backward else -1)) % len(ranks)
+                    if not channels[source, each.backward]:
+                        break
+                    (sent, position) = channels[source, each.backward].popleft()
+                    assert sent.micro_batch == each.micro_batch
+                    assert position == work.slices[each.round][1 if each.backward else 0], "the state at another place"
+                if each.backward:
+                    forward = Pass(False, each.round, each.micro_batch)
+                    assert forward in done[rank], "forward before backward"
+                if work.sends(each):
+                    channels[rank, each.backward].append((each, work.slices[each.round][0 if each.backward else 1]))
+                done[rank].append(programs[rank].popleft())
+                moved = True
+    assert not any(channels.values()), "something was sent that nobody received"
+    _check_what_was_done(ranks, done)
+
+
+def _check_what_was_done(ranks: list[RankWork], done: list[list[Pass]]) -> None:
+    uses, first = ranks[0].uses, ranks[0]
+    for micro_batch in range(first.rounds.micro_batches):
+        ran = [
+            position
+            for number in range(first.rounds.rounds)
+            for work, passes in zip(ranks, done, strict=True)
+            for each in passes
+            if (each.backward, each.round, each.micro_batch) == (False, number, micro_batch)
+            for position in range(*work.slices[number])
+        ]
+        assert ran == list(range(len(uses))), "every layer's every use once, in order"
+        if first.rounds.forward_only:
+            continue
+        back = {
+            position
+            for work, passes in zip(ranks, done, strict=True)
+            for each in passes
+            if each.backward and each.micro_batch == micro_batch
+            for position in range(*work.slices[each.round])
+        }
+        learning = {position for position, use in enumerate(uses) if not use.is_frozen(first.times, first.backprop)}
+        assert learning <= back, "everything that learns has its backward pass"
+        assert all(Pass(True, 0, micro_batch) in done[rank] for rank in (0, len(ranks) - 1)[:1]), "the embedding learns"
+
+
+def _ranks(plan: DepthPlan, slices: Slices, micro_batches: int, **options: object) -> list[RankWork]:
+    return [RankWork.of(plan, slices, rank, micro_batches, **options) for rank in range(len(slices[0]))]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pipeline", range(1, 9))
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_message_is_received_in_order_by_whom_it_is_for(depth: str, pipeline: int) -> None:
+    plan = DepthPlan.parse(depth)
+    if pipeline > plan.layers:
+        return
+    slices = slice_rounds(plan, pipeline, 1, 16, COSTS)
+    for micro_batches in range(pipeline, 25):
+        execute(_ranks(plan, slices, micro_batches))
+    injecting = DepthPlan(plan.order, style=LoopStyle(injection="add")) if plan.loop else plan
+    for times in (1, 2, 5) if plan.loop else ():
+        for backprop in (1, 2, None):
+            execute(_ranks(injecting, slices, pipeline + 3, times=times, backprop=backprop))
+    for micro_batches in (1, pipeline, 2 * pipeline + 1):
+        execute(_ranks(plan, slices, micro_batches, forward_only=True))
+
+
+@pytest.mark.parametrize("pipeline", range(1, 9))
+@pytest.mark.parametrize("rounds", range(1, 7))
+def test_unlooped_models_in_rounds(pipeline: int, rounds: int) -> None:
+    plan = DepthPlan.plain(50)
+    slices = slice_rounds(plan, pipeline, rounds, 16, COSTS)
+    for micro_batches in range(pipeline, 25):
+        execute(_ranks(plan, slices, micro_batches))
+
+
+def test_times_that_do_not_learn_have_no_backward_pass_and_send_no_gradient() -> None:
+    plan = DepthPlan(DepthPlan.parse("0-4x4-0").order, style=LoopStyle(injection="add"))
+    slices = slice_rounds(plan, 2, 1, 4, COSTS)
+    for backprop, backward in ((None, 4), (2, 3), (1, 2)):
+        first, second = _ranks(plan, slices, 4, backprop=backprop)
+        # the first rank goes back once more than the second: to what entered the loop, in the embedding's slice
+        assert sum(each.backward for each in first.passes()) == 4 * backward
+        assert sum(each.backward for each in second.passes()) == 4 * (backward if backprop is None else backprop)
+        assert sum(first.receives(each) for each in first.passes() if each.backward) == 4 * (backprop or 4)
+
+
+def test_what_entered_a_loop_is_kept_from_its_first_time_to_its_last() -> None:
+    plan = DepthPlan(DepthPlan.parse("1-2x3-1").order, style=LoopStyle(injection="add"))
+    for pipeline in (2, 4):
+        ranks = _ranks(plan, slice_rounds(plan, pipeline, 1, 4, COSTS), 4, forward_only=True)
+        for micro_batch in range(4):
+            held = [
+                (work.enters_loop(each), work.leaves_loop(each))
+                for work in ranks
+                for each in work.passes()
+                if each.micro_batch == micro_batch and any(use.begins for use in work.uses_of(each))
+            ]
+            assert held == [(True, False), (False, False), (False, True)]
+
+
+def test_the_checker_finds_what_is_wrong() -> None:
+    plan = DepthPlan.parse("0-4x4-0")
+    ranks = _ranks(plan, slice_rounds(plan, 2, 1, 4, COSTS), 4)
+    wrong = replace(ranks[1], slices=(ranks[1].slices[1], ranks[1].slices[0], *ranks[1].slices[2:]))
+    with pytest.raises(AssertionError, match="another place"):
+        execute([ranks[0], wrong])
+    with pytest.raises(AssertionError, match="wait for each other"):
+        execute([ranks[0], replace(ranks[1], backprop=1)])
