@@ -191,7 +191,8 @@ def record(tree: Path, out: Path, patterns: Sequence[str] = ("*",)) -> bool:
             raise RecordingError(f"{tree}: Python imports {found}; is this a checkout of megaloop?")
         written: dict[str, Any] = {"revision": _revision(tree), "machine": _machine()}
         start = time.monotonic()
-        written |= {"data": _prepare(place, {source for curve in chosen for source in curve.sources}), "curves": {}}
+        written["data"] = _prepare(place, {source for curve in chosen for source in curve.sources})
+        written["curves"] = {curve.name: {"error": "the recording was interrupted before it"} for curve in chosen}
         print(f"data  {time.monotonic() - start:.1f} s", flush=True)
         for number, curve in enumerate(chosen, start=1):
             start = time.monotonic()
