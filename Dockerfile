@@ -25,7 +25,7 @@ RUN pip install --no-cache-dir -c /opt/image-constraints.txt \
         'tokenizers>=0.21' 'transformers>=4.51,<5' 'typer>=0.15' 'xxhash>=3.4' 'zstandard>=0.22' 'pyarrow>=15' \
         'einops' 'msgpack' 'ninja' 'psutil' 'py-cpuinfo' 'tqdm' \
         'brotli' 'catalogue<3' 'cramjam' 'python-snappy' 'zstd' 'requests' \
-    && pip install --no-cache-dir --no-deps 'deepspeed>=0.19.8' 'mosaicml-streaming>=0.13,<0.14' 'spmd_types>=0.3,<0.4'
+    && pip install --no-cache-dir --no-deps 'deepspeed>=0.19.8,<0.19.9' 'mosaicml-streaming>=0.13,<0.14' 'spmd_types>=0.3,<0.4'
 
 COPY megaloop megaloop
 COPY data_prep data_prep

@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megaloop/__init__.py").read_text(encoding="utf-8")).group(1)
 
 REQUIRES = [
-    "deepspeed>=0.19.8",
+    "deepspeed>=0.19.8,<0.19.9",  # its private names are used: docs/DEEPSPEED.md says how to move the bound
     "hjson",  # DeepSpeed reads its configuration with it
     "jinja2>=3.1",
     "matplotlib>=3.8",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,9 +30,13 @@ from megaloop.layout.rounds import Rounds
 from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import TrainingEngine, join_ranks
+from megaloop.parallel.step_engine import Batch
 from megaloop.runtime.hardware import describe_machine
 from megaloop.terminal import SafeConsole
 from megaloop.text import format_bytes
+
+if TYPE_CHECKING:
+    from megaloop.bench.tied import TiedEngine
 
 __all__ = ["Contender", "RoundsBenchmark", "Setting", "bench_rounds", "run_rank", "show"]
 
@@ -206,7 +210,7 @@ class _Running:
     name: str
     baseline: str
     config: Config
-    engine: Any
+    engine: TrainingEngine | TiedEngine
     passes: int
     seconds: list[float]
     loss: float = 0.0
@@ -261,7 +265,7 @@ def _unlooped(rounds: int) -> str:
     return f"unlooped, {rounds} round{'s' if rounds > 1 else ''}"
 
 
-def _batches(config: Config) -> Iterator[Any]:
+def _batches(config: Config) -> Iterator[Batch]:
     """Made-up micro-batches without end, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     size = (config.train.micro_batch, config.data.sequence_length + 1)
@@ -296,33 +300,34 @@ def _watched(counted: _Messages, embedding: int) -> Iterator[None]:
     Args:
         embedding: elements of the embedding, whose two copies both kinds of engine have.
     """
-    from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.pipe import p2p
+    from megaloop.parallel.deepspeed import watch_messages
 
-    # of the module, whom every engine asks once per step: how it gets to its own reduction differs from engine to engine
-    send, isend, tied_weights = p2p.send, dist.isend, PipelineModule.get_tied_weights_and_groups
+    isend = dist.isend
 
-    def counted_send(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+    def sent(tensor: torch.Tensor) -> None:
         counted.sent += tensor.nbytes
-        return send(tensor, *arguments, **options)
 
-    def counted_isend(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        counted.sent += tensor.nbytes
-        return isend(tensor, *arguments, **options)
+    def counted_isend(
+        tensor: torch.Tensor,
+        dst: int | None = None,
+        group: dist.ProcessGroup | None = None,
+        tag: int = 0,
+        group_dst: int | None = None,
+    ) -> dist.Work | None:
+        sent(tensor)
+        return isend(tensor, dst, group, tag, group_dst)
 
-    def counted_weights(module: Any) -> Any:
-        found = tied_weights(module)
-        for weight, group in found:
-            if dist.get_world_size(group) > 1:
-                counted.tied += 4 * weight.numel()  # gradients are summed in fp32
-                counted.tied_layers += 4 * weight.numel() * (weight.numel() != embedding)
-        return found
+    def tied(weight: torch.Tensor, group: dist.ProcessGroup) -> None:
+        if dist.get_world_size(group) > 1:
+            counted.tied += 4 * weight.numel()  # gradients are summed in fp32
+            counted.tied_layers += 4 * weight.numel() * (weight.numel() != embedding)
 
-    p2p.send, dist.isend, PipelineModule.get_tied_weights_and_groups = counted_send, counted_isend, counted_weights
-    try:
-        yield
-    finally:
-        p2p.send, dist.isend, PipelineModule.get_tied_weights_and_groups = send, isend, tied_weights
+    with watch_messages(sent, tied):
+        dist.isend = counted_isend
+        try:
+            yield
+        finally:
+            dist.isend = isend
 
 
 def _result(each: _Running, running: list[_Running], setting: Setting, messages: _Messages) -> Contender:
@@ -372,7 +377,7 @@ def _state_bytes(each: _Running, looped: set[int]) -> tuple[int, int]:
     return per_element * everything, per_element * mine
 
 
-def _over_ranks(value: int, operation: Any) -> int:
+def _over_ranks(value: int, operation: dist.ReduceOp.RedOpType) -> int:
     total = torch.tensor(value, dtype=torch.int64)
     if torch.cuda.is_available():
         total = total.cuda()

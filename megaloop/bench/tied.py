@@ -8,11 +8,8 @@ initial values are ours, so that nothing but the pipeline differs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megaloop.config import Config, ModelConfig
@@ -25,7 +22,9 @@ from megaloop.layout.topology import Topology
 from megaloop.model import Kernels, TensorParallel, build_adamw, choose_kernels, parameter_specs
 from megaloop.model.layers import AttentionContext, DecoderLayer, RMSNorm, rotary_tables
 from megaloop.model.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
-from megaloop.parallel.engine import Batch, StepResult, align_shares, deepspeed_config, quietly
+from megaloop.parallel.deepspeed import Item, ItemModule, open_engine
+from megaloop.parallel.engine import StepResult, quietly
+from megaloop.parallel.step_engine import Batch, StepEngine
 from megaloop.runtime.device import local_device
 
 __all__ = ["TiedEngine"]
@@ -58,9 +57,6 @@ class TiedEngine:
         kernels = choose_kernels(device, dtype)
         specs = parameter_specs(config.model, plan, vocab_size)
         with quietly():
-            import deepspeed
-
-            align_shares()
             self.module = _TiedDecoder(config, plan, topology, vocab_size, kernels, dtype)
             named = dict(self.module.canonical_parameters())
             with torch.no_grad():
@@ -74,16 +70,13 @@ class TiedEngine:
                 {"params": [p for name, p in named.items() if not specs[name].decay], "weight_decay": 0.0},
             ]
             adam = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
-            self._engine, *_ = deepspeed.initialize(
-                model=self.module, optimizer=adam, config=deepspeed_config(config, self.micro_batches)
-            )
+            self._engine: StepEngine = open_engine(self.module, adam, config, self.micro_batches)
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         """One optimizer step over ``micro_batches`` items of ``batches``."""
-        for group in self._engine.optimizer.optimizer.param_groups:
-            group["lr"] = lr
-        loss = self._engine.train_batch(data_iter=batches)
-        return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
+        self._engine.set_lr(lr)
+        loss = self._engine.train_batch(batches)
+        return StepResult(float(loss), self._engine.grad_norm, self._engine.step_applied)
 
     def layer_parameters(self, ids: set[int]) -> Iterator[nn.Parameter]:
         """The parameters that this rank holds of some layers."""
@@ -94,65 +87,47 @@ class TiedEngine:
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
-        self._engine.loss = None
-        self._engine.pipe_buffers = {key: [None] * len(slots) for key, slots in self._engine.pipe_buffers.items()}
         with quietly():
-            self._engine.destroy()
+            self._engine.close()
 
 
-class _TiedDecoder(PipelineModule):
+class _TiedDecoder(ItemModule):
     """The decoder as a list of items: embedding, each use of a layer, norm, head."""
 
     def __init__(
         self, config: Config, plan: DepthPlan, topology: Topology, vocab_size: int, kernels: Kernels, dtype: torch.dtype
     ):
         model, tp = config.model, TensorParallel()
-        # for _partition_layers, which the constructor calls before nn.Module's own attribute handling is of use
+        # as many executed layers on each stage as balances them; the embedding goes to the first, norm and head to the last
         costs = estimated_costs(model, vocab_size, config.data.sequence_length)
-        object.__setattr__(self, "_stages", partition(DepthPlan.plain(plan.depth), topology.pp, costs))
-        object.__setattr__(
-            self,
-            "_prefixes",
-            ["embedding", *(f"layers.{layer_id}" for layer_id in plan.order), "norm",
-             "embedding" if model.tied_embeddings else "head"],
-        )  # fmt: skip
-        layer = (model, tp, kernels, config.data.sequence_length, dtype)
-        attributes = [name for name, _ in DecoderLayer(_smallest(model), tp, kernels).named_parameters()]
-        norm = LayerSpec(RMSNorm, model.hidden_size, model.norm_eps, tp, kernels)
-        embedding = (VocabParallelEmbedding, vocab_size, model.hidden_size, tp)
-        items: list[Any] = [TiedLayerSpec("embedding", *embedding) if model.tied_embeddings else LayerSpec(*embedding)]
-        for layer_id in plan.order:
-            if plan.order.count(layer_id) > 1:
-                items.append(TiedLayerSpec(f"layer{layer_id}", _Layer, *layer, tied_weight_attr=attributes))
-            else:
-                items.append(LayerSpec(_Layer, *layer))
-        if model.tied_embeddings:
-            head: Any = TiedLayerSpec("embedding", *embedding, forward_fn=VocabParallelEmbedding.logits)
-        else:
-            head = LayerSpec(ColumnParallelLinear, model.hidden_size, vocab_size, tp)
-        super().__init__(
-            layers=[*items, norm, head],
-            topology=PipeModelDataParallelTopology(num_pp=topology.pp, num_mp=1, num_dp=topology.dp),
-            loss_fn=lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, tp),
-        )
-
-    def _partition_layers(self, method: str = "uniform") -> None:
-        """As many executed layers on each stage as balances them; the embedding goes to the first, norm and head to the last."""
-        cuts = [0, *(stop + 1 for _, stop in self._stages)]
+        cuts = [0, *(stop + 1 for _, stop in partition(DepthPlan.plain(plan.depth), topology.pp, costs))]
         cuts[-1] += 2
-        self.parts = cuts
-        stage_id = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=cuts[stage_id], stop=cuts[stage_id + 1])
+        layer = (model, tp, kernels, config.data.sequence_length, dtype)
+        weights = tuple(name for name, _ in DecoderLayer(_smallest(model), tp, kernels).named_parameters())
+        table = (vocab_size, model.hidden_size, tp)
+        tie = "embedding" if model.tied_embeddings else None
+        items = [Item(VocabParallelEmbedding, table, tie)]
+        for layer_id in plan.order:
+            items.append(Item(_Layer, layer, f"layer{layer_id}" if plan.order.count(layer_id) > 1 else None, weights))
+        items.append(Item(RMSNorm, (model.hidden_size, model.norm_eps, tp, kernels)))
+        if model.tied_embeddings:
+            items.append(Item(VocabParallelEmbedding, table, tie, forward=VocabParallelEmbedding.logits))
+        else:
+            items.append(Item(ColumnParallelLinear, (model.hidden_size, vocab_size, tp)))
+        super().__init__(
+            items, cuts, topology, lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, tp)
+        )
+        self._prefixes = ["embedding", *(f"layers.{layer_id}" for layer_id in plan.order), "norm"]
+        self._prefixes.append("embedding" if model.tied_embeddings else "head")
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters by the names that they have elsewhere, each once."""
         seen: set[int] = set()
-        for prefix, item in zip(self._prefixes[self._local_start : self._local_stop], self.forward_funcs, strict=True):
-            module = item if isinstance(item, nn.Module) else item.args[0]  # a head that is tied is a partial
+        for number, module in self.own():
             for name, parameter in module.named_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield f"{prefix}.{name}", parameter
+                    yield f"{self._prefixes[number]}.{name}", parameter
 
 
 class _Layer(DecoderLayer):

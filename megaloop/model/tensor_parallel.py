@@ -154,8 +154,6 @@ def _reduce_in(dtype: torch.dtype) -> dict[str, torch.dtype]:
 def _sharded_weight(rows: int, columns: int, dim: int, tp: TensorParallel) -> nn.Parameter:
     weight = nn.Parameter(torch.empty(rows, columns))
     if tp.size > 1:
-        # DeepSpeed's gradient norm counts a parameter once per model-parallel rank only if it is marked
-        weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         weight.shard_dim = dim  # type: ignore[attr-defined]
     return weight
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine, built for a plan on a topology, behind the few calls that training needs."""
+"""A plan on a topology, ready to train: the stage of this rank, its schedule and its state, behind the few calls that training needs."""
 
 from __future__ import annotations
 
@@ -10,38 +10,36 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
 from megaloop.layout.partition import split_rounds
 from megaloop.layout.pieces import StatePiece
-from megaloop.layout.placement import SHARE_UNIT, Placement
+from megaloop.layout.placement import Placement
 from megaloop.layout.sources import StateSource
 from megaloop.layout.topology import Coordinate, Topology
-from megaloop.model import Kernels, Labels, build_adamw, choose_kernels, parameter_specs
+from megaloop.model import Kernels, build_adamw, choose_kernels, parameter_specs
 from megaloop.parallel.replicas import differing_replicas
 from megaloop.parallel.rounds_engine import RoundsEngine
-from megaloop.parallel.state import LocalParameter, local_parameters, prime_moments, state_pieces, write_state
+from megaloop.parallel.state import LocalParameter, local_parameters, state_pieces, write_state
+from megaloop.parallel.step_engine import Batch, StepEngine
 from megaloop.parallel.stopwatch import Stopwatch
 from megaloop.runtime.device import local_device
+
+if TYPE_CHECKING:
+    from megaloop.parallel.pipeline import PipelinedDecoder
 
 __all__ = [
     "Batch",
     "StepResult",
     "TrainingEngine",
-    "align_shares",
-    "deepspeed_config",
     "join_ranks",
     "quietly",
 ]
-
-Batch = tuple[Tensor | tuple[Tensor, Tensor], Labels]
-"""(tokens [b, S], or (tokens, document indices)) and targets [b, S] (or they and the factors of their losses)."""
 
 
 def join_ranks() -> int:
@@ -55,19 +53,12 @@ def join_ranks() -> int:
     # and calls collectives by names that torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     with quietly():
-        import deepspeed
+        from megaloop.parallel.deepspeed import init_distributed
 
         device = local_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # asked for nothing but an op for inference on CPUs, which DeepSpeed would compile here for half a minute the first time
-        deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=30),
-        )
+        init_distributed("nccl" if device.type == "cuda" else "gloo", timedelta(minutes=30))
     # the objects of imported modules, a million, stay for good: a garbage collection that passes them over takes
     # milliseconds instead of a fifth of a second, and DeepSpeed asks for six when it builds an engine in bf16
     gc.freeze()
@@ -127,16 +118,18 @@ class TrainingEngine:
         self.slices = split_rounds(config, plan, topology, vocab_size)
         self.placement = Placement.of(self.specs, plan, topology, self.slices)
         groups_before = set(_process_groups())
-        self._engine = self._build()
+        with quietly():
+            self._module = self._build()
+            self._engine = self._open(self._module)
         self._rounds = self._open_rounds() if len(self.slices) > 1 else None
         self._groups = [group for group in _process_groups() if group not in groups_before]
-        prime_moments(self._engine.optimizer, step)
+        self._engine.begin_optimizer(step)
         self.parameters: list[LocalParameter] = list(
-            local_parameters(self._engine.module.stage, self.specs, topology, self.coordinate)
+            local_parameters(self._engine, self._module.stage, self.specs, topology, self.coordinate)
         )
         self._check_placement()
         if source is not None:
-            write_state(self.parameters, source, self._engine.grid.get_data_parallel_group())
+            write_state(self.parameters, source, self._engine.data_parallel_group)
 
     def _check_placement(self) -> None:
         """What the engine holds is what the planner thinks: otherwise resharding would mix up values."""
@@ -146,48 +139,42 @@ class TrainingEngine:
             differing = sorted({f"{kind} of {piece.name}" for kind, piece in found ^ planned})
             raise RuntimeError(f"DeepSpeed holds {differing[0]} and {len(differing) - 1} more otherwise than planned")
 
-    def _build(self) -> Any:
-        with quietly():
-            import deepspeed
-            from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
+    def _build(self) -> PipelinedDecoder:
+        from megaloop.parallel.pipeline import PipelinedDecoder
 
-            from megaloop.parallel.pipeline import PipelinedDecoder
+        module = PipelinedDecoder(
+            self.config.model,
+            self.vocab_size,
+            self.plan,
+            self.topology,
+            self.slices,
+            sequence_parallel=self.config.parallel.sequence_parallel,
+            kernels=self.kernels,
+            recompute=self.config.train.recompute,
+        )
+        if self.config.train.compile:
+            module.stage.compile_layers()
+        return module
 
-            config = self.config
-            align_shares()
-            module = PipelinedDecoder(
-                config.model,
-                self.vocab_size,
-                self.plan,
-                self.topology,
-                self.slices,
-                sequence_parallel=config.parallel.sequence_parallel,
-                kernels=self.kernels,
-                recompute=config.train.recompute,
-            )
-            if config.train.compile:
-                module.stage.compile_layers()
-            decayed = [p for name, p in module.stage.named_parameters() if self.specs[name].decay]
-            others = [p for name, p in module.stage.named_parameters() if not self.specs[name].decay]
-            options = config.optimizer
-            groups = [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ]
-            optimizer = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
-            engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=deepspeed_config(config, self.micro_batches)
-            )
-            instructions = engine._INSTRUCTION_MAP
-            timed = {each: self.stopwatch.timing(instructions[each]) for each in (ForwardPass, BackwardPass)}
-            engine._INSTRUCTION_MAP = {**instructions, **timed}
-        return engine
+    def _open(self, module: PipelinedDecoder) -> StepEngine:
+        from megaloop.parallel.deepspeed import open_engine
+
+        named, options = list(module.stage.named_parameters()), self.config.optimizer
+        decayed = [p for name, p in named if self.specs[name].decay]
+        others = [p for name, p in named if not self.specs[name].decay]
+        groups = [
+            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        adam = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+        return open_engine(module, adam, self.config, self.micro_batches, self.stopwatch)
 
     def _open_rounds(self) -> RoundsEngine:
         train, length = self.config.train, self.config.data.sequence_length
         local = length // self.topology.tp if self.config.parallel.sequence_parallel else length
         return RoundsEngine(
             self._engine,
+            self._module,
             self.plan,
             self.slices,
             self.topology,
@@ -213,24 +200,22 @@ class TrainingEngine:
         Args:
             times: how often the loop runs, the same on every rank; None: as often as the plan says.
         """
-        stage = self._engine.module.stage
+        stage = self._module.stage
         stage.times, stage.backprop = times, self.config.loop.backprop
         self.stopwatch.reset()
-        for group in self._engine.optimizer.optimizer.param_groups:
-            group["lr"] = lr
+        self._engine.set_lr(lr)
         if self._rounds is not None:
             loss = self._rounds.train(batches, self.micro_batches)
         else:
-            loss = self._engine.train_batch(data_iter=batches)
-        return StepResult(float(loss), float(self._engine.get_global_grad_norm()), self._engine.was_step_applied())
+            loss = self._engine.train_batch(batches)
+        return StepResult(float(loss), self._engine.grad_norm, self._engine.step_applied)
 
     def evaluate(self, batches: Iterable[Batch], count: int) -> float:
         """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank, at the plan's depth; no gradients."""
-        self._engine.module.stage.times = None
+        self._module.stage.times = None
         if self._rounds is not None:
             return float(self._rounds.evaluate(iter(batches), count))
-        loss = self._engine.eval_batch(iter(batches), num_micro_batches=count)
-        return float(loss)
+        return float(self._engine.evaluate_batch(iter(batches), count))
 
     def pieces(self) -> list[StatePiece]:
         """This rank's state, for checkpoints and checks; views, not copies."""
@@ -241,69 +226,19 @@ class TrainingEngine:
         return differing_replicas(self.pieces())
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers, and destroy the process groups of this topology.
+        """Release the step engine's hooks and buffers, and destroy the process groups of this topology.
 
         What :meth:`pieces` gave before stays valid for as long as it is held.
         """
-        from deepspeed import comm
-
-        # hooks on the last losses refer to the engine: a circle through autograd's graph, which no garbage collector sees
         self._rounds = None
-        self._engine.loss = None
-        self._engine.pipe_buffers = {key: [None] * len(slots) for key, slots in self._engine.pipe_buffers.items()}
         with quietly():
-            self._engine.destroy()
-            for group in self._groups:
-                comm.destroy_process_group(group)
-        del self._engine
-        for local in self.parameters:
-            # DeepSpeed hangs methods of a parameter on the parameter: a circle that the collector sees only once all else
-            # is gone, too late for reshard, which freezes what is left; weights and bf16's sums of gradients stayed with it
-            vars(local.parameter).clear()
+            self._engine.close(self._groups)
+        del self._engine, self._module
         self._groups, self.parameters = [], []
         gc.collect()  # DeepSpeed's engine and its optimizer refer to each other
 
 
-def deepspeed_config(config: Config, micro_batches: int) -> dict[str, Any]:
-    """What DeepSpeed is told.
-
-    Args:
-        micro_batches: per optimizer step and data-parallel rank.
-    """
-    train = config.train
-    return {
-        "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": config.optimizer.clip,
-        # without contiguous buffers gradients are reduced from where they are, a copy less
-        "zero_optimization": {"stage": 1, "contiguous_gradients": False},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": train.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        # left out, bf16 runs round their fp32 sums to bf16 here, with one replica too, and add replicas up in bf16
-        "communication_data_type": "fp32",
-        # activations of tensor-parallel ranks are whole (or split by sequence parallelism): send them as they are
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-        "steps_per_print": 1 << 40,
-    }
-
-
-def align_shares() -> None:
-    """Make ZeRO's shares whole vectors of the CPU: 16 elements, where DeepSpeed makes them multiples of 2.
-
-    torch's fused Adam computes what is left over at the end of a share by other instructions, which may round otherwise.
-    The two ends of a pipeline cut the tied embedding at different places: an ulp of difference, which then grows.
-    """
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    for optimizer in (BF16_Optimizer, DeepSpeedZeroOptimizer):
-        # both set it to 2 in their constructors, which then use it: they keep this instead
-        optimizer.nccl_start_alignment_factor = property(lambda self: SHARE_UNIT, lambda self, value: None)
-
-
-def _process_groups() -> list[Any]:
+def _process_groups() -> list[dist.ProcessGroup]:
     """All process groups of torch.distributed, in the order in which they were made."""
     return list(dist.distributed_c10d._world.pg_map)
 

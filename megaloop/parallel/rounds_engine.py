@@ -1,9 +1,9 @@
-"""Training and evaluating over several rounds, on DeepSpeed's pipeline engine.
+"""Training and evaluating over several rounds, on a step engine.
 
-DeepSpeed's engine knows one slice of layers per rank. Here a rank has one per round, and works in the order that
+DeepSpeed's own schedule knows one slice of layers per rank. Here a rank has one per round, and works in the order that
 :class:`megaloop.layout.rounds.Rounds` gives; a looped layer is held once, by the rank that runs all its uses, and its
 gradients add up there. Reducing gradients over replicas, the tied embedding's exchange and the optimizer's step remain
-DeepSpeed's, once per step.
+the step engine's, once per step.
 
 Activations and gradients go over process groups of their own, one for each pair of neighbours and direction, so that they
 arrive in the order in which they are sent, whatever else the two ranks have to say to each other. (In a ring of two, the
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,11 @@ from megaloop.layout.topology import Coordinate, Topology
 from megaloop.layout.work import RankWork
 from megaloop.model import Labels
 from megaloop.model.decoder import LoopEntry
+from megaloop.parallel.step_engine import Batch, StepEngine
 from megaloop.parallel.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from megaloop.parallel.pipeline import PipelinedDecoder
 
 __all__ = ["RoundsEngine"]
 
@@ -40,22 +44,30 @@ _AHEAD = 2
 class _Message:
     """Something on its way: the request, and the tensors, which must live until it is done."""
 
-    request: Any
+    request: dist.Work
     tensor: Tensor
+
+    @classmethod
+    def of(cls, request: dist.Work | None, tensor: Tensor) -> _Message:
+        """One between this rank and another; torch gives no request to ranks outside the group."""
+        assert request is not None
+        return cls(request, tensor)
 
 
 class RoundsEngine:
     """Runs the slices of a rank in the order of rounds; for pipelines of two ranks or more.
 
     Args:
-        engine: DeepSpeed's pipeline engine, whose module is a :class:`megaloop.parallel.pipeline.PipelinedDecoder`.
+        engine: opened with ``module``.
+        module: the stage of this rank.
         activation: shape of what goes from rank to rank.
         documents: shape of the document indices that go along, or None.
     """
 
     def __init__(
         self,
-        engine: Any,
+        engine: StepEngine,
+        module: PipelinedDecoder,
         plan: DepthPlan,
         slices: Slices,
         topology: Topology,
@@ -65,36 +77,34 @@ class RoundsEngine:
         stopwatch: Stopwatch,
     ):
         self._stopwatch = stopwatch
-        self._engine, self._plan, self._slices, self._rank = engine, plan, slices, at.pp
+        self._engine, self._module = engine, module
+        self._plan, self._slices, self._rank = plan, slices, at.pp
         self._activation, self._documents = activation, documents
         self._ranks = topology.pp
         self._members = [topology.rank(Coordinate(pp, at.dp, at.tp)) for pp in range(topology.pp)]
         self._channels = _open_channels(topology, at)
-        weight = next(engine.module.stage.parameters())
+        weight = next(module.stage.parameters())
         self._dtype, self._device = weight.dtype, weight.device
 
-    def train(self, batches: Iterator[Any], micro_batches: int) -> Tensor:
+    def train(self, batches: Iterator[Batch], micro_batches: int) -> Tensor:
         """One optimizer step, with the loop as often as the module's stage says; the mean loss, on every rank."""
-        engine = self._engine
-        engine.module.train()
+        self._module.train()
         loss = self._run(batches, micro_batches)
-        engine._exec_reduce_tied_grads()
-        engine._exec_reduce_grads()
-        engine._exec_optimizer_step()
+        self._engine.finish_step()
         return loss
 
-    def evaluate(self, batches: Iterator[Any], micro_batches: int) -> Tensor:
+    def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> Tensor:
         """The mean loss over micro-batches, on every rank; no gradients."""
-        self._engine.module.eval()
+        self._module.eval()
         with torch.no_grad():
             return self._run(batches, micro_batches)
 
-    def _run(self, batches: Iterator[Any], micro_batches: int) -> Tensor:
+    def _run(self, batches: Iterator[Batch], micro_batches: int) -> Tensor:
         step = _Step(self, batches, micro_batches)
         step.run()
         loss = step.total / micro_batches
-        dist.broadcast(loss, self._members[-1], group=self._engine.grid.get_pipe_parallel_group())
-        replicas = self._engine.grid.get_data_parallel_group()
+        dist.broadcast(loss, self._members[-1], group=self._engine.pipeline_group)
+        replicas = self._engine.data_parallel_group
         if dist.get_world_size(replicas) > 1:
             dist.all_reduce(loss, group=replicas)
             loss /= dist.get_world_size(replicas)
@@ -104,8 +114,8 @@ class RoundsEngine:
 class _Step:
     """One step, while it runs: what this rank holds, awaits and has sent."""
 
-    def __init__(self, engine: RoundsEngine, batches: Iterator[Any], micro_batches: int):
-        self._e, self._stage = engine, engine._engine.module.stage
+    def __init__(self, engine: RoundsEngine, batches: Iterator[Batch], micro_batches: int):
+        self._e, self._stage = engine, engine._module.stage
         self._micro_batches = micro_batches
         self._work = RankWork.of(
             engine._plan,
@@ -157,10 +167,10 @@ class _Step:
         source = (e._rank + (1 if backward else -1)) % e._ranks
         channel = e._channels[source, backward]
         values = torch.empty(e._activation, dtype=e._dtype, device=e._device)
-        self._arriving[work, "values"] = _Message(dist.irecv(values, e._members[source], group=channel), values)
+        self._arriving[work, "values"] = _Message.of(dist.irecv(values, e._members[source], group=channel), values)
         if e._documents is not None and not backward and work.round == 0:
             indices = torch.empty(e._documents, dtype=torch.int32, device=e._device)
-            self._arriving[work, "documents"] = _Message(
+            self._arriving[work, "documents"] = _Message.of(
                 dist.irecv(indices, e._members[source], group=channel), indices
             )
 
@@ -180,7 +190,7 @@ class _Step:
         values = values.detach().contiguous()
         target = e._members[(e._rank + (-1 if backward else 1)) % e._ranks]
         request = dist.isend(values, target, group=e._channels[e._rank, backward])
-        self._sent.append(_Message(request, values))
+        self._sent.append(_Message.of(request, values))
         while self._sent and self._sent[0].request.is_completed():
             self._sent.popleft()
 
@@ -189,8 +199,8 @@ class _Step:
     def _forward(self, work: Pass) -> None:
         e = self._e
         if self._work.begins(work):
-            inputs = self._batches[work.micro_batch][0]
-            if e._documents is not None:
+            inputs, _ = self._batches[work.micro_batch]
+            if isinstance(inputs, tuple):
                 inputs, documents = inputs
                 self._documents[work.micro_batch] = documents.to(e._device)
             x = inputs.to(e._device)
@@ -224,7 +234,7 @@ class _Step:
             if self._work.leaves_loop(work) and not learns:
                 self._entered.pop(number, None)  # in validation there is no backward pass that would do it
             if ends:
-                out = e._engine.module.loss_fn(out, _moved(self._batches[number][1], e._device))
+                out = e._module.loss_fn(out, _moved(self._batches[number][1], e._device))
                 self.total += out.detach().float()
         if learns:
             self._inputs[key], self._outputs[key] = x, out
@@ -241,7 +251,7 @@ class _Step:
 
     def _differentiate(self, work: Pass, gradient: Tensor | None) -> Tensor:
         """Run the slice backward; its input, which has the gradient."""
-        engine, key = self._e._engine, (work.round, work.micro_batch)
+        key = (work.round, work.micro_batch)
         x, out = self._inputs.pop(key), self._outputs.pop(key)
         roots: list[tuple[Tensor, Tensor | None]] = []
         if self._work.ends(work):
@@ -252,16 +262,7 @@ class _Step:
             made, taken = self._entered.pop(work.micro_batch)
             if taken.grad is not None:
                 roots.append((made, taken.grad))
-        bf16 = engine.using_bf16_optimizer
-        if bf16:
-            engine.optimizer.clear_lp_grads()
-        engine._running_engine_backward = True  # DeepSpeed's hooks then know that this is its own doing
-        try:
-            torch.autograd.backward([root for root, _ in roots], [each for _, each in roots])
-        finally:
-            engine._running_engine_backward = False
-        if bf16:
-            engine.optimizer.update_hp_grads(clear_lp_grads=False)
+        self._e._engine.backward([root for root, _ in roots], [each for _, each in roots])
         return x
 
 

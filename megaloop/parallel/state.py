@@ -1,15 +1,13 @@
 """The state of a running engine as pieces, and back: what checkpoints, resharding and checks stand on.
 
 Under ZeRO-1 a rank holds its tensor-parallel box of a parameter in the training dtype, and of the fp32
-master and Adam's moments one contiguous fragment of that box. DeepSpeed keeps fragments as views into one
-flat buffer per parameter group; ``_hp_mapping`` on a parameter says which.
+master and Adam's moments one contiguous fragment of that box, which the step engine gives as views.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +18,7 @@ from megaloop.layout.placement import local_box
 from megaloop.layout.sources import StateSource
 from megaloop.layout.topology import Coordinate, Topology
 from megaloop.model import ParameterSpec
+from megaloop.parallel.step_engine import StepEngine
 
 __all__ = [
     "LocalParameter",
@@ -38,7 +37,7 @@ class LocalParameter:
         parameter: the tensor in the training dtype, the whole box.
         box_piece: which part of the whole parameter it is.
         fragment: [start, stop) of the box's elements whose master and moments live here; empty if none do.
-        master, moments: views into DeepSpeed's flat fp32 buffers; moments by Adam's names.
+        master, moments: views into the engine's flat fp32 buffers; moments by Adam's names.
         duplicate: another pipeline stage holds the same parameter and is the one that saves it.
     """
 
@@ -63,45 +62,36 @@ class LocalParameter:
         return self.master if kind == "master" else self.moments.get(kind)
 
 
-def prime_moments(optimizer: Any, step: int) -> None:
-    """Give a fresh ZeRO optimizer its moments (zeros) and link them to the parameters.
-
-    torch's Adam makes its state at the first step; DeepSpeed's views of it exist only after that. A run that
-    resumes needs them before.
+def prime_moments(adam: torch.optim.Optimizer, step: int) -> None:
+    """Give a fresh Adam its moments (zeros), which torch makes at the first step only; a run that resumes needs them before.
 
     Args:
-        optimizer: DeepSpeed's ZeRO-1 optimizer (fp32) or BF16_Optimizer, over torch's fused AdamW.
+        adam: torch's AdamW.
         step: optimizer steps taken so far, which Adam's bias correction counts.
     """
-    inner = optimizer.optimizer
-    assert isinstance(inner, torch.optim.AdamW), "where another optimizer keeps its count of steps is not known"
-    for group in inner.param_groups:
+    assert isinstance(adam, torch.optim.AdamW), "where another optimizer keeps its count of steps is not known"
+    for group in adam.param_groups:
         for flat in group["params"]:
-            state = inner.state[flat]
+            state = adam.state[flat]
             state.setdefault("exp_avg", torch.zeros_like(flat))
             state.setdefault("exp_avg_sq", torch.zeros_like(flat))
             state["step"] = torch.tensor(float(step), device=flat.device)
-    optimizer._hp_optimizer_states_linked = False
-    optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def local_parameters(
-    stage: nn.Module, specs: dict[str, ParameterSpec], topology: Topology, at: Coordinate
+    engine: StepEngine, stage: nn.Module, specs: dict[str, ParameterSpec], topology: Topology, at: Coordinate
 ) -> Iterator[LocalParameter]:
     """All parameters of this rank's stage, in the stage's order."""
     for name, parameter in stage.named_parameters():
-        spec = specs[name]
-        mapping = getattr(parameter, "_hp_mapping", None)
-        start = mapping.lp_fragment_address.start if mapping is not None else 0
-        count = mapping.lp_fragment_address.numel if mapping is not None else 0
+        spec, fragment = specs[name], engine.fragment(parameter)
         yield LocalParameter(
             name=name,
             parameter=parameter,
             box_piece=Piece(name, spec.shape, local_box(spec, at.tp, topology.tp)),
-            fragment=(start, start + count),
-            master=mapping.get_hp_fragment().data if mapping is not None else None,
-            moments=dict(mapping.optim_fragment or {}) if mapping is not None else {},
-            duplicate=bool(getattr(parameter, "ds_pipe_replicated", False)),
+            fragment=(fragment.start, fragment.stop) if fragment is not None else (0, 0),
+            master=fragment.master if fragment is not None else None,
+            moments=fragment.moments if fragment is not None else {},
+            duplicate=engine.is_copy(parameter),
         )
 
 

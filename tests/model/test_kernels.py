@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -59,8 +57,7 @@ def test_a_resumed_optimizer_counts_on_where_apex_is_installed(apex: None) -> No
     with torch.no_grad():
         again.copy_(through)
     resumed = _adam(again)
-    zero: Any = SimpleNamespace(optimizer=resumed, _lazy_init_hp_params_optimizer_state=lambda: None)
-    prime_moments(zero, 10)
+    prime_moments(resumed, 10)
     for moment in ("exp_avg", "exp_avg_sq"):
         resumed.state[again][moment].copy_(optimizer.state[through][moment])
     for parameter, each in ((through, optimizer), (again, resumed)):

@@ -49,7 +49,7 @@ def _check(
     documents_BS = (torch.arange(16) // 5).expand(2, 16) if documents else None
     with spmd.set_current_mesh(mesh), typecheck(local=True):
         for parameter in stage.parameters():
-            sharded = getattr(parameter, "tensor_model_parallel", False)
+            sharded = hasattr(parameter, "shard_dim")
             # DeepSpeed sums over dp once per step (R: pending); over tp nothing sums later (V or I)
             spmd.assert_type(parameter, {dp: spmd.R, tp: spmd.V if sharded else spmd.I})
         for data in filter(lambda x: x is not None, (tokens_BS, documents_BS)):

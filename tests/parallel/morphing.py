@@ -22,7 +22,7 @@ from megaloop.layout.transfers import Moments
 from megaloop.model import grown_from, initial_values
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.parallel.live import Resharded, reshard
-from tests.parallel.layouts import LR, VOCAB, micro_batches
+from tests.parallel.layouts import LR, VOCAB, inner_engine, micro_batches
 
 Layout = tuple[int, int, int]
 
@@ -164,7 +164,7 @@ def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dic
         peak: the most that was allocated and not yet freed at a time, over what there was before.
     """
     engine = _trained(values, before, 2)
-    deepspeed_engine = weakref.ref(engine._engine)
+    deepspeed_engine = weakref.ref(inner_engine(engine))
     largest = max(4 * prod(spec.shape) for spec in engine.specs.values())
     state = _watched([each.data for each in engine.pieces()])
     gradients = _watched(_gradients(engine))
@@ -191,7 +191,7 @@ def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dic
 
 def _gradients(engine: TrainingEngine) -> list[Tensor]:
     """In the training dtype, and of a bf16 run their sums."""
-    sums = getattr(engine._engine.optimizer, "fp32_groups_gradients_flat", [])
+    sums = getattr(inner_engine(engine).optimizer, "fp32_groups_gradients_flat", [])
     return [*sums, *(local.parameter.grad for local in engine.parameters if local.parameter.grad is not None)]
 
 
