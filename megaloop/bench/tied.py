@@ -24,7 +24,7 @@ from megaloop.model.layers import AttentionContext, DecoderLayer, RMSNorm, rotar
 from megaloop.model.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megaloop.parallel.deepspeed import Item, ItemModule, open_engine
 from megaloop.parallel.engine import StepResult, quietly
-from megaloop.parallel.step_engine import Batch, StepEngine
+from megaloop.parallel.step_engine import Batch, ScheduleEngine
 from megaloop.runtime.device import local_device
 
 __all__ = ["TiedEngine"]
@@ -70,7 +70,7 @@ class TiedEngine:
                 {"params": [p for name, p in named.items() if not specs[name].decay], "weight_decay": 0.0},
             ]
             adam = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
-            self._engine: StepEngine = open_engine(self.module, adam, config, self.micro_batches)
+            self._engine: ScheduleEngine = open_engine(self.module, adam, config, self.micro_batches)
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         """One optimizer step over ``micro_batches`` items of ``batches``."""

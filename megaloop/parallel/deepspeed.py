@@ -8,10 +8,9 @@ seconds), which is why others import it where they need it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import wraps
 from typing import Any
 
 import deepspeed
@@ -22,7 +21,6 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -182,13 +180,11 @@ def open_engine(
     optimizer: torch.optim.AdamW,
     config: Config,
     micro_batches: int,
-    watch: AbstractContextManager[None] | None = None,
 ) -> DeepSpeedEngine:
     """DeepSpeed's pipeline engine with ZeRO-1 around a module; collective over all ranks.
 
     Args:
         micro_batches: per optimizer step and data-parallel rank.
-        watch: entered around each forward and backward pass of DeepSpeed's own schedule.
     """
     _align_shares()
     for parameter in module.parameters():
@@ -197,20 +193,7 @@ def open_engine(
                 True  # unmarked, the gradient norm counts it on one model-parallel rank only
             )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_options(config, micro_batches))
-    if watch is not None:
-        instructions = engine._INSTRUCTION_MAP
-        timed = {each: _within(watch, instructions[each]) for each in (ForwardPass, BackwardPass)}
-        engine._INSTRUCTION_MAP = {**instructions, **timed}
     return DeepSpeedEngine(engine)
-
-
-def _within(watch: AbstractContextManager[None], function: Callable[..., None]) -> Callable[..., None]:
-    @wraps(function)
-    def watched(*arguments: Any, **options: Any) -> None:
-        with watch:
-            function(*arguments, **options)
-
-    return watched
 
 
 def _align_shares() -> None:
@@ -246,7 +229,7 @@ def _options(config: Config, micro_batches: int) -> dict[str, Any]:
 
 
 class DeepSpeedEngine:
-    """:class:`megaloop.parallel.step_engine.StepEngine` on DeepSpeed's pipeline engine.
+    """:class:`megaloop.parallel.step_engine.ScheduleEngine` on DeepSpeed's pipeline engine.
 
     Attributes:
         inner: DeepSpeed's engine.
@@ -267,10 +250,6 @@ class DeepSpeedEngine:
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
         loss: Tensor = self.inner.train_batch(data_iter=batches)
-        return loss
-
-    def evaluate_batch(self, batches: Iterator[Batch], micro_batches: int) -> Tensor:
-        loss: Tensor = self.inner.eval_batch(batches, num_micro_batches=micro_batches)
         return loss
 
     def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

@@ -121,7 +121,7 @@ class TrainingEngine:
         with quietly():
             self._module = self._build()
             self._engine = self._open(self._module)
-        self._rounds = self._open_rounds() if len(self.slices) > 1 else None
+        self._rounds = self._open_rounds()
         self._groups = [group for group in _process_groups() if group not in groups_before]
         self._engine.begin_optimizer(step)
         self.parameters: list[LocalParameter] = list(
@@ -167,7 +167,7 @@ class TrainingEngine:
             {"params": others, "weight_decay": 0.0},
         ]
         adam = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
-        return open_engine(module, adam, self.config, self.micro_batches, self.stopwatch)
+        return open_engine(module, adam, self.config, self.micro_batches)
 
     def _open_rounds(self) -> RoundsEngine:
         train, length = self.config.train, self.config.data.sequence_length
@@ -204,18 +204,13 @@ class TrainingEngine:
         stage.times, stage.backprop = times, self.config.loop.backprop
         self.stopwatch.reset()
         self._engine.set_lr(lr)
-        if self._rounds is not None:
-            loss = self._rounds.train(batches, self.micro_batches)
-        else:
-            loss = self._engine.train_batch(batches)
+        loss = self._rounds.train(batches, self.micro_batches)
         return StepResult(float(loss), self._engine.grad_norm, self._engine.step_applied)
 
     def evaluate(self, batches: Iterable[Batch], count: int) -> float:
         """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank, at the plan's depth; no gradients."""
         self._module.stage.times = None
-        if self._rounds is not None:
-            return float(self._rounds.evaluate(iter(batches), count))
-        return float(self._engine.evaluate_batch(iter(batches), count))
+        return float(self._rounds.evaluate(iter(batches), count))
 
     def pieces(self) -> list[StatePiece]:
         """This rank's state, for checkpoints and checks; views, not copies."""
@@ -230,7 +225,7 @@ class TrainingEngine:
 
         What :meth:`pieces` gave before stays valid for as long as it is held.
         """
-        self._rounds = None
+        del self._rounds
         with quietly():
             self._engine.close(self._groups)
         del self._engine, self._module

@@ -62,15 +62,6 @@ class PipelinedDecoder(StageModule):
         layers = [len(each) for each in owned]
         super().__init__(topology, layers, build, self._finite_loss, tied=config.tied_embeddings)
 
-    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens or activations in; activations or logits out. Document indices travel along for masking."""
-        if isinstance(inputs, tuple):
-            x, documents_BS = inputs
-            out = self.stage(x, documents_BS)
-            return out if self.stage.last else (out, documents_BS)
-        result: Tensor = self.stage(inputs)
-        return result
-
     def _finite_loss(self, logits_BSV: Tensor, labels: Labels) -> Tensor:
         loss = self._loss(logits_BSV, labels)
         # an infinite loss may have finite gradients; times nan they are none, and the optimizer skips the step

@@ -1,6 +1,6 @@
-"""Training and evaluating over several rounds, on a step engine.
+"""Training and evaluating in rounds, one or several, on a step engine.
 
-DeepSpeed's own schedule knows one slice of layers per rank. Here a rank has one per round, and works in the order that
+A rank has a slice of layers per round, and works in the order that
 :class:`megaloop.layout.rounds.Rounds` gives; a looped layer is held once, by the rank that runs all its uses, and its
 gradients add up there. Reducing gradients over replicas, the tied embedding's exchange and the optimizer's step remain
 the step engine's, once per step.
@@ -55,7 +55,7 @@ class _Message:
 
 
 class RoundsEngine:
-    """Runs the slices of a rank in the order of rounds; for pipelines of two ranks or more.
+    """Runs the slices of a rank in the order of rounds.
 
     Args:
         engine: opened with ``module``.
@@ -82,7 +82,8 @@ class RoundsEngine:
         self._activation, self._documents = activation, documents
         self._ranks = topology.pp
         self._members = [topology.rank(Coordinate(pp, at.dp, at.tp)) for pp in range(topology.pp)]
-        self._channels = _open_channels(topology, at)
+        # a loop that runs more often in some steps may need more rounds there
+        self._channels = _open_channels(topology, at, round_again=len(slices) > 1 or plan.loop is not None)
         weight = next(module.stage.parameters())
         self._dtype, self._device = weight.dtype, weight.device
 
@@ -103,7 +104,8 @@ class RoundsEngine:
         step = _Step(self, batches, micro_batches)
         step.run()
         loss = step.total / micro_batches
-        dist.broadcast(loss, self._members[-1], group=self._engine.pipeline_group)
+        if self._ranks > 1:
+            dist.broadcast(loss, self._members[-1], group=self._engine.pipeline_group)
         replicas = self._engine.data_parallel_group
         if dist.get_world_size(replicas) > 1:
             dist.all_reduce(loss, group=replicas)
@@ -127,8 +129,8 @@ class _Step:
             forward_only=not torch.is_grad_enabled(),
         )
         self.total = torch.zeros((), device=engine._device)
-        reads = engine._rank in (0, engine._ranks - 1)
-        self._batches = [next(batches) for _ in range(micro_batches)] if reads else []
+        self._source, self._taken = batches, 0
+        self._batches: dict[int, Batch] = {}
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._documents: dict[int, Tensor] = {}
@@ -196,10 +198,17 @@ class _Step:
 
     # --- work ---
 
+    def _batch(self, number: int) -> Batch:
+        """A micro-batch, read when it is first needed; forgotten once this rank has its loss, if it is to have that."""
+        while self._taken <= number:
+            self._batches[self._taken] = next(self._source)
+            self._taken += 1
+        return self._batches[number] if self._e._rank == self._e._ranks - 1 else self._batches.pop(number)
+
     def _forward(self, work: Pass) -> None:
         e = self._e
         if self._work.begins(work):
-            inputs, _ = self._batches[work.micro_batch]
+            inputs, _ = self._batch(work.micro_batch)
             if isinstance(inputs, tuple):
                 inputs, documents = inputs
                 self._documents[work.micro_batch] = documents.to(e._device)
@@ -234,7 +243,9 @@ class _Step:
             if self._work.leaves_loop(work) and not learns:
                 self._entered.pop(number, None)  # in validation there is no backward pass that would do it
             if ends:
-                out = e._module.loss_fn(out, _moved(self._batches[number][1], e._device))
+                labels = _moved(self._batch(number)[1], e._device)
+                del self._batches[number]
+                out = e._module.loss_fn(out, labels)
                 self.total += out.detach().float()
         if learns:
             self._inputs[key], self._outputs[key] = x, out
@@ -266,13 +277,22 @@ class _Step:
         return x
 
 
-def _open_channels(topology: Topology, at: Coordinate) -> dict[tuple[int, bool], dist.ProcessGroup]:
-    """By (sending pipeline rank, gradients or not), a process group with who receives; collective over all ranks."""
+def _open_channels(
+    topology: Topology, at: Coordinate, *, round_again: bool
+) -> dict[tuple[int, bool], dist.ProcessGroup]:
+    """By (sending pipeline rank, gradients or not), a process group with who receives; collective over all ranks.
+
+    Args:
+        round_again: activations go from the last rank to the first as well, and gradients back.
+    """
     channels: dict[tuple[int, bool], dist.ProcessGroup] = {}
     for dp in range(topology.dp):
         for tp in range(topology.tp):
             for source in range(topology.pp):
                 for backward in (False, True):
+                    from_end = source == (0 if backward else topology.pp - 1)
+                    if topology.pp == 1 or (from_end and not round_again):
+                        continue
                     target = (source + (-1 if backward else 1)) % topology.pp
                     group = dist.new_group(sorted(topology.rank(Coordinate(pp, dp, tp)) for pp in (source, target)))
                     if (dp, tp) == (at.dp, at.tp) and at.pp in (source, target):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megaloop.model import Labels
 
-__all__ = ["Batch", "Fragment", "StepEngine"]
+__all__ = ["Batch", "Fragment", "ScheduleEngine", "StepEngine"]
 
 Batch = tuple[Tensor | tuple[Tensor, Tensor], Labels]
 """(tokens [b, S], or (tokens, document indices)) and targets [b, S] (or they and the factors of their losses)."""
@@ -48,14 +48,6 @@ class StepEngine(Protocol):
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
         """The stages of this rank's pipeline."""
-        ...
-
-    def train_batch(self, batches: Iterator[Batch]) -> Tensor:
-        """One optimizer step in the engine's own schedule of one round; the mean loss, on every rank."""
-        ...
-
-    def evaluate_batch(self, batches: Iterator[Batch], micro_batches: int) -> Tensor:
-        """The mean loss of micro-batches in the engine's own schedule, on every rank; no gradients."""
         ...
 
     def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -99,4 +91,12 @@ class StepEngine(Protocol):
 
     def close(self, groups: Sequence[dist.ProcessGroup] = ()) -> None:
         """Let go of hooks, buffers and gradients, and destroy process groups; what fragments gave stays valid."""
+        ...
+
+
+class ScheduleEngine(StepEngine, Protocol):
+    """A step engine that has a schedule of its own, for benchmarks to compare with."""
+
+    def train_batch(self, batches: Iterator[Batch]) -> Tensor:
+        """One optimizer step in the engine's own schedule; the mean loss, on every rank."""
         ...

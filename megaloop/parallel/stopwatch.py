@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -38,15 +37,6 @@ class Stopwatch:
         torch.cuda.synchronize()
         pairs = zip(self._events[::2], self._events[1::2], strict=True)
         return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
-
-    def timing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, timed."""
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            with self:
-                return function(*arguments, **options)
-
-        return timed
 
     def __enter__(self) -> None:
         if self._gpu:

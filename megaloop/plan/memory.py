@@ -132,8 +132,7 @@ def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Sl
         """Of one micro-batch, from its forward pass through the rank's slice of a round to its backward pass."""
         begins, ends = pp == 0 and number == 0, last and number == len(slices) - 1
         live = [use for use in uses[slice(*slices[number][pp])] if not use.is_frozen(times, config.loop.backprop)]
-        # DeepSpeed keeps a micro-batch's input (token ids: 8 bytes) and works on a copy of it
-        size = len(live) * layer.kept + (2 * 8 * tokens if begins else stream)
+        size = len(live) * layer.kept + (8 * tokens if begins else stream)  # token ids are 8 bytes
         for use in live:  # a loop's adapter keeps both of its inputs, its norm keeps one
             size += 2 * stream * (use.begins and plan.style.injection == "concat")
             size += stream * (use.ends and plan.style.norm)
@@ -146,17 +145,11 @@ def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Sl
     for work in rounds.beginning().passes(pp):
         held += -sizes[work.round] if work.backward else sizes[work.round]
         most = max(most, held)
-    working = max(layer.working, head.working) if last else layer.working
+    # the logits are there until their loss is known; the gradient of bf16 ones, which comes later, is as large and counted
+    logits = logits_bytes(config, topology.tp, vocab_size) if config.train.precision != "bf16" else 0
+    working = max(layer.working, head.working + logits) if last else layer.working
     fixed = length * config.model.head_size * element_bytes(config)  # rotary tables
-    if len(slices) > 1:
-        # two messages ahead in each direction, and one on its way out; logits go when their loss is known
-        fixed += 6 * stream + (logits_bytes(config, topology.tp, vocab_size) if last else 0)
-        return most + working + fixed
-    if pp > 0:
-        fixed += stream  # where activations are received
-    if last:
-        # DeepSpeed drops the logits of a micro-batch when those of the next but one take their place
-        fixed += min(2, micro_batches) * logits_bytes(config, topology.tp, vocab_size)
-    else:
-        fixed += stream  # where gradients are received
+    if topology.pp > 1:
+        # of each neighbour that sends, two messages ahead; and one on its way out to it
+        fixed += 3 * stream * (2 if len(slices) > 1 else (pp > 0) + (not last))
     return most + working + fixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate
@@ -110,7 +111,7 @@ def held_bytes(values: dict[str, Any]) -> dict[str, int]:
     parameters = [local.parameter for local in engine.parameters]
     found: dict[str, int] = {"logits": 0}
     reductions = {name: getattr(deepspeed, name) for name in ("allreduce_gradients", "buffered_allreduce_fallback")}
-    loss_of = deepspeed.module.loss_fn
+    loss_of, seen = deepspeed.module.loss_fn, list[weakref.ref[torch.Tensor]]()
 
     def measure(name: str, *arguments: Any, **options: Any) -> Any:
         if "weights" not in found:
@@ -125,7 +126,8 @@ def held_bytes(values: dict[str, Any]) -> dict[str, int]:
         return reductions[name](*arguments, **options)
 
     def measured_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        found["logits"] = max(found["logits"], sum(each is not None for each in deepspeed.pipe_buffers["outputs"]))
+        seen.append(weakref.ref(logits))
+        found["logits"] = max(found["logits"], sum(each() is not None for each in seen))
         result: torch.Tensor = loss_of(logits, targets)
         return result
 

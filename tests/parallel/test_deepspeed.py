@@ -22,7 +22,6 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology, ProcessTopology
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -71,7 +70,6 @@ PARAMETERS: dict[Callable[..., Any], set[str]] = {
     deepspeed.init_distributed: {"dist_backend", "auto_mpi_discovery", "verbose", "timeout"},
     PipelineModule.__init__: {"layers", "topology", "loss_fn"},
     PipelineEngine.train_batch: {"data_iter"},
-    PipelineEngine.eval_batch: {"data_iter", "num_micro_batches"},
     LayerSpec.__init__: {"typename", "module_args"},
     TiedLayerSpec.__init__: {"key", "typename", "module_args", "forward_fn", "tied_weight_attr"},
     PipeModelDataParallelTopology.__init__: {"num_pp", "num_mp", "num_dp"},
@@ -79,7 +77,7 @@ PARAMETERS: dict[Callable[..., Any], set[str]] = {
 """Public functions, and the parameters by which the seam calls them."""
 
 ATTRIBUTES = {
-    "engine": ["grid", "loss", "module", "optimizer", "pipe_buffers", "using_bf16_optimizer", "_INSTRUCTION_MAP",
+    "engine": ["grid", "loss", "module", "optimizer", "pipe_buffers", "using_bf16_optimizer",
                "_running_engine_backward"],
     "module": ["forward_funcs", "global_rank", "num_stages", "parts", "tied_modules", "tied_weight_attrs", "_grid",
                "_local_start", "_local_stop", "_topo"],
@@ -123,11 +121,6 @@ def test_the_size_of_shares_is_set_in_the_constructor_and_read_afterwards(optimi
 def test_the_ops_that_fit_this_machine_are_found_out_on_demand() -> None:
     """The seam says that none do; a version that finds out while it is imported would compile one for half a minute."""
     assert "__compatible_ops__" in inspect.getsource(deepspeed.ops.__getattr__)
-
-
-def test_the_instructions_are_those_of_the_schedule() -> None:
-    assert PipelineEngine._INSTRUCTION_MAP[ForwardPass].__name__ == "_exec_forward_pass"
-    assert PipelineEngine._INSTRUCTION_MAP[BackwardPass].__name__ == "_exec_backward_pass"
 
 
 def test_marks_on_parameters_are_read_by_these_names() -> None:
