@@ -38,7 +38,16 @@ from megaloop.text import format_bytes
 if TYPE_CHECKING:
     from megaloop.bench.tied import TiedEngine
 
-__all__ = ["Contender", "RoundsBenchmark", "Setting", "bench_rounds", "run_rank", "show"]
+__all__ = [
+    "Contender",
+    "RoundsBenchmark",
+    "Setting",
+    "bench_rounds",
+    "random_batches",
+    "run_rank",
+    "show",
+    "wait_for_all",
+]
 
 _ROUNDS = (1, 2, 4)
 """Rounds of the unlooped model."""
@@ -225,12 +234,12 @@ def run_rank(directory: Path) -> None:
     counted = [_count_messages(each, setting) for each in running]  # warms up as well
     for number in range(setting.rounds):
         for each in running:
-            batches = _batches(each.config)
-            _wait()
+            batches = random_batches(each.config)
+            wait_for_all()
             began = time.perf_counter()
             for _ in range(setting.steps):
                 each.loss = each.engine.train_step(batches, 1e-4).loss
-            _wait()
+            wait_for_all()
             each.seconds.append(time.perf_counter() - began)
         if dist.get_rank() == 0:
             tokens = setting.steps * setting.micro_batches * setting.micro_batch * setting.sequence_length
@@ -265,7 +274,7 @@ def _unlooped(rounds: int) -> str:
     return f"unlooped, {rounds} round{'s' if rounds > 1 else ''}"
 
 
-def _batches(config: Config) -> Iterator[Batch]:
+def random_batches(config: Config) -> Iterator[Batch]:
     """Made-up micro-batches without end, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     size = (config.train.micro_batch, config.data.sequence_length + 1)
@@ -285,7 +294,7 @@ class _Messages:
 
 def _count_messages(each: _Running, setting: Setting) -> _Messages:
     """Two steps, of which the second is watched."""
-    batches = _batches(each.config)
+    batches = random_batches(each.config)
     each.engine.train_step(batches, 1e-4)
     counted = _Messages()
     with _watched(counted, each.config.model.hidden_size * (each.config.model.vocab_size or 0)):
@@ -385,7 +394,7 @@ def _over_ranks(value: int, operation: dist.ReduceOp.RedOpType) -> int:
     return int(total)
 
 
-def _wait() -> None:
+def wait_for_all() -> None:
     """Until every rank, and its GPU, is here."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

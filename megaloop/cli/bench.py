@@ -158,6 +158,52 @@ def bench_rounds_rank(directory: Path) -> None:
         run_rank(directory)
 
 
+def bench_schedule_command(
+    pp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pipeline ranks to start; may be repeated; default: 1, 2 and 4.")
+    ] = None,
+    precision: Annotated[
+        list[Precision] | None, typer.Option(help="As train.precision; may be repeated; default: both.")
+    ] = None,
+    recompute: Annotated[
+        list[str] | None, typer.Option(help="As train.recompute; may be repeated; default: none and full.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Widths: tiny, small, 360m or 1.7b.")] = "tiny",
+    depth: Annotated[str, typer.Option(help="Layers of the model.")] = "8",
+    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 8,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 1,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per repetition.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions; each times both schedules.")] = 5,
+    json: Json = False,
+) -> None:
+    """Time our schedule of one round against DeepSpeed's own, and compare their losses and gradient norms bit for bit."""
+    from megaloop.bench.schedule import Setting, bench_schedule, show
+
+    setting = Setting(
+        shape, depth, micro_batches, micro_batch, sequence_length, steps, repeats,
+        tuple(each.value for each in precision or Precision), tuple(recompute or ("none", "full")),
+    )  # fmt: skip
+
+    def start(directory: Path, count: int) -> None:
+        command = [sys.executable, "-m", "megaloop", "bench", "schedule-rank", str(directory)]
+        launch_ranks(command, count, directory / "logs")
+
+    result = bench_schedule(setting, pp or [1, 2, 4], start)
+    if json:
+        show_result(result, json)
+        return
+    show(result, SafeConsole())
+
+
+def bench_schedule_rank(directory: Path) -> None:
+    """One rank of ``bench schedule``."""
+    with rank_store():
+        from megaloop.bench.schedule import run_rank
+
+        run_rank(directory)
+
+
 def bench_checkpoint_command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; its deepest stage is measured.")],
     overrides: Overrides = None,
@@ -208,7 +254,9 @@ bench.command("layers")(bench_layers_command)
 bench.command("prep")(bench_prep_command)
 bench.command("reshard")(bench_reshard_command)
 bench.command("rounds")(bench_rounds_command)
+bench.command("schedule")(bench_schedule_command)
 bench.command("checkpoint")(bench_checkpoint_command)
 bench.command("reshard-rank", hidden=True)(bench_reshard_rank)
 bench.command("rounds-rank", hidden=True)(bench_rounds_rank)
+bench.command("schedule-rank", hidden=True)(bench_schedule_rank)
 bench.command("checkpoint-rank", hidden=True)(bench_checkpoint_rank)
