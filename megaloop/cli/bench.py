@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megaloop.cli.options import Json, Overrides, Precision
+from megaloop.cli.options import Json, Overrides, Precision, Recompute
 from megaloop.cli.output import echo, show_result
 from megaloop.cli.ranks import launch_ranks, rank_store
 from megaloop.cli.savings import bench_savings
@@ -166,7 +166,8 @@ def bench_schedule_command(
         list[Precision] | None, typer.Option(help="As train.precision; may be repeated; default: both.")
     ] = None,
     recompute: Annotated[
-        list[str] | None, typer.Option(help="As train.recompute; may be repeated; default: none and full.")
+        list[Recompute] | None,
+        typer.Option(help="As train.recompute; may be repeated; default: none and full."),
     ] = None,
     shape: Annotated[str, typer.Option(help="Widths: tiny, small, 360m or 1.7b.")] = "tiny",
     depth: Annotated[str, typer.Option(help="Layers of the model.")] = "8",
@@ -182,7 +183,8 @@ def bench_schedule_command(
 
     setting = Setting(
         shape, depth, micro_batches, micro_batch, sequence_length, steps, repeats,
-        tuple(each.value for each in precision or Precision), tuple(recompute or ("none", "full")),
+        tuple(each.value for each in precision or Precision),
+        tuple(each.value for each in recompute or (Recompute.none, Recompute.full)),
     )  # fmt: skip
 
     def start(directory: Path, count: int) -> None:

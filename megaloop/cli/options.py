@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Json", "OnError", "Overrides", "Precision", "finite"]
+__all__ = ["Json", "OnError", "Overrides", "Precision", "Recompute", "finite"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[
@@ -31,3 +31,9 @@ class OnError(StrEnum):
 class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Recompute(StrEnum):
+    none = "none"
+    full = "full"
+    selective = "selective"
