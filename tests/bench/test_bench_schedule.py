@@ -38,7 +38,7 @@ def test_the_schedules_train_the_same_bits() -> None:
             ["--depth", "1-2x3-1", "--pp", "2"],
             "bench schedule: depth 1-2x3-1 loops over 2 pipeline ranks in several rounds",
         ),
-        (["--depth", "2", "--pp", "4"], "4 pipeline ranks for 2 layers; each needs at least one"),
+        (["--depth", "2", "--pp", "4"], "parallel.pp 4 is more pipeline ranks than the 2 layers of depth 2"),
     ],
     ids=["shape", "loop", "layers"],
 )
