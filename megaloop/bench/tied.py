@@ -27,6 +27,7 @@ from megaloop.model.layers import AttentionContext, DecoderLayer, RMSNorm, rotar
 from megaloop.model.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megaloop.parallel.engine import Batch, StepResult, align_shares, deepspeed_config, quietly
 from megaloop.runtime.device import local_device
+from megaloop.runtime.dtype import training_dtype
 
 __all__ = ["TiedEngine"]
 
@@ -52,9 +53,9 @@ class TiedEngine:
                 "the baseline of tied layers has no tensor parallelism, documents, recomputation, compilation or options of loops"
             )
         self.topology = topology
-        self.micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+        self.micro_batches = config.train.micro_batches(topology.dp)
         device = local_device()
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        dtype = training_dtype(config.train.precision)
         kernels = choose_kernels(device, dtype)
         specs = parameter_specs(config.model, plan, vocab_size)
         with quietly():
