@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megaloop.errors import MegaloopError
+from megaloop.files import fsync_file, replace_file
 from megaloop.runs.metrics import METRICS, is_at, write_event
 from megaloop.runs.records import parse_record, read_lines, read_records, whole_number
 from megaloop.text import printable
@@ -34,7 +35,6 @@ __all__ = [
     "holder",
     "is_held",
     "last_records",
-    "replace_file",
 ]
 
 CONFIG = "config.yaml"
@@ -377,19 +377,4 @@ def _cannot_be_written(path: Path, error: OSError) -> MegaloopError:
 def _append(path: Path, data: bytes) -> None:
     with path.open("ab") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is never seen half-written."""
-    temporary = path.parent / f".{path.name}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        fsync_file(file)

@@ -35,7 +35,7 @@ from megaloop.runs.directory import RunDirectory
 from megaloop.runs.excluded import add_hole, read_holes
 from megaloop.runs.metrics import require_tensorboard
 from megaloop.runs.position import after_step
-from megaloop.runtime.collectives import all_ranks_agree, from_rank_0, highest
+from megaloop.runtime.collectives import all_reduce_max, broadcast_object, gather_objects, raise_on_all_ranks
 from megaloop.runtime.hardware import memory_bytes
 from megaloop.train.faults import Faults, RollBack, Spike
 from megaloop.train.report import RankRecord, RunReporter
@@ -85,7 +85,7 @@ def run(
             first = min(
                 newest, config.train.steps - 1
             )  # it may be damaged, or nothing may be left: that is for later to say
-            with all_ranks_agree():
+            with raise_on_all_ranks():
                 config.check_world(world_size, first, stop_at)
                 if stop_at is not None and not 0 < stop_at <= config.train.steps:
                     raise MegaloopError(
@@ -211,7 +211,9 @@ class _Run:
         self.watchdog.feed()
         signalled = self._signals.number if self._signals else 0
         lost = self._reporter.lost
-        number, busy, again, gone = highest(signalled, self.saver.busy, not lost and self.saver.wants_again, lost)
+        number, busy, again, gone = all_reduce_max(
+            signalled, self.saver.busy, not lost and self.saver.wants_again, lost
+        )
         self._check_directory(bool(gone))
         if not busy:
             self.saver.collect()
@@ -227,7 +229,7 @@ class _Run:
 
     def _look_for_directory(self) -> None:
         """As :meth:`_check_directory`, where nothing else is to be agreed on; collective."""
-        (lost,) = highest(self._reporter.lost)
+        (lost,) = all_reduce_max(self._reporter.lost)
         self._check_directory(bool(lost))
 
     def _check_directory(self, lost: bool) -> None:
@@ -303,9 +305,7 @@ class _Run:
         """Every rank's record of the step that was just done, in which it was busy for so many seconds; collective."""
         memory = memory_bytes(self.engine.device)
         dist.barrier()  # the clocks are read at one moment, as far as that goes
-        own = RankRecord(busy, memory, time.time(), socket.gethostname())
-        records: list[RankRecord] = [own] * dist.get_world_size()
-        dist.all_gather_object(records, own)
+        records = gather_objects(RankRecord(busy, memory, time.time(), socket.gethostname()))
         self._reporter.ranks(self.at.step, records)
 
     def _judge(self, result: StepResult) -> None:
@@ -314,7 +314,7 @@ class _Run:
         if isinstance(verdict, Spike):
             self._reporter.spiked(self.at.step, verdict)
         if not result.applied or self._config.faults.spike_rollback:
-            verdict = from_rank_0(verdict)
+            verdict = broadcast_object(verdict)
             if isinstance(verdict, RollBack):
                 self._look_for_directory()  # it would go back to what another directory holds, and begin anew there
                 raise _Trouble(verdict)
@@ -392,10 +392,10 @@ class _Trouble(Exception):
 def _newest_step(config: Config) -> int:
     """The step of the newest checkpoint, 0 if there is none; the same on every rank."""
     whole: list[Path] = []
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             whole = list_checkpoints(config.directory / "checkpoints")
-    return int(from_rank_0(step_of(whole[-1]) if whole else 0))
+    return int(broadcast_object(step_of(whole[-1]) if whole else 0))
 
 
 def _holes(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
@@ -405,7 +405,7 @@ def _holes(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
         MegaloopError: it was rolled back too often, or the file that says which they are cannot be used.
     """
     holes: Holes = ()
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if len(rolled_back) > config.faults.max_rollbacks:
             last = rolled_back[-1]
             raise MegaloopError(
@@ -416,7 +416,7 @@ def _holes(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
             if rolled_back:
                 add_hole(config.directory, rolled_back[-1].samples)
             holes = read_holes(config.directory)
-    return from_rank_0(holes)
+    return broadcast_object(holes)
 
 
 def _due(step: int, every: int, total: int) -> bool:
@@ -426,7 +426,7 @@ def _due(step: int, every: int, total: int) -> bool:
 def _open_directory(config: Config, resume: bool) -> RunDirectory | _NoDirectory:
     """The run directory, held by rank 0; other ranks only learn whether that went well."""
     directory: RunDirectory | _NoDirectory = _NoDirectory()
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             if config.logging.tensorboard:
                 require_tensorboard()  # before anything changes
@@ -440,7 +440,7 @@ def _accepted(
 ) -> Iterator[None]:
     """From here on the run changes its directory: every rank has taken the configuration and built its engine; collective."""
     with ExitStack() as stack:
-        with all_ranks_agree():
+        with raise_on_all_ranks():
             if isinstance(directory, RunDirectory):
                 for damage in start.damaged:
                     set_aside(damage.path)

@@ -13,6 +13,7 @@ from megaloop.checkpoint import BackgroundSaver, CheckpointInfo, SaveResult, pru
 from megaloop.config import CheckpointConfig
 from megaloop.errors import MegaloopError
 from megaloop.layout.pieces import StatePiece
+from megaloop.runtime.collectives import gather_objects
 from megaloop.train.report import RunReporter
 
 __all__ = ["Saver"]
@@ -61,9 +62,7 @@ class Saver:
         """Save, or begin to; waits for the save before, if that is not done."""
         self.collect()
         pieces = list(pieces)
-        sizes: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(sizes, sum(each.data.nbytes for each in pieces if each.writes))
-        self._needed = sum(sizes)
+        self._needed = sum(gather_objects(sum(each.data.nbytes for each in pieces if each.writes)))
         path = self._directory / step_name(info.step)
         if self._background:
             self._background.start(path, pieces, info, tokenizer, self._prune)

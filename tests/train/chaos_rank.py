@@ -62,8 +62,8 @@ _POINTS: dict[str, tuple[_Point, ...]] = {
         _Point("checkpoint.tensor_file", "_content", 100),
         _Point("checkpoint.writer", "write_tensors", 4, after=True),
         _Point("checkpoint.writer", "encode_manifest", 2),
-        _Point("checkpoint.writer", "_sync_directory", 8),  # of four a save, the last after the checkpoint has its name
-        _Point("checkpoint.writer", "_sync_directory", 8, after=True),
+        _Point("checkpoint.writer", "fsync_path", 10),  # of five a save, the last after the checkpoint has its name
+        _Point("checkpoint.writer", "fsync_path", 10, after=True),
         _Point("checkpoint.writer", "_give_name", 2),
         _Point("checkpoint.writer", "_give_name", 2, after=True),
         _Point("train.saving", "prune", 2),
