@@ -31,14 +31,16 @@ from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import StepResult, TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
 from megaloop.runs.allow import Allow
-from megaloop.runs.directory import RunDirectory
+from megaloop.runs.directory import NoDirectory, RunDirectory
+from megaloop.runs.events import Signalled, Spiked, StopReached
 from megaloop.runs.excluded import add_hole, read_holes
-from megaloop.runs.metrics import require_tensorboard
+from megaloop.runs.metrics import RankRecord
 from megaloop.runs.position import after_step
+from megaloop.runs.sinks import require_tensorboard
 from megaloop.runtime.collectives import all_reduce_max, broadcast_object, gather_objects, raise_on_all_ranks
 from megaloop.runtime.hardware import memory_bytes
 from megaloop.train.faults import Faults, RollBack, Spike
-from megaloop.train.report import RankRecord, RunReporter
+from megaloop.train.report import RunReporter
 from megaloop.train.saving import Saver
 from megaloop.train.schedule import learning_rate
 from megaloop.train.signals import StopSignals
@@ -148,7 +150,7 @@ class _Run:
         self.saver = Saver(
             config.directory / "checkpoints",
             config.checkpoint,
-            reporter,
+            reporter.hub,
             None if start.checkpoint is None else start.position.step,
         )
         self.saver.prepare(self.engine.pieces())
@@ -165,7 +167,7 @@ class _Run:
             with self.watchdog:
                 ending = self._train(rolled_back)
         except _Trouble as trouble:
-            self._reporter.rolls_back()
+            self._reporter.ends("rollback")
             self.saver.collect()
             self.saver.close()
             self.engine.close()
@@ -222,9 +224,12 @@ class _Run:
         if self.at.step == self._config.train.steps or (not number and self.at.step < (self._stop_at or math.inf)):
             return None
         if number:
-            self._reporter.signalled(self.at.step, signal.Signals(int(number)).name)
+            name = signal.Signals(int(number)).name
+            self._reporter.ends(f"signal {name}")
+            self._reporter.hub.event(Signalled(self.at.step, name))
             return "interrupted" if number == signal.SIGINT else "signalled"
-        self._reporter.stopped(self.at.step)
+        self._reporter.ends("stop_at")
+        self._reporter.hub.event(StopReached(self.at.step))
         return "stopped"
 
     def _look_for_directory(self) -> None:
@@ -312,7 +317,7 @@ class _Run:
         """Record what is wrong with the step's numbers; raises _Trouble on every rank where training cannot go on."""
         verdict = self.faults.stepped(self.at, result)
         if isinstance(verdict, Spike):
-            self._reporter.spiked(self.at.step, verdict)
+            self._reporter.hub.event(Spiked(self.at.step, verdict.loss, verdict.median, verdict.deviation))
         if not result.applied or self._config.faults.spike_rollback:
             verdict = broadcast_object(verdict)
             if isinstance(verdict, RollBack):
@@ -423,9 +428,9 @@ def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def _open_directory(config: Config, resume: bool) -> RunDirectory | _NoDirectory:
+def _open_directory(config: Config, resume: bool) -> RunDirectory | NoDirectory:
     """The run directory, held by rank 0; other ranks only learn whether that went well."""
-    directory: RunDirectory | _NoDirectory = _NoDirectory()
+    directory: RunDirectory | NoDirectory = NoDirectory()
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             if config.logging.tensorboard:
@@ -436,7 +441,7 @@ def _open_directory(config: Config, resume: bool) -> RunDirectory | _NoDirectory
 
 @contextmanager
 def _accepted(
-    config: Config, start: Start, reporter: RunReporter, directory: RunDirectory | _NoDirectory
+    config: Config, start: Start, reporter: RunReporter, directory: RunDirectory | NoDirectory
 ) -> Iterator[None]:
     """From here on the run changes its directory: every rank has taken the configuration and built its engine; collective."""
     with ExitStack() as stack:
@@ -445,19 +450,8 @@ def _accepted(
                 for damage in start.damaged:
                     set_aside(damage.path)
             stack.enter_context(reporter)
-            if isinstance(directory, RunDirectory):
-                directory.accept(config.to_yaml())
+            directory.accept(config.to_yaml())
         yield
-
-
-class _NoDirectory:
-    """What ranks other than 0 hold of the run directory: nothing."""
-
-    def __enter__(self) -> _NoDirectory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 # --- data ---

@@ -73,8 +73,8 @@ _POINTS: dict[str, tuple[_Point, ...]] = {
         _Point("checkpoint.resolve", "shutil.os.rmdir", thread="megaloop-save"),  # in the middle of a deletion
         _Point("checkpoint.background", "BackgroundSaver.collect", 2),
         _Point("train.saving", "Saver.finish"),
-        _Point("train.report", "RunReporter.saved", 2),
-        _Point("train.report", "RunReporter.saved", 2, after=True),
+        _Point("train.saving", "Saved", 2),  # the checkpoint is whole, and its event is not written
+        _Point("runs.sinks", "Hub.event", 4, after=True),
     ),
     "growth": (
         _Point("train.loop", "reshard", 2),
