@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megaloop.data.dataset import DATA_JSON, Description
 from megaloop.errors import MegaloopError
+from megaloop.files import fsync_path, replace_file
 
 __all__ = ["Output"]
 
@@ -133,7 +134,7 @@ class Output:
         temporary = description.model_copy(update={"folder": self.folder.name})
         _write(self.folder / DATA_JSON, temporary)
         for path in [*self.folder.rglob("*"), self.folder]:
-            _sync(path)
+            fsync_path(path)
         with _alone(self.path):
             self._check()
             (self.folder / DATA_JSON).replace(self.path / DATA_JSON)
@@ -146,16 +147,16 @@ class Output:
                 )
 
     def _tidy(self, description: Description, parts: Sequence[str]) -> None:
-        _sync(self.path)
+        fsync_path(self.path)
         for name in parts:
             if os.path.lexists(self.path / name):  # a link moves as a link: what it points to stays as it is
                 (self.path / name).rename(self.folder / f"old-{name}")
             (self.folder / name).rename(self.path / name)
-        _sync(self.path)
-        _sync(self.folder)
+        fsync_path(self.path)
+        fsync_path(self.folder)
         _write(self.folder / DATA_JSON, description)
         (self.folder / DATA_JSON).replace(self.path / DATA_JSON)
-        _sync(self.path)
+        fsync_path(self.path)
         shutil.rmtree(self.folder)
         _remove_remains(self.path)  # the folder of the data set before, if its prep was killed while it tidied up
 
@@ -163,10 +164,7 @@ class Output:
 def _write(path: Path, description: Description) -> None:
     """Write data.json; a folder is only named where there is one."""
     values = description.model_dump(mode="json", exclude=None if description.folder else {"folder"})
-    with path.open("w", encoding="utf-8") as target:
-        json.dump(values, target, indent=1)
-        target.flush()
-        os.fsync(target.fileno())
+    replace_file(path, json.dumps(values, indent=1).encode())
 
 
 def _lock_of(folder: Path) -> Path:
@@ -214,14 +212,5 @@ def _alone(directory: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    """Have a file's content, or a directory's entries, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

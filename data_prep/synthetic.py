@@ -8,9 +8,7 @@ the machine and the number of documents.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from string import ascii_lowercase
 
 from megaloop.data.induction import p_hop
 from megaloop.errors import MegaloopError
+from megaloop.files import replacing
 from megaloop.text import printable
 
 __all__ = ["KINDS", "Problem", "Written", "documents", "write_jsonl"]
@@ -253,23 +252,20 @@ def write_jsonl(
     if not out.name:
         raise MegaloopError(f"synthesize: {out} is a directory; name a file to write")
     made = documents(kinds, count, seed)
-    partial, problems = out.parent / f"{out.name}.partial", 0
+    problems = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing(out) as file:
             for number, (kind, series) in enumerate(made, start=1):
                 problems += len(series)
                 if pairs:
                     lines = [{"kind": kind, "prompt": each.prompt, "answer": each.answer} for each in series]
                 else:
                     lines = [{"kind": kind, "text": "\n".join(each.prompt + each.answer for each in series)}]
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
                 if on_document is not None:
                     on_document(number)
-        size = partial.stat().st_size
-        os.replace(partial, out)
+        size = out.stat().st_size
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise MegaloopError(f"synthesize: cannot write {out} ({error.strerror})") from None
     return Written(count, problems, size)

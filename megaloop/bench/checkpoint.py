@@ -7,7 +7,6 @@ training steps while it is written, reading the checkpoint back, and copying its
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -24,9 +23,11 @@ import torch.distributed as dist
 from megaloop.checkpoint import BackgroundSaver, Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
+from megaloop.files import fsync_path
 from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import TrainingEngine, join_ranks
+from megaloop.runtime.collectives import gather_objects
 from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["CheckpointBenchmark", "bench_checkpoint", "run_rank"]
@@ -197,9 +198,7 @@ def _round(
             engine.train_step(batches, config.optimizer.lr)
             _wait()
             seconds.append(time.perf_counter() - began)
-            answers: list[bool] = [False] * dist.get_world_size()
-            dist.all_gather_object(answers, until())
-            if all(answers):
+            if all(gather_objects(until())):
                 return seconds
 
     count = iter(range(3))
@@ -262,8 +261,7 @@ def _copy(folder: Path) -> float:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-            with target.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_path(target)
     _wait()
     return time.perf_counter() - began
 

@@ -14,6 +14,7 @@ from megaloop.data import embedding_rows, open_sources
 from megaloop.depth import DepthPlan
 from megaloop.model import DecoderStage, choose_kernels, vocab_parallel_cross_entropy
 from megaloop.runtime.device import local_device
+from megaloop.runtime.dtype import training_dtype
 from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["LayerTimes", "bench_layers"]
@@ -41,7 +42,7 @@ def bench_layers(config: Config, rounds: int = 10) -> LayerTimes:
         rounds: repetitions; the parts alternate.
     """
     device = local_device()
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = training_dtype(config.train.precision)
     kernels = choose_kernels(device, dtype)
     vocab_size = config.model.vocab_size or embedding_rows(config, open_sources(config.data))
     shape = (config.train.micro_batch, config.data.sequence_length)

@@ -21,7 +21,8 @@ from megaloop.bench.contenders import contender, total_flops
 from megaloop.checkpoint import list_checkpoints, step_of
 from megaloop.config import Config
 from megaloop.errors import CONTINUE, MegaloopError
-from megaloop.runs.directory import last_records, replace_file
+from megaloop.files import replace_file
+from megaloop.runs.directory import last_records
 
 __all__ = ["Evaluation", "Job", "Plan", "Runner", "prepare_jobs"]
 

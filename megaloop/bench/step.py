@@ -27,6 +27,7 @@ from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 from megaloop.runtime.device import local_device
+from megaloop.runtime.dtype import training_dtype
 from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["SHAPES", "StepBenchmark", "bench_step"]
@@ -138,7 +139,7 @@ def bench_step(
             on_round(number, tokens / our_seconds, tokens / their_seconds)
     our_rate, their_rate = (tokens / statistics.median(each.seconds) for each in (ours, theirs))
     ratios = [their_seconds / our_seconds for our_seconds, their_seconds in pairs]
-    product = _product_tflops(torch.bfloat16 if precision == "bf16" else torch.float32)
+    product = _product_tflops(training_dtype(precision))
     flops = flops_per_token(DepthPlan.parse(config.depth), config.model, sequence_length).total
     tflops = flops * our_rate / 1e12
     return StepBenchmark(
@@ -267,7 +268,7 @@ def _their_steps(config: Config) -> Iterator[float]:
             tie_word_embeddings=model_config.tied_embeddings,
             use_cache=False,
         )
-    ).to(device, torch.bfloat16 if bf16 else torch.float32)
+    ).to(device, training_dtype(config.train.precision))
     weights = list(model.parameters())
     masters = [weight.detach().float().requires_grad_() for weight in weights] if bf16 else weights
     options = config.optimizer

@@ -26,6 +26,7 @@ from megaloop.parallel.deepspeed import Item, ItemModule, open_engine
 from megaloop.parallel.engine import StepResult, quietly
 from megaloop.parallel.step_engine import Batch, ScheduleEngine
 from megaloop.runtime.device import local_device
+from megaloop.runtime.dtype import training_dtype
 
 __all__ = ["TiedEngine"]
 
@@ -51,9 +52,9 @@ class TiedEngine:
                 "the baseline of tied layers has no tensor parallelism, documents, recomputation, compilation or options of loops"
             )
         self.topology = topology
-        self.micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+        self.micro_batches = config.train.micro_batches(topology.dp)
         device = local_device()
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        dtype = training_dtype(config.train.precision)
         kernels = choose_kernels(device, dtype)
         specs = parameter_specs(config.model, plan, vocab_size)
         with quietly():

@@ -8,7 +8,6 @@ https://github.com/huggingface/safetensors#format. Reading is left to the librar
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 import xxhash
 from torch import Tensor
+
+from megaloop.files import fsync_file
 
 __all__ = ["DTYPE_CODES", "LazyTensor", "write_tensors"]
 
@@ -67,8 +68,7 @@ def write_tensors(path: Path, tensors: Iterable[LazyTensor], about: str = "") ->
                 file.write(block)
                 digest.update(block)
             size += len(content)
-        file.flush()
-        os.fsync(file.fileno())
+        fsync_file(file)
     return size, digest.hexdigest()
 
 

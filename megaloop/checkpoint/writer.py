@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections import defaultdict
@@ -37,7 +36,9 @@ from megaloop.checkpoint.tensor_file import LazyTensor, write_tensors
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
+from megaloop.files import fsync_path, replace_file
 from megaloop.layout.pieces import Piece, StatePiece
+from megaloop.runtime.collectives import gather_objects
 
 __all__ = ["CheckpointInfo", "LazyPiece", "SaveResult", "save_checkpoint"]
 
@@ -174,10 +175,7 @@ def _together(
         result, cause = _Failure(" ".join(str(error).split()), True), error
     except Exception as error:  # a mistake of ours: the other ranks wait, and must hear of it
         result, cause = _Failure(f"{type(error).__name__}: {error}", False), error
-    outcomes: list[Any] = [result]
-    if dist.is_initialized():
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, result, group=group)
+    outcomes = gather_objects(result, group)
     for rank, each in enumerate(outcomes):
         if isinstance(each, _Failure) and not each.expected:
             raise RuntimeError(f"checkpoint {directory} {outcome}: rank {rank}: {each.text}") from cause
@@ -283,14 +281,9 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         tensors=dict(tensors),
     )
     text = encode_manifest(manifest)
-    temporary = partial / f".{MANIFEST}.tmp"
-    with temporary.open("wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(partial / MANIFEST)
+    replace_file(partial / MANIFEST, text)
     for folder in (partial / "model", partial / "optim", partial):
-        _sync_directory(folder)
+        fsync_path(folder)
     _give_name(partial, directory)
     return sum(entry.bytes for entry in files) + len(text)
 
@@ -308,7 +301,7 @@ def _give_name(partial: Path, directory: Path) -> None:
         if old.exists():
             old.rename(directory)
         raise
-    _sync_directory(directory.parent)
+    fsync_path(directory.parent)
     if old.exists():
         remove_checkpoint(old)
 
@@ -320,14 +313,5 @@ def _beside(directory: Path, suffix: str) -> Path:
 
 def _entry(partial: Path, path: Path) -> FileEntry:
     """Sync a file and describe it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    fsync_path(path)
     return FileEntry(path=path.relative_to(partial).as_posix(), bytes=path.stat().st_size, checksum=file_checksum(path))
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

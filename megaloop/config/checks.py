@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from megaloop.config.data import DataConfig
 from megaloop.config.depth import GrowthConfig, LoopConfig
-from megaloop.config.training import TrainConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from megaloop.config.run import Config
 
 
-__all__ = ["batch_error", "check"]
+__all__ = ["check"]
 
 
 def check(config: Config) -> None:
@@ -34,8 +33,8 @@ def check(config: Config) -> None:
         )
     for stage in config.stages:
         dp = config.parallel_at(stage.plan.layers)[2]
-        if dp is not None and config.train.global_batch % (config.train.micro_batch * dp):
-            raise batch_error(config.train, dp)
+        if dp is not None:
+            config.train.micro_batches(dp)  # refuses a batch that does not divide
     if config.schedule.warmup_steps > config.train.steps:
         raise MegaloopError(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is more than train.steps {config.train.steps}"
@@ -162,12 +161,3 @@ def _looped_example(plan: DepthPlan) -> str:
     block = min(4, plan.layers)
     before = (plan.layers - block) // 2
     return f"{before}-{block}x2-{plan.layers - block - before}"
-
-
-def batch_error(train: TrainConfig, dp: int) -> MegaloopError:
-    unit = train.micro_batch * dp
-    return MegaloopError(
-        f"train.global_batch {train.global_batch} is not a multiple of "
-        f"micro_batch {train.micro_batch} x dp {dp} = {unit}; "
-        f"choose for example {-(-train.global_batch // unit) * unit}"
-    )

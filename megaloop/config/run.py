@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator
 
-from megaloop.config.checks import batch_error, check
+from megaloop.config.checks import check
 from megaloop.config.data import DataConfig
 from megaloop.config.depth import DepthEventConfig, GrowthConfig, LoopConfig
 from megaloop.config.model import ModelConfig
@@ -189,8 +189,7 @@ class Config(Section):
                 f"{where}: pp {pp} x tp {tp} x dp {dp} makes {pp * tp * dp} ranks, but there are {world_size}; "
                 "use that many, or change the topology"
             )
-        if self.train.global_batch % (self.train.micro_batch * dp):
-            raise batch_error(self.train, dp)
+        self.train.micro_batches(dp)  # refuses a batch that does not divide
         return pp, tp, dp
 
     def check_world(self, world_size: int, first_step: int = 0, stop: int | None = None) -> None:
@@ -201,7 +200,7 @@ class Config(Section):
         """
         for stage in stages_between(self.stages, first_step, stop):
             pp, _, dp = self.topology(world_size, stage.plan.layers)
-            micro_batches = self.train.global_batch // (self.train.micro_batch * dp)
+            micro_batches = self.train.micro_batches(dp)
             if pp > micro_batches and (self.parallel.rounds > 1 or stage.plan.is_looped):
                 raise MegaloopError(
                     f"train.global_batch {self.train.global_batch} makes {micro_batches} micro-batches of "

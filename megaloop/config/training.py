@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from megaloop.config.section import Section
+from megaloop.errors import MegaloopError
 
 __all__ = [
     "CheckpointConfig",
@@ -61,6 +62,21 @@ class TrainConfig(Section):
     """torch.compile each layer."""
     check_replicas: int = Field(default=0, ge=0)
     """Every N steps, verify that parameters which several ranks hold are bit-identical; 0: never."""
+
+    def micro_batches(self, dp: int) -> int:
+        """Micro-batches per optimizer step of each of ``dp`` data-parallel replicas.
+
+        Raises:
+            MegaloopError: the global batch does not divide into them.
+        """
+        unit = self.micro_batch * dp
+        if self.global_batch % unit:
+            raise MegaloopError(
+                f"train.global_batch {self.global_batch} is not a multiple of "
+                f"micro_batch {self.micro_batch} x dp {dp} = {unit}; "
+                f"choose for example {-(-self.global_batch // unit) * unit}"
+            )
+        return self.global_batch // unit
 
 
 class OptimizerConfig(Section):

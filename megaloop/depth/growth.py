@@ -136,7 +136,7 @@ def _step(plan: DepthPlan, operator: Operator, block: int, insert_at: InsertAt) 
 
 def _insert(plan: DepthPlan, at: int, sources: tuple[int, ...], *, copied: bool) -> Growth:
     """Put a new layer for each of ``sources`` into the plan, at position ``at``."""
-    first = max(*plan.order, *plan.lineage.values(), 0) + 1  # nor is the id of a parent that has gone used again
+    first = plan.next_id
     new = {first + index: source if copied else None for index, source in enumerate(sources)}
     parents = {layer_id: source for layer_id, source in new.items() if source is not None}
     order = (*plan.order[:at], *new, *plan.order[at:])

@@ -83,7 +83,7 @@ def untie(plan: DepthPlan) -> Growth:
             "untie: a loop with injection, a norm or scaled residuals is more than its layers in a row; "
             "only loops of plain composition can be untied"
         )
-    free = max(*plan.order, *plan.lineage.values(), 0) + 1
+    free = plan.next_id
     order: list[int] = []
     parents: dict[int, int] = {}
     for layer_id in plan.order:

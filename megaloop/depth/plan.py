@@ -178,6 +178,11 @@ class DepthPlan:
         return len(self.order)
 
     @property
+    def next_id(self) -> int:
+        """The id of the next layer that is added: above all that the plan or its lineage names, so that none is used twice."""
+        return max(*self.order, *self.lineage.values(), 0) + 1
+
+    @property
     def layers(self) -> int:
         """The number of unique layers, those that hold parameters."""
         return len(self.ids)

@@ -27,6 +27,7 @@ from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examp
 from megaloop.inference.generate import before_document
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
+from megaloop.runtime.collectives import broadcast_object, gather_objects
 from megaloop.text import parse_whole, printable
 
 __all__ = ["VALIDATION", "Block", "evaluate", "with_loops"]
@@ -237,7 +238,7 @@ class _Work:
         self._model, self._checkpoint, self._precision = model, checkpoint, precision
         self._seed, self._examples, self._samples, self._on_step = seed, examples, samples, on_step
         self._file = file
-        self._known = {} if again or file is None else _from_rank_0(read_records(file))
+        self._known = {} if again or file is None else broadcast_object(read_records(file))
         self._tokenizer: Tokenizer | None = None
 
     def primitive(self, depth: _Depth, task: Task, count: int) -> Record:
@@ -332,11 +333,7 @@ class _Work:
             self._on_step(label, number, len(parts))
             own[number] = run(number, parts[number])
         self._on_step(label, len(parts), len(parts))
-        gathered = [own]
-        if dist.is_initialized():
-            gathered = [own] * _ranks()
-            dist.all_gather_object(gathered, own)
-        results = {number: result for each in gathered for number, result in each.items()}
+        results = {number: result for each in gather_objects(own) for number, result in each.items()}
         return [results[number] for number in range(len(parts))]
 
     def _open_tokenizer(self) -> Tokenizer:
@@ -386,11 +383,3 @@ def _rank() -> int:
 
 def _ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _from_rank_0(value: Any) -> Any:
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megaloop.errors import MegaloopError
+from megaloop.files import fsync_file
 from megaloop.runs import records
 
 __all__ = ["EVALUATION", "Measured", "Record", "Subject", "append_record", "clustered", "read_records"]
@@ -131,8 +132,7 @@ def append_record(path: Path, record: Record) -> None:
             if file.tell() and not _ends_a_line(path):
                 line = b"\n" + line  # after a line that was torn
             file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            fsync_file(file)
     except OSError as error:
         raise MegaloopError(f"eval: cannot write {path} ({error.strerror})") from None
 

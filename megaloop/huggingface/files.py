@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from megaloop.checkpoint.tensor_file import LazyTensor, write_tensors
 from megaloop.errors import MegaloopError
+from megaloop.files import fsync_path
 
 __all__ = ["OutputDirectory", "open_weights", "read_json", "write_json", "write_weights"]
 
@@ -129,23 +130,15 @@ class OutputDirectory:
 
     def _publish(self) -> None:
         for path in (*self._partial.iterdir(), self._partial):
-            _sync(path)
+            fsync_path(path)
         if self._out.exists():
             self._out.rmdir()
         self._partial.rename(self._out)
-        _sync(self._out.parent)
+        fsync_path(self._out.parent)
 
     def _failure(self, error: OSError) -> MegaloopError:
         reason = error.strerror or error
         return MegaloopError(f"output {self._out} cannot be written ({reason}); nothing was left behind")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:

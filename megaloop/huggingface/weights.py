@@ -25,6 +25,7 @@ from megaloop.huggingface.files import OutputDirectory, open_weights, read_json,
 from megaloop.huggingface.tokenizer import write_tokenizer
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.model import parameter_specs
+from megaloop.runtime.dtype import training_dtype
 
 __all__ = ["ExportSummary", "ImportSummary", "export_huggingface", "import_huggingface"]
 
@@ -45,7 +46,6 @@ _ENDS = {
     "head.weight": "lm_head.weight",
 }
 _DEFAULT_LENGTH = 2048
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def export_huggingface(
             LazyTensor(
                 theirs,
                 source.shape(kind, ours),
-                _DTYPES[name],
+                training_dtype(name),
                 partial(_read, source, kind, ours, name, scales.get(theirs, 1)),
             )
             for theirs, ours in _exported_names(uses, model.tied_embeddings)
@@ -133,7 +133,7 @@ def export_huggingface(
 
 def _read(source: Checkpoint, kind: str, name: str, dtype: str, divisor: int) -> Tensor:
     values = source.read(kind, name)
-    return (values / divisor if divisor > 1 else values).to(_DTYPES[dtype])
+    return (values / divisor if divisor > 1 else values).to(training_dtype(dtype))
 
 
 def _scales(plan: DepthPlan, uses: Sequence[Use]) -> dict[str, int]:
@@ -170,7 +170,7 @@ def import_huggingface(source: Path, out: Path) -> ImportSummary:
             precision = "bf16"
         pieces = []
         for piece, values in weights:
-            pieces.append(StatePiece("model", piece, values.to(_DTYPES[precision])))
+            pieces.append(StatePiece("model", piece, values.to(training_dtype(precision))))
             pieces.append(StatePiece("master", piece, values.float()))
         tokenizer = source / "tokenizer.model"
         info = CheckpointInfo(
@@ -244,7 +244,7 @@ def _their_config(model: ModelConfig, layers: int, dtype: str, length: int) -> d
         "mlp_bias": False,
         "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std,
-        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        "torch_dtype": str(training_dtype(dtype)).removeprefix("torch."),
     }
 
 

@@ -13,6 +13,7 @@ from megaloop.depth import DepthPlan, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.model import Decoder, choose_kernels, parameter_specs
 from megaloop.runtime.device import local_device
+from megaloop.runtime.dtype import training_dtype
 
 __all__ = ["load_decoder"]
 
@@ -48,7 +49,7 @@ def load_decoder(
     checkpoint.check_tensors(parameter_specs(config, DepthPlan.from_json(manifest.plan), config.vocab_size))
     checkpoint.check_values([kind])
     device = device or local_device()
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = training_dtype(precision)
     model = Decoder(config, config.vocab_size, plan, kernels=choose_kernels(device, dtype)).to(device, dtype)
     model.times = times
     model.fill(lambda name, spec: checkpoint.read(kind, name))

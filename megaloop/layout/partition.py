@@ -113,7 +113,7 @@ def split_rounds(config: Config, plan: DepthPlan, topology: Topology, vocab_size
         if config.parallel.layer_costs
         else estimated_costs(config.model, vocab_size, config.data.sequence_length)
     )
-    micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+    micro_batches = config.train.micro_batches(topology.dp)
     return slice_rounds(plan, topology.pp, config.parallel.rounds, micro_batches, costs)
 
 

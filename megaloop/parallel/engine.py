@@ -29,6 +29,7 @@ from megaloop.parallel.state import LocalParameter, local_parameters, state_piec
 from megaloop.parallel.step_engine import Batch, StepEngine
 from megaloop.parallel.stopwatch import Stopwatch
 from megaloop.runtime.device import local_device
+from megaloop.runtime.dtype import training_dtype
 
 if TYPE_CHECKING:
     from megaloop.parallel.pipeline import PipelinedDecoder
@@ -112,7 +113,7 @@ class TrainingEngine:
         self.coordinate: Coordinate = topology.coordinate(dist.get_rank())
         self.device = local_device()
         self.stopwatch = Stopwatch(self.device)
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        dtype = training_dtype(config.train.precision)
         self.kernels: Kernels = choose_kernels(self.device, dtype, config.train.compile)
         self.specs = parameter_specs(config.model, plan, vocab_size)
         self.slices = split_rounds(config, plan, topology, vocab_size)
@@ -187,7 +188,7 @@ class TrainingEngine:
     @property
     def micro_batches(self) -> int:
         """Micro-batches per optimizer step and data-parallel rank."""
-        return self.config.train.global_batch // (self.config.train.micro_batch * self.topology.dp)
+        return self.config.train.micro_batches(self.topology.dp)
 
     @property
     def needs_data(self) -> bool:

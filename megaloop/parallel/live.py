@@ -6,7 +6,6 @@ import gc
 import time
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
 from megaloop.depth import Growth
@@ -15,6 +14,7 @@ from megaloop.layout.topology import Topology
 from megaloop.layout.transfers import Moments, Reshard, transfers
 from megaloop.parallel.engine import TrainingEngine
 from megaloop.parallel.exchange import exchange
+from megaloop.runtime.dtype import training_dtype
 
 __all__ = ["Resharded", "reshard"]
 
@@ -61,7 +61,7 @@ def reshard(
     gc.freeze()  # the garbage is out; what is left stays, and the collections of the next build pass it over
     new = TrainingEngine(config, growth.plan, topology, vocab_size, None, step)
     built = time.perf_counter()
-    weight_bytes = torch.finfo(torch.bfloat16 if config.train.precision == "bf16" else torch.float32).bits // 8
+    weight_bytes = training_dtype(config.train.precision).itemsize
     plan = transfers(before, new.placement, growth, weight_bytes=weight_bytes, moments=moments)
     fresh = InitialValues(config.model, config.seed, growth.plan, vocab_size)
     buffers = exchange(plan, old, new.pieces(), growth, fresh=fresh, moments=moments)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 
 from megaloop.layout.pieces import StatePiece
+from megaloop.runtime.collectives import gather_objects
 
 __all__ = ["differing_replicas"]
 
@@ -33,7 +32,7 @@ def differing_replicas(pieces: Iterable[StatePiece]) -> list[str]:
     """
     mine = {(each.kind, each.piece.name, each.piece.box.offset): each for each in pieces}
     bounds: dict[_Key, set[int]] = defaultdict(set)
-    for held in _everyone({key: _range(piece) for key, piece in mine.items()}):
+    for held in gather_objects({key: _range(piece) for key, piece in mine.items()}):
         for key, (start, stop) in held.items():
             bounds[key] |= {start, stop}
     digests: dict[tuple[_Key, int], str] = {}
@@ -44,7 +43,7 @@ def differing_replicas(pieces: Iterable[StatePiece]) -> list[str]:
             if start <= low and high <= stop:
                 digests[key, low] = _digest(values[low - start : high - start])
     seen: dict[tuple[_Key, int], set[str]] = defaultdict(set)
-    for held_digests in _everyone(digests):
+    for held_digests in gather_objects(digests):
         for cut, digest in held_digests.items():
             seen[cut].add(digest)
     return sorted({f"{kind} {name}" for ((kind, name, _), _), found in seen.items() if len(found) > 1})
@@ -52,12 +51,6 @@ def differing_replicas(pieces: Iterable[StatePiece]) -> list[str]:
 
 def _range(piece: StatePiece) -> tuple[int, int]:
     return piece.piece.flat or (0, piece.piece.box.numel)
-
-
-def _everyone(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def _digest(values: torch.Tensor) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaloop.config import Config
+from megaloop.runtime.dtype import training_dtype
 
 __all__ = [
     "Activations",
@@ -121,4 +122,4 @@ def mask_bytes(config: Config) -> int:
 
 def element_bytes(config: Config) -> int:
     """Bytes of one element of weights and activations."""
-    return 2 if config.train.precision == "bf16" else _FP32
+    return training_dtype(config.train.precision).itemsize

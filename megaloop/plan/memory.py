@@ -98,7 +98,7 @@ def _rank_budget(
         for decay in (True, False)
     )
     parameters, padded = sum(sizes.values()), share * topology.dp
-    micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+    micro_batches = config.train.micro_batches(topology.dp)
     return RankBudget(
         layers=owned_layers(plan, slices, pp),
         parameters=parameters,
@@ -122,7 +122,7 @@ def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Sl
     uses = plan.uses(times)
     length = config.data.sequence_length
     tokens = config.train.micro_batch * length
-    micro_batches = config.train.global_batch // (config.train.micro_batch * topology.dp)
+    micro_batches = config.train.micro_batches(topology.dp)
     rounds = Rounds(topology.pp, micro_batches, len(slices))
     layer, stream = layer_activations(config, topology.tp), stream_bytes(config, topology.tp)
     head = head_activations(config, topology.tp, vocab_size)

@@ -213,9 +213,7 @@ def _stages(config: Config, world_size: int, vocab_size: int, costs: Sequence[in
         specs = parameter_specs(config.model, plan, vocab_size)
         split = split_rounds(config, plan, topology, vocab_size)
         placement = Placement.of(specs, plan, topology, split)
-        rounds = Rounds(
-            topology.pp, config.train.global_batch // (config.train.micro_batch * topology.dp), len(split)
-        )  # fmt: skip
+        rounds = Rounds(topology.pp, config.train.micro_batches(topology.dp), len(split))
         forward, backward = _pass_flops(config, plan, split, vocab_size)
         step = StepPicture("", rounds, forward, backward)
         yield StagePreview(

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from megaloop import __version__
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.tasks import CANDIDATES
+from megaloop.files import replace_file
 from megaloop.report import plots
 from megaloop.report.primitives import (
     MEAN,
@@ -41,7 +42,6 @@ from megaloop.report.savings import (
     run_labels,
     savings,
 )
-from megaloop.runs.directory import replace_file
 
 __all__ = ["Report", "make_report", "write_report"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from megaloop.errors import MegaloopError
-from megaloop.runs.metrics import METRICS, is_at, write_event
-from megaloop.runs.records import parse_record, read_lines, read_records, whole_number
+from megaloop.files import fsync_file, replace_file
+from megaloop.runs.events import RunResumed
+from megaloop.runs.metrics import METRICS
+from megaloop.runs.records import is_at, number, parse_record, read_lines, read_records, whole_number
+from megaloop.runs.sinks import append_event
 from megaloop.text import printable
 
 __all__ = [
@@ -28,13 +32,13 @@ __all__ = [
     "DISCARDED",
     "LOCK",
     "STACKS",
+    "NoDirectory",
     "Resumed",
     "RunDirectory",
     "held",
     "holder",
     "is_held",
     "last_records",
-    "replace_file",
 ]
 
 CONFIG = "config.yaml"
@@ -202,8 +206,17 @@ class RunDirectory:
                 replace_file(self.path / METRICS, b"".join(kept[key] for key in sorted(kept)))
         except OSError as error:
             raise _cannot_be_written(self.path, error) from None
-        write_event(self.path, "resume", step, discarded=len(discarded))
+        append_event(self.path, RunResumed(step, len(discarded)))
         return Resumed(last, len(discarded))
+
+    def recent_losses(self, count: int) -> list[float]:
+        """The last ``count`` losses of the model as it is, oldest first."""
+        records = last_records(self.path, count)
+        same = itertools.takewhile(
+            lambda record: all(record.get(key) == records[-1].get(key) for key in ("layers", "depth")),
+            reversed(records),
+        )
+        return [loss for record in same if (loss := number(record, "loss")) is not None][::-1]
 
     def release(self) -> None:
         """Let others use the directory; the end of the process does the same."""
@@ -226,6 +239,25 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+class NoDirectory:
+    """What ranks other than 0 hold of the run directory: nothing."""
+
+    lost = False
+
+    def accept(self, configuration: str) -> None:
+        """Rank 0 does that."""
+
+    def recent_losses(self, count: int) -> list[float]:
+        """Rank 0 knows them."""
+        return []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 @contextmanager
@@ -377,19 +409,4 @@ def _cannot_be_written(path: Path, error: OSError) -> MegaloopError:
 def _append(path: Path, data: bytes) -> None:
     with path.open("ab") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is never seen half-written."""
-    temporary = path.parent / f".{path.name}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        fsync_file(file)

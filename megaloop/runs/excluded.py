@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megaloop.errors import MegaloopError
-from megaloop.runs.directory import replace_file
+from megaloop.files import replace_file
 from megaloop.text import printable
 
 __all__ = ["HOLES", "add_hole", "read_holes"]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megaloop.checkpoint import RunState
 from megaloop.config import FaultsConfig
+from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import StepResult
 
-__all__ = ["Faults", "RollBack", "Spike"]
+__all__ = ["Faults", "RollBack", "Spike", "check_replicas"]
 
 _FEWEST = 20
 """Losses that a window must hold before one can stick out of it."""
@@ -94,3 +95,13 @@ class Faults:
         median = statistics.median(self._recent)
         deviation = _NORMAL * statistics.median(abs(each - median) for each in self._recent)
         return Spike(loss, median, deviation) if loss > median + self._config.spike_deviations * deviation else None
+
+
+def check_replicas(differing: Sequence[str], step: int) -> None:
+    """Raise MegaloopError where tensors differ of which several ranks should hold the same bits after ``step``."""
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise MegaloopError(
+            f"step {step}: ranks that should hold the same bits differ in {', '.join(differing[:5])}{more}; "
+            "stop using this run's later checkpoints, and report it: a gradient was reduced wrongly or memory is faulty"
+        )

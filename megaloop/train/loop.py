@@ -6,43 +6,33 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Collection, Sequence
+from typing import Literal
 
 import torch.distributed as dist
 
-from megaloop.checkpoint import CheckpointInfo, GrowthEntry, list_checkpoints, set_aside, step_of
+from megaloop.checkpoint import CheckpointInfo, GrowthEntry
 from megaloop.config import Config
-from megaloop.data import (
-    BatchLoader,
-    Holes,
-    Sources,
-    bits_per_byte,
-    embedding_rows,
-    open_sources,
-    usable_validation,
-    validation_batches,
-)
-from megaloop.depth import GrowthStage, stage_at, stages_between
+from megaloop.data import BatchLoader, Holes, Sources, embedding_rows, open_sources
+from megaloop.depth import GrowthStage, stage_at
 from megaloop.errors import MegaloopError
 from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import StepResult, TrainingEngine, join_ranks
 from megaloop.parallel.live import reshard
 from megaloop.runs.allow import Allow
-from megaloop.runs.directory import RunDirectory
-from megaloop.runs.excluded import add_hole, read_holes
-from megaloop.runs.metrics import require_tensorboard
+from megaloop.runs.events import Signalled, Spiked, StopReached
+from megaloop.runs.metrics import RankRecord
 from megaloop.runs.position import after_step
-from megaloop.runtime.collectives import all_ranks_agree, from_rank_0, highest
+from megaloop.runtime.collectives import all_reduce_max, broadcast_object, gather_objects, raise_on_all_ranks
 from megaloop.runtime.hardware import memory_bytes
-from megaloop.train.faults import Faults, RollBack, Spike
-from megaloop.train.report import RankRecord, RunReporter
+from megaloop.train.directory import accepted, excluded_samples, newest_step, open_directory
+from megaloop.train.faults import Faults, RollBack, Spike, check_replicas
+from megaloop.train.report import RunReporter
 from megaloop.train.saving import Saver
 from megaloop.train.schedule import learning_rate
 from megaloop.train.signals import StopSignals
 from megaloop.train.start import Start, starting_point
+from megaloop.train.validation import Validation, engine_batches, validation_samples
 from megaloop.train.watchdog import Watchdog
 
 __all__ = ["Ending", "run"]
@@ -80,12 +70,10 @@ def run(
     joined_before = dist.is_initialized()
     world_size = join_ranks()
     try:
-        with _open_directory(config, resume) as directory:
-            newest = _newest_step(config) if resume else 0
-            first = min(
-                newest, config.train.steps - 1
-            )  # it may be damaged, or nothing may be left: that is for later to say
-            with all_ranks_agree():
+        with open_directory(config, resume) as directory:
+            newest = newest_step(config) if resume else 0
+            first = min(newest, config.train.steps - 1)  # damage, or that nothing is left, is for later to say
+            with raise_on_all_ranks():
                 config.check_world(world_size, first, stop_at)
                 if stop_at is not None and not 0 < stop_at <= config.train.steps:
                     raise MegaloopError(
@@ -93,16 +81,16 @@ def run(
                     )
                 sources = open_sources(config.data, config.init)
                 vocab_size = embedding_rows(config, sources)
-                samples = _validation_samples(config, sources, world_size, first, stop_at)
+                samples = validation_samples(config, sources, world_size, first, stop_at)
             if newest >= config.train.steps and restarts:
                 return "finished"  # it died after its last checkpoint: whoever started it again cannot know
             rolled_back: list[RollBack] = []
             while True:
-                holes = _holes(config, rolled_back)
+                holes = excluded_samples(config, rolled_back)
                 start = starting_point(config, vocab_size, sources, resume or bool(rolled_back), allowed)
                 reporter = RunReporter(config, vocab_size, start.position, directory, go_on, restarts)
                 training = _Run(config, sources, vocab_size, samples, start, reporter, holes, stop_at, signals)
-                with _accepted(config, start, reporter, directory):
+                with accepted(config, start, reporter, directory):
                     if signals:
                         signals.training = True
                     end = training.train(rolled_back)
@@ -148,7 +136,7 @@ class _Run:
         self.saver = Saver(
             config.directory / "checkpoints",
             config.checkpoint,
-            reporter,
+            reporter.hub,
             None if start.checkpoint is None else start.position.step,
         )
         self.saver.prepare(self.engine.pieces())
@@ -165,7 +153,7 @@ class _Run:
             with self.watchdog:
                 ending = self._train(rolled_back)
         except _Trouble as trouble:
-            self._reporter.rolls_back()
+            self._reporter.ends("rollback")
             self.saver.collect()
             self.saver.close()
             self.engine.close()
@@ -211,7 +199,9 @@ class _Run:
         self.watchdog.feed()
         signalled = self._signals.number if self._signals else 0
         lost = self._reporter.lost
-        number, busy, again, gone = highest(signalled, self.saver.busy, not lost and self.saver.wants_again, lost)
+        number, busy, again, gone = all_reduce_max(
+            signalled, self.saver.busy, not lost and self.saver.wants_again, lost
+        )
         self._check_directory(bool(gone))
         if not busy:
             self.saver.collect()
@@ -220,14 +210,17 @@ class _Run:
         if self.at.step == self._config.train.steps or (not number and self.at.step < (self._stop_at or math.inf)):
             return None
         if number:
-            self._reporter.signalled(self.at.step, signal.Signals(int(number)).name)
+            name = signal.Signals(int(number)).name
+            self._reporter.ends(f"signal {name}")
+            self._reporter.hub.event(Signalled(self.at.step, name))
             return "interrupted" if number == signal.SIGINT else "signalled"
-        self._reporter.stopped(self.at.step)
+        self._reporter.ends("stop_at")
+        self._reporter.hub.event(StopReached(self.at.step))
         return "stopped"
 
     def _look_for_directory(self) -> None:
         """As :meth:`_check_directory`, where nothing else is to be agreed on; collective."""
-        (lost,) = highest(self._reporter.lost)
+        (lost,) = all_reduce_max(self._reporter.lost)
         self._check_directory(bool(lost))
 
     def _check_directory(self, lost: bool) -> None:
@@ -269,7 +262,7 @@ class _Run:
             for step in range(self.at.step, stage.stop):
                 lr, times = self._learning_rate(step), config.loop_times(stage.plan, step)
                 began = time.perf_counter()
-                result = self.engine.train_step(_engine_batches(config, loader), lr, times)
+                result = self.engine.train_step(engine_batches(config, loader), lr, times)
                 self.at = after_step(
                     self.at,
                     config,
@@ -289,7 +282,7 @@ class _Run:
                 if ranks_due:
                     self._record_ranks(busy)
                 if config.train.check_replicas and self.at.step % config.train.check_replicas == 0:
-                    _check_replicas(self.engine, self.at.step)
+                    check_replicas(self.engine.differing_replicas(), self.at.step)
                 if config.checkpoint.every and self.at.step % config.checkpoint.every == 0:
                     self._save()
                 if ending := self._after_step():
@@ -303,18 +296,16 @@ class _Run:
         """Every rank's record of the step that was just done, in which it was busy for so many seconds; collective."""
         memory = memory_bytes(self.engine.device)
         dist.barrier()  # the clocks are read at one moment, as far as that goes
-        own = RankRecord(busy, memory, time.time(), socket.gethostname())
-        records: list[RankRecord] = [own] * dist.get_world_size()
-        dist.all_gather_object(records, own)
+        records = gather_objects(RankRecord(busy, memory, time.time(), socket.gethostname()))
         self._reporter.ranks(self.at.step, records)
 
     def _judge(self, result: StepResult) -> None:
         """Record what is wrong with the step's numbers; raises _Trouble on every rank where training cannot go on."""
         verdict = self.faults.stepped(self.at, result)
         if isinstance(verdict, Spike):
-            self._reporter.spiked(self.at.step, verdict)
+            self._reporter.hub.event(Spiked(self.at.step, verdict.loss, verdict.median, verdict.deviation))
         if not result.applied or self._config.faults.spike_rollback:
-            verdict = from_rank_0(verdict)
+            verdict = broadcast_object(verdict)
             if isinstance(verdict, RollBack):
                 self._look_for_directory()  # it would go back to what another directory holds, and begin anew there
                 raise _Trouble(verdict)
@@ -340,8 +331,8 @@ class _Run:
             return [each.step for each in depths if each.grown]
         return [stage.first_step for stage in self._start.stages[1:] if not stage.event]
 
-    def _open_validation(self) -> _Validation:
-        return _Validation(self._config, self.engine, self._sources, self._validation_samples)
+    def _open_validation(self) -> Validation:
+        return Validation(self._config, self.engine, self._sources, self._validation_samples)
 
     def _open_loader(self) -> BatchLoader | None:
         """Micro-batches from here on; None on ranks in the middle of the pipeline, which read none."""
@@ -389,135 +380,5 @@ class _Trouble(Exception):
         self.roll_back = roll_back
 
 
-def _newest_step(config: Config) -> int:
-    """The step of the newest checkpoint, 0 if there is none; the same on every rank."""
-    whole: list[Path] = []
-    with all_ranks_agree():
-        if dist.get_rank() == 0:
-            whole = list_checkpoints(config.directory / "checkpoints")
-    return int(from_rank_0(step_of(whole[-1]) if whole else 0))
-
-
-def _holes(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
-    """The samples that the run passes over from here on; collective.
-
-    Raises:
-        MegaloopError: it was rolled back too often, or the file that says which they are cannot be used.
-    """
-    holes: Holes = ()
-    with all_ranks_agree():
-        if len(rolled_back) > config.faults.max_rollbacks:
-            last = rolled_back[-1]
-            raise MegaloopError(
-                f"step {last.step}: {last.reason}, after {len(rolled_back) - 1} rollbacks (faults.max_rollbacks); "
-                f"look at samples {last.samples[0]} to {last.samples[1] - 1}, or lower optimizer.lr"
-            )
-        if dist.get_rank() == 0:
-            if rolled_back:
-                add_hole(config.directory, rolled_back[-1].samples)
-            holes = read_holes(config.directory)
-    return from_rank_0(holes)
-
-
 def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
-
-
-def _open_directory(config: Config, resume: bool) -> RunDirectory | _NoDirectory:
-    """The run directory, held by rank 0; other ranks only learn whether that went well."""
-    directory: RunDirectory | _NoDirectory = _NoDirectory()
-    with all_ranks_agree():
-        if dist.get_rank() == 0:
-            if config.logging.tensorboard:
-                require_tensorboard()  # before anything changes
-            directory = RunDirectory.create_or_open(config.directory, resume=resume)
-    return directory
-
-
-@contextmanager
-def _accepted(
-    config: Config, start: Start, reporter: RunReporter, directory: RunDirectory | _NoDirectory
-) -> Iterator[None]:
-    """From here on the run changes its directory: every rank has taken the configuration and built its engine; collective."""
-    with ExitStack() as stack:
-        with all_ranks_agree():
-            if isinstance(directory, RunDirectory):
-                for damage in start.damaged:
-                    set_aside(damage.path)
-            stack.enter_context(reporter)
-            if isinstance(directory, RunDirectory):
-                directory.accept(config.to_yaml())
-        yield
-
-
-class _NoDirectory:
-    """What ranks other than 0 hold of the run directory: nothing."""
-
-    def __enter__(self) -> _NoDirectory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-# --- data ---
-
-
-def _validation_samples(config: Config, sources: Sources, world_size: int, first_step: int, stop: int | None) -> int:
-    """How many samples each validation takes, the same in all stages that these ranks will train."""
-    return usable_validation(
-        sources.datasets,
-        samples=config.validation.samples,
-        micro_batch=config.train.micro_batch,
-        dp_sizes={
-            config.topology(world_size, stage.plan.layers)[2]
-            for stage in stages_between(config.stages, first_step, stop)
-        },
-    )
-
-
-def _engine_batches(config: Config, batches: Any) -> Iterator[Any]:
-    """Micro-batches as the engine takes them."""
-    masking = config.model.document_masking
-    return (each.for_model(masking) for each in batches) if batches is not None else iter(())
-
-
-class _Validation:
-    """The held-out loss over the same samples each time, in nats per token and bits per byte of text."""
-
-    def __init__(self, config: Config, engine: TrainingEngine, sources: Sources, samples: int):
-        self._config, self._engine = config, engine
-        replicas = [
-            list(
-                validation_batches(
-                    sources.datasets,
-                    samples=samples,
-                    micro_batch=config.train.micro_batch,
-                    dp_rank=dp_rank,
-                    dp_size=engine.topology.dp,
-                )
-            )
-            for dp_rank in range(engine.topology.dp)
-        ]
-        everything = [batch for batches in replicas for batch in batches]
-        self._tokens = sum(batch.tokens for batch in everything)
-        self._bytes = sum(batch.bytes for batch in everything)
-        self._batches = replicas[engine.coordinate.dp]
-
-    def run(self) -> tuple[float, float]:
-        """(nats per token, bits per byte); collective."""
-        loss = self._engine.evaluate(_engine_batches(self._config, self._batches), len(self._batches))
-        return loss, bits_per_byte(loss, self._tokens, self._bytes)
-
-
-# --- checks ---
-
-
-def _check_replicas(engine: TrainingEngine, step: int) -> None:
-    differing = engine.differing_replicas()
-    if differing:
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise MegaloopError(
-            f"step {step}: ranks that should hold the same bits differ in {', '.join(differing[:5])}{more}; "
-            "stop using this run's later checkpoints, and report it: a gradient was reduced wrongly or memory is faulty"
-        )

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +25,7 @@ _BAR = (8, 30)
 
 
 class ProgressReporter:
-    """Reports steps, validations, saves and messages on rank 0's console.
+    """Shows steps and messages on rank 0's console.
 
     On a terminal one line lives at the bottom and everything else scrolls above it; elsewhere each report is a
     plain line, and steps are reported at the first, at multiples of ``every`` and at the last.
@@ -76,15 +75,6 @@ class ProgressReporter:
             return
         if record.step in (self._first, self._speed.total_steps) or record.step % self._every == 0:
             self._print(_plain_line(self._speed, record))
-
-    def validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
-        """Report a validation: nats per token, bits per byte."""
-        per_byte = "" if bits_per_byte is None else f"  {bits_per_byte:.4f} bits/byte"
-        self._print(f"step {step}  validation loss {loss:.4f}{per_byte}")
-
-    def saved(self, step: int, path: Path, *, seconds: float, bytes: int) -> None:
-        """Report a checkpoint."""
-        self._print(f"step {step}  saved {path}  {format_bytes(bytes)} in {seconds:.1f} s")
 
     def message(self, text: str) -> None:
         """Report anything else, in a line."""

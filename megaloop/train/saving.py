@@ -13,7 +13,9 @@ from megaloop.checkpoint import BackgroundSaver, CheckpointInfo, SaveResult, pru
 from megaloop.config import CheckpointConfig
 from megaloop.errors import MegaloopError
 from megaloop.layout.pieces import StatePiece
-from megaloop.train.report import RunReporter
+from megaloop.runs.events import Saved, SaveFailed
+from megaloop.runs.sinks import Sink
+from megaloop.runtime.collectives import gather_objects
 
 __all__ = ["Saver"]
 
@@ -22,7 +24,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0
 
 
 class Saver:
-    """Saves a run's checkpoints and reports them; every rank has one, and all call its methods together.
+    """Saves a run's checkpoints and tells ``sink`` of it; every rank has one, and all call its methods together.
 
     A save that fails for want of room does not end the run: it is tried again when there is room, or when the next one
     is due. Only the last one, without which training would be lost, must succeed (:meth:`finish`).
@@ -31,8 +33,8 @@ class Saver:
         saved: the step of the newest whole checkpoint, None if there is none yet.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, reporter: RunReporter, saved: int | None):
-        self._directory, self._config, self._reporter = directory, config, reporter
+    def __init__(self, directory: Path, config: CheckpointConfig, sink: Sink, saved: int | None):
+        self._directory, self._config, self._sink = directory, config, sink
         self.saved = saved
         self._background = BackgroundSaver() if config.asynchronous else None
         self._needed = 0
@@ -61,9 +63,7 @@ class Saver:
         """Save, or begin to; waits for the save before, if that is not done."""
         self.collect()
         pieces = list(pieces)
-        sizes: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(sizes, sum(each.data.nbytes for each in pieces if each.writes))
-        self._needed = sum(sizes)
+        self._needed = sum(gather_objects(sum(each.data.nbytes for each in pieces if each.writes)))
         path = self._directory / step_name(info.step)
         if self._background:
             self._background.start(path, pieces, info, tokenizer, self._prune)
@@ -100,11 +100,11 @@ class Saver:
             again = self._failed_at is not None
             self._error, self._failed_at = error, time.monotonic()
             self._pause = min(self._pause * 2, _LONGEST_PAUSE) if again else _FIRST_PAUSE
-            self._reporter.not_saved(step, str(error))
+            self._sink.event(SaveFailed(step, str(error)))
         else:
             self.saved, self._failed_at = step, None
             stall = self._background.stall_seconds if self._background else result.seconds
-            self._reporter.saved(step, result.path, result.bytes, result.seconds, stall, self._not_deleted)
+            self._sink.event(Saved(step, result.seconds, result.bytes, result.path, stall, self._not_deleted))
 
     def _prune(self) -> None:
         """Delete what is superfluous; that this fails makes the new checkpoint no less whole. Rank 0, maybe in a thread."""

@@ -28,7 +28,7 @@ from megaloop.layout.sources import GrownState, InitialValues, StateSource
 from megaloop.model import parameter_specs
 from megaloop.runs.allow import Allow
 from megaloop.runs.position import Change, begin, go_on
-from megaloop.runtime.collectives import all_ranks_agree, from_rank_0
+from megaloop.runtime.collectives import broadcast_object, gather_objects, raise_on_all_ranks
 
 __all__ = ["Damage", "Start", "catch_up", "stages_from", "starting_point"]
 
@@ -107,7 +107,7 @@ def starting_point(
     if path is None:
         first = begin(config, sources).at_depth(config.stages[0].plan.layers, config.stages[0].plan.notation)
         return Start(first, config.stages, InitialValues(config.model, config.seed, config.stages[0].plan, vocab_size))
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         checkpoint = Checkpoint.open(path, verify="sizes")
         checkpoint.check_values(share=dist.get_rank(), of=dist.get_world_size())
         if new:
@@ -120,10 +120,11 @@ def starting_point(
 def _whole_init(init: Path) -> Path:
     """The checkpoint whose weights a new run begins with; it must be whole, as there is none to take instead."""
     found: Path | None = None
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:  # a run that is alive may save a newer one before the others look
             found = resolve_checkpoint(init)
-    path: Path = from_rank_0(found)
+    path = broadcast_object(found)
+    assert path is not None  # rank 0 has found one, or all have raised
     if (problem := _damage(path)) is not None:
         raise MegaloopError(f"checkpoint {path}: {problem}; begin with another checkpoint")
     return path
@@ -133,12 +134,12 @@ def _newest_whole(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
     """The newest checkpoint of which every byte is as it was saved, and those after it; None if there is none at all."""
     candidates: list[Path] = []
     torn: list[Path] = []
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             candidates, torn = list_checkpoints(directory), list_torn(directory)
     damaged: dict[Path, str] = {}
     whole: Path | None = None
-    for path in reversed(from_rank_0(candidates)):
+    for path in reversed(broadcast_object(candidates)):
         problem = _damage(path)
         if problem is None:
             whole = path
@@ -152,7 +153,7 @@ def _newest_whole(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
         )
     if whole is not None:
         # older ones without a manifest are what is left of a deletion; a newer one had a manifest once
-        damaged |= {path: "no manifest.json" for path in from_rank_0(torn) if step_of(path) > step_of(whole)}
+        damaged |= {path: "no manifest.json" for path in broadcast_object(torn) if step_of(path) > step_of(whole)}
     found = [Damage(path, problem) for path, problem in damaged.items()]
     return whole, tuple(sorted(found, key=lambda each: -each.step))
 
@@ -160,15 +161,13 @@ def _newest_whole(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's bytes, None where they are whole; each rank reads a share of the files."""
     problem: str | None = None
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         try:
             with Checkpoint.open(path, verify="sizes") as checkpoint:
                 checkpoint.verify(share=dist.get_rank(), of=dist.get_world_size())
         except DamagedCheckpoint as error:
             problem = str(error).removeprefix(f"checkpoint {path}: ").removesuffix("; use another checkpoint")
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((each for each in problems if each is not None), None)
+    return next((each for each in gather_objects(problem) if each is not None), None)
 
 
 def _position(

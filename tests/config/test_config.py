@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaloop.config import Config, load_config, parse_override
+from megaloop.config import Config, TrainConfig, load_config, parse_override
 from megaloop.errors import MegaloopError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -195,6 +195,15 @@ def test_the_world_size_must_factor(
 def test_the_batch_must_divide_over_the_replicas(config_file: Path) -> None:
     with pytest.raises(MegaloopError, match="global_batch 8 is not a multiple of micro_batch 1 x dp 3"):
         load_config(config_file).topology(3)
+
+
+def test_micro_batches_are_those_of_one_replica() -> None:
+    train = TrainConfig(global_batch=24, micro_batch=2)
+    assert [train.micro_batches(dp) for dp in (1, 2, 3, 12)] == [12, 6, 4, 1]
+    with pytest.raises(
+        MegaloopError, match=r"24 is not a multiple of micro_batch 2 x dp 5 = 10; choose for example 30"
+    ):
+        train.micro_batches(5)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -131,3 +131,8 @@ def test_any_text_is_a_plan_or_a_clear_error(text: str) -> None:
 def test_the_package_does_not_import_torch() -> None:
     code = "import sys, megaloop.depth, megaloop.depth.flops; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_next_id_is_above_all_that_were_ever_used() -> None:
+    assert DepthPlan.plain(3).next_id == 3
+    assert DepthPlan((0, 1), {1: 7}).next_id == 8  # the parent has gone, its id is not free

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import pytest
 from megaloop.config import Config, DataConfig, SourceConfig, load_config
 from megaloop.errors import MegaloopError
 from megaloop.runs.directory import CONFIG, DISCARDED, RunDirectory, is_held
-from megaloop.runs.metrics import EVENTS, METRICS, MetricsWriter
+from megaloop.runs.events import SaveFailed
+from megaloop.runs.metrics import EVENTS, METRICS
+from megaloop.runs.sinks import RunFiles
 from tests.runs.test_metrics import RECORD, lines
 
 
@@ -33,7 +35,7 @@ def open_run(path: Path, *, resume: bool = False, **values: Any) -> RunDirectory
 
 
 def write_steps(path: Path, *steps: int, loss: float = 1.0) -> None:
-    with MetricsWriter(path, tensorboard=False) as writer:
+    with closing(RunFiles(path)) as writer:
         for step in steps:
             writer.step(replace(RECORD, step=step, loss=loss))
 
@@ -140,7 +142,7 @@ def test_a_directory_that_is_deleted_moved_or_replaced_is_lost(tmp_path: Path) -
     run, elsewhere, link = tmp_path / "run", tmp_path / "elsewhere", tmp_path / "link"
     link.symlink_to(run)
     run.mkdir()
-    with open_run(link) as directory, MetricsWriter(link, tensorboard=False) as writer:
+    with open_run(link) as directory, closing(RunFiles(link)) as writer:
         assert not directory.lost
         assert not writer.lost
         run.rename(elsewhere)
@@ -178,8 +180,8 @@ def test_a_directory_with_a_whole_checkpoint_needs_resume(tmp_path: Path) -> Non
 
 def test_a_run_that_never_took_a_step_may_start_again(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    with open_run(tmp_path), MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.event("start", 0)
+    with open_run(tmp_path), closing(RunFiles(tmp_path)) as writer:
+        writer.event(SaveFailed(0, "no room"))
     open_run(tmp_path).release()
 
 

@@ -3,15 +3,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaloop.runs.metrics import EVENTS, METRICS, TENSORBOARD, JsonLines, MetricsWriter, StepRecord
+from megaloop.runs.metrics import METRICS, StepRecord
+from megaloop.runs.records import JsonLines
+from megaloop.runs.sinks import TENSORBOARD, RunFiles, TensorBoard
 
 RECORD = StepRecord(
     step=1, tokens=4096, loss=3.5, lr=1e-3, grad_norm=0.5, layers=6, depth=6, flops=10**18, tokens_per_second=1e4,
@@ -30,7 +32,7 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
 
 
 def test_every_step_is_a_line_with_the_documented_keys(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with closing(RunFiles(tmp_path)) as writer:
         writer.step(RECORD)
         writer.step(replace(RECORD, step=2))
     first, second = lines(tmp_path / METRICS)
@@ -44,15 +46,13 @@ def test_every_step_is_a_line_with_the_documented_keys(tmp_path: Path) -> None:
 
 
 def test_a_line_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with closing(RunFiles(tmp_path)) as writer:
         writer.step(RECORD)
-        writer.event("start", 0)
         assert len(lines(tmp_path / METRICS)) == 1
-        assert len(lines(tmp_path / EVENTS)) == 1
 
 
 def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with closing(RunFiles(tmp_path)) as writer:
         writer.step(replace(RECORD, loss=float("nan"), grad_norm=float("inf")))
         writer.step(replace(RECORD, step=2))
     broken, fine = lines(tmp_path / METRICS)
@@ -62,27 +62,15 @@ def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -
 
 
 def test_validation_is_part_of_the_record_of_its_step(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with closing(RunFiles(tmp_path)) as writer:
         writer.step(RECORD)
         writer.step(replace(RECORD, step=2, val_loss=3.25, val_bits_per_byte=1.5))
     assert [record["val_loss"] for record in lines(tmp_path / METRICS)] == [None, 3.25]
     assert [record["val_bits_per_byte"] for record in lines(tmp_path / METRICS)] == [None, 1.5]
 
 
-def test_events_say_what_when_how_long_and_how_much(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.event("save", 200, seconds=1.5, bytes=1 << 20, path="checkpoints/step-00000200")
-        writer.event("stop", 200, reason="done")
-    save, stop = lines(tmp_path / EVENTS)
-    assert datetime.now(UTC) - datetime.fromisoformat(save.pop("time")) < timedelta(minutes=1)
-    assert save == {
-        "event": "save", "step": 200, "seconds": 1.5, "bytes": 1 << 20, "path": "checkpoints/step-00000200"
-    }  # fmt: skip
-    assert (stop["seconds"], stop["bytes"], stop["reason"]) == (None, None, "done")
-
-
 def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    with closing(TensorBoard(tmp_path / TENSORBOARD)) as writer:
         writer.step(RECORD)
         writer.step(replace(RECORD, step=2, loss=3.0, val_loss=3.25, val_bits_per_byte=1.5))
     assert scalars(tmp_path, "train/loss") == {1: 3.5, 2: 3.0}
@@ -91,10 +79,10 @@ def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpoint", [0, 1])
 def test_tensorboard_forgets_what_a_killed_run_did_after_its_checkpoint(tmp_path: Path, checkpoint: int) -> None:
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    with closing(TensorBoard(tmp_path / TENSORBOARD)) as writer:
         for step in (1, 2, 3):
             writer.step(replace(RECORD, step=step, loss=float(step)))
-    with MetricsWriter(tmp_path, tensorboard=True, start_step=checkpoint) as writer:
+    with closing(TensorBoard(tmp_path / TENSORBOARD, start_step=checkpoint)) as writer:
         for step in range(checkpoint + 1, 3):
             writer.step(replace(RECORD, step=step, loss=20.0))
     assert scalars(tmp_path, "train/loss") == {1: 1.0 if checkpoint else 20.0, 2: 20.0}
@@ -102,7 +90,7 @@ def test_tensorboard_forgets_what_a_killed_run_did_after_its_checkpoint(tmp_path
 
 @pytest.mark.parametrize("size", [0, 10, 200_000])
 def test_a_line_torn_by_a_kill_does_not_spoil_the_next(tmp_path: Path, size: int) -> None:
-    path = tmp_path / EVENTS
+    path = tmp_path / METRICS
     whole = json.dumps({"text": "x" * size}) + "\n"
     path.write_text(whole + '{"torn": "' + "y" * size)
     file = JsonLines(path)
@@ -115,7 +103,7 @@ FILL = """
 import resource, signal, sys
 from pathlib import Path
 from megaloop.errors import MegaloopError
-from megaloop.runs.metrics import JsonLines
+from megaloop.runs.records import JsonLines
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a file that cannot grow any more, as on a full disk
 file = JsonLines(Path(sys.argv[1]))
 try:

@@ -19,7 +19,7 @@ from megaloop.depth import DepthPlan, GrowthStage, growth_stages
 from megaloop.errors import MegaloopError
 from megaloop.runs.allow import Allow
 from megaloop.runs.position import after_step, begin, go_on
-from megaloop.train.report import describe_depths
+from megaloop.train.console import describe_depths
 from tests.data.corpus import documents
 from tests.distributed import RankError, RankPool
 from tests.train.runs import configuration, events, train

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 from launchers.rank import open_store, report_error
 
-__all__ = ["KILLED", "Kill", "Kind", "after_first_save", "kill_plan", "prepare", "samples_of"]
+__all__ = ["KILLED", "Kill", "Kind", "after_first_save", "kill_plan", "missing_points", "prepare", "samples_of"]
 
 Kind = Literal["save", "growth", "data", "start", "random"]
 
@@ -62,8 +62,8 @@ _POINTS: dict[str, tuple[_Point, ...]] = {
         _Point("checkpoint.tensor_file", "_content", 100),
         _Point("checkpoint.writer", "write_tensors", 4, after=True),
         _Point("checkpoint.writer", "encode_manifest", 2),
-        _Point("checkpoint.writer", "_sync_directory", 8),  # of four a save, the last after the checkpoint has its name
-        _Point("checkpoint.writer", "_sync_directory", 8, after=True),
+        _Point("checkpoint.writer", "fsync_path", 10),  # of five a save, the last after the checkpoint has its name
+        _Point("checkpoint.writer", "fsync_path", 10, after=True),
         _Point("checkpoint.writer", "_give_name", 2),
         _Point("checkpoint.writer", "_give_name", 2, after=True),
         _Point("train.saving", "prune", 2),
@@ -73,8 +73,8 @@ _POINTS: dict[str, tuple[_Point, ...]] = {
         _Point("checkpoint.resolve", "shutil.os.rmdir", thread="megaloop-save"),  # in the middle of a deletion
         _Point("checkpoint.background", "BackgroundSaver.collect", 2),
         _Point("train.saving", "Saver.finish"),
-        _Point("train.report", "RunReporter.saved", 2),
-        _Point("train.report", "RunReporter.saved", 2, after=True),
+        _Point("train.saving", "Saved", 2),  # the checkpoint is whole, and its event is not written
+        _Point("runs.sinks", "Hub.event", 4, after=True),
     ),
     "growth": (
         _Point("train.loop", "reshard", 2),
@@ -152,6 +152,21 @@ class Kill:
         return f"{self.kind}: {who}{' and all others' * (self.victims == 'all')}, {moment}"
 
 
+def _find(point: _Point) -> tuple[Any, str]:
+    """The module or class that has a point's function, and its name there."""
+    owner: Any = importlib.import_module(f"megaloop.{point.module}")
+    *path, name = point.name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def missing_points() -> list[str]:
+    """Points that no call can come past, as megaloop has no such function; none."""
+    found = {f"{point.module}.{point.name}": _find(point) for points in _POINTS.values() for point in points}
+    return [point for point, (owner, name) in found.items() if not callable(getattr(owner, name, None))]
+
+
 def kill_plan(count: int, seed: int, ranks: int) -> list[Kill]:
     """Random kills, the same for the same seed, all kinds of them in turn."""
     chance = random.Random(seed)
@@ -218,10 +233,7 @@ class _Killer:
         if self._kill.point is None:
             return
         point = _POINTS[self._kill.kind][self._kill.point]
-        owner: Any = importlib.import_module(f"megaloop.{point.module}")
-        *path, name = point.name.split(".")
-        for part in path:
-            owner = getattr(owner, part)
+        owner, name = _find(point)
         plain = owner.__dict__[name]
         function = plain.__func__ if isinstance(plain, classmethod) else plain
 

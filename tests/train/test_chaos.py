@@ -12,7 +12,7 @@ import pytest
 
 from megaloop.checkpoint import Checkpoint, list_checkpoints
 from tests import processes
-from tests.train.chaos_rank import KILLED, Kill, after_first_save, kill_plan, prepare, samples_of
+from tests.train.chaos_rank import KILLED, Kill, after_first_save, kill_plan, missing_points, prepare, samples_of
 from tests.train.runs import configuration, events, metrics
 
 KILLS = int(os.environ.get("MEGALOOP_CHAOS_KILLS", "10"))
@@ -97,6 +97,10 @@ def _check(folder: Path, expected: Path) -> None:
         Checkpoint.open(path, verify="checksums").close()
     with Checkpoint.open(whole[-1]) as ours, Checkpoint.open(expected / f"run/checkpoints/step-{STEPS:08d}") as theirs:
         assert ours.manifest.files == theirs.manifest.files
+
+
+def test_every_point_at_which_a_rank_is_killed_is_a_function() -> None:
+    assert missing_points() == []
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ import pytest
 
 from megaloop.checkpoint import list_checkpoints
 from megaloop.errors import CONTINUE
-from megaloop.train.report import RunReporter
+from megaloop.runs.events import Event, SaveFailed
+from megaloop.runs.sinks import Hub
 from tests.debian import skip
 from tests.distributed import RankPool
 from tests.train.runs import configuration, events, losses, pace, start, train, wait_for
@@ -33,13 +34,14 @@ def _fill(path: Path) -> None:
 def slowly(folder: Path) -> None:
     """A run's ``setup``: no step is shorter than a tick, and a file tells that a checkpoint could not be written."""
     pace(0.03)
-    not_saved = RunReporter.not_saved
+    send = Hub.event
 
-    def telling(reporter: RunReporter, *arguments: Any) -> None:
-        not_saved(reporter, *arguments)
-        (folder / "not-saved").touch()
+    def telling(hub: Hub, event: Event) -> None:
+        send(hub, event)
+        if isinstance(event, SaveFailed):
+            (folder / "not-saved").touch()
 
-    RunReporter.not_saved = telling  # type: ignore[method-assign, assignment]
+    Hub.event = telling  # type: ignore[method-assign, assignment]
 
 
 def _count(run: Path, kind: str) -> int:

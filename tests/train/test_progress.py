@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -101,18 +100,13 @@ def test_a_narrow_terminal_keeps_step_loss_and_time_left() -> None:
     assert terminal_line(40, record).rstrip() == "1200/50000  loss 3.1234  27h 06m left"
 
 
-def test_reports_stand_above_the_live_line_and_in_the_log_file(tmp_path: Path) -> None:
+def test_reports_stand_above_the_live_line_and_in_the_log_file() -> None:
     for terminal in (True, False):
         console = Console(file=io.StringIO(), width=100, force_terminal=terminal)
         with ProgressReporter(100, 0, 10, console) as progress:
             progress.message("resumed [from] step 20")
-            progress.validation(20, 3.25, 1.5)
-            progress.saved(20, Path("checkpoints/step-00000020"), seconds=1.25, bytes=123_456_789)
         assert isinstance(console.file, io.StringIO)
-        text = console.file.getvalue()
-        assert "resumed [from] step 20" in text
-        assert "step 20  validation loss 3.2500  1.5000 bits/byte" in text
-        assert "step 20  saved checkpoints/step-00000020  118 MiB in 1.2 s" in text
+        assert "resumed [from] step 20" in console.file.getvalue()
 
 
 def test_a_long_message_is_not_broken_in_a_log_file() -> None:
