@@ -48,7 +48,5 @@ def updated(text: str) -> str:
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
     if "--check" in sys.argv:
-        sys.exit(
-            0 if updated(text) == text else "docs/CONFIGURATION.md: the table is stale; run tools/config_table.py"
-        )
+        sys.exit(0 if updated(text) == text else "docs/CONFIGURATION.md: the table is stale; run tools/config_table.py")
     PAGE.write_text(updated(text), encoding="utf-8")
