@@ -1,4 +1,4 @@
-"""Write the configuration table of README.md from the models; ``--check`` only compares."""
+"""Write the table of docs/CONFIGURATION.md from the models; ``--check`` only compares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from megaloop.config import fields
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/CONFIGURATION.md"
 BEGIN = "<!-- configuration table: tools/config_table.py writes it -->\n"
 END = "<!-- end -->"
 
@@ -39,16 +39,14 @@ def table() -> str:
 
 
 def updated(text: str) -> str:
-    """README's text with the table between the two comments."""
+    """The page with the table between the two comments."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}{table()}{END}{after}"
 
 
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     if "--check" in sys.argv:
-        sys.exit(
-            0 if updated(text) == text else "README.md: the configuration table is stale; run tools/config_table.py"
-        )
-    README.write_text(updated(text), encoding="utf-8")
+        sys.exit(0 if updated(text) == text else "docs/CONFIGURATION.md: the table is stale; run tools/config_table.py")
+    PAGE.write_text(updated(text), encoding="utf-8")

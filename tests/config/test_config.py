@@ -219,7 +219,7 @@ def test_an_override_is_a_path_and_a_yaml_value(keys: list[str], value: Any) -> 
     assert parse_override(f"{'.'.join(keys)}={yaml.safe_dump(value)}") == (keys, value)
 
 
-def test_the_readme_lists_every_value_as_it_is() -> None:
+def test_the_configuration_page_lists_every_value_as_it_is() -> None:
     check = [sys.executable, str(CONFIGS[0].parents[1] / "tools/config_table.py"), "--check"]
     result = subprocess.run(check, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
