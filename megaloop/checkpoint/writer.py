@@ -38,6 +38,7 @@ from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 from megaloop.layout.pieces import Piece, StatePiece
+from megaloop.layout.topology import Topology
 
 __all__ = ["CheckpointInfo", "LazyPiece", "SaveResult", "save_checkpoint"]
 
@@ -54,7 +55,7 @@ class CheckpointInfo:
     run: RunState
     plan: DepthPlan
     model: ModelConfig
-    topology: dict[Literal["pp", "tp", "dp"], int]
+    topology: Topology
     precision: Literal["fp32", "bf16"]
     config: dict[str, Any]
     growth: GrowthEntry | None
@@ -272,9 +273,9 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         megaloop=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run=info.run,
-        plan=info.plan.to_json(),
+        plan=info.plan,
         growth=info.growth,
-        model=info.model.model_dump(mode="json"),
+        model=info.model,
         precision=info.precision,
         topology=info.topology,
         tokenizer=token_entry,

@@ -184,10 +184,10 @@ def _datasets(
     checkpoint: Checkpoint, data: Sequence[Path] | None, *, required: bool, note: Callable[[str], None]
 ) -> list[DataSet]:
     """The data sets to validate on, in samples as long as those of training where they allow it."""
-    paths = checkpoint.manifest.data_paths if data is None else list(data)
+    paths = checkpoint.manifest.data.paths if data is None else list(data)
     if required and not paths:
         raise MegaloopError("eval: the checkpoint does not know its data; name a data set with --data")
-    if data is None and checkpoint.manifest.is_fine_tuned:
+    if data is None and checkpoint.manifest.data.is_fine_tuned:
         text = (
             "the run was fine-tuned on prompts and answers, and training alone measures their held-out loss (val_loss in "
             "RUN/metrics.jsonl); name a data set that megaloop prep made with --data"
@@ -200,7 +200,7 @@ def _datasets(
     for path in paths:
         try:
             dataset = DataSet.open(path)
-            length = checkpoint.manifest.sequence_length
+            length = checkpoint.manifest.data.sequence_length
             if length is not None and dataset.sequence_length % length == 0:
                 dataset = DataSet.open(path, length)
             tokenizer = checkpoint.manifest.tokenizer

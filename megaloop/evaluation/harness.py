@@ -154,7 +154,7 @@ class HarnessModel(TemplateLM):
 
 
 def _context_length(checkpoint: Checkpoint) -> int:
-    return checkpoint.manifest.sequence_length or 2048
+    return checkpoint.manifest.data.sequence_length or 2048
 
 
 def run_harness(

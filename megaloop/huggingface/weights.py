@@ -24,6 +24,7 @@ from megaloop.errors import MegaloopError
 from megaloop.huggingface.files import OutputDirectory, open_weights, read_json, write_json, write_weights
 from megaloop.huggingface.tokenizer import write_tokenizer
 from megaloop.layout.pieces import Box, Piece, StatePiece
+from megaloop.layout.topology import Topology
 from megaloop.model import parameter_specs
 
 __all__ = ["ExportSummary", "ImportSummary", "export_huggingface", "import_huggingface"]
@@ -89,8 +90,7 @@ def export_huggingface(
     """
     with Checkpoint.open(resolve_checkpoint(checkpoint), verify="checksums") as source, OutputDirectory(out) as folder:
         manifest = source.manifest
-        model = ModelConfig.model_validate(manifest.model)
-        plan, times = DepthPlan.from_json(manifest.plan), None
+        model, plan, times = manifest.model, manifest.plan, None
         if plan.style.injection != "none" or plan.style.norm:
             raise MegaloopError(
                 f"checkpoint {source.path}: its loop has an injection or a norm, which a Llama decoder has no place for; "
@@ -101,8 +101,8 @@ def export_huggingface(
         uses = plan.uses(times)
         name = dtype or manifest.precision
         kind = "master" if name == "fp32" and source.names("master") else "model"
-        length = manifest.sequence_length or _DEFAULT_LENGTH
-        for ours, spec in parameter_specs(model, plan, model.vocab_size or 0).items():
+        length = manifest.data.sequence_length or _DEFAULT_LENGTH
+        for ours, spec in parameter_specs(model, plan, manifest.vocab_size).items():
             if (found := source.shape(kind, ours)) != spec.shape:
                 raise MegaloopError(
                     f"checkpoint {source.path}: {kind} of {ours} is {found}, its model makes it {spec.shape}"
@@ -174,7 +174,7 @@ def import_huggingface(source: Path, out: Path) -> ImportSummary:
             pieces.append(StatePiece("master", piece, values.float()))
         tokenizer = source / "tokenizer.model"
         info = CheckpointInfo(
-            run=RunState.fresh(), plan=plan, model=model, topology={"pp": 1, "tp": 1, "dp": 1}, precision=precision, growth=None,
+            run=RunState.fresh(), plan=plan, model=model, topology=Topology(), precision=precision, growth=None,
             config={"data": {"sequence_length": settings.get("max_position_embeddings", _DEFAULT_LENGTH)}},
         )  # fmt: skip
         save_checkpoint(out, pieces, info, tokenizer=tokenizer if tokenizer.is_file() else None)

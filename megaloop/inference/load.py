@@ -8,9 +8,7 @@ from typing import Literal
 import torch
 
 from megaloop.checkpoint import Checkpoint, resolve_checkpoint
-from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, at_depth
-from megaloop.errors import MegaloopError
+from megaloop.depth import at_depth
 from megaloop.model import Decoder, choose_kernels, parameter_specs
 from megaloop.runtime.device import local_device
 
@@ -38,18 +36,16 @@ def load_decoder(
     """
     checkpoint = Checkpoint.open(resolve_checkpoint(path), verify="checksums")
     manifest = checkpoint.manifest
-    config = ModelConfig.model_validate(manifest.model)
-    if config.vocab_size is None:
-        raise MegaloopError(f"checkpoint {path}: its manifest lacks the vocabulary's size")
-    plan, times = DepthPlan.from_json(manifest.plan), None
+    config, rows = manifest.model, manifest.vocab_size
+    plan, times = manifest.plan, None
     if depth is not None:
         plan, times = at_depth(plan, depth)
     kind = "master" if precision == "fp32" and checkpoint.names("master") else "model"
-    checkpoint.check_tensors(parameter_specs(config, DepthPlan.from_json(manifest.plan), config.vocab_size))
+    checkpoint.check_tensors(parameter_specs(config, manifest.plan, rows))
     checkpoint.check_values([kind])
     device = device or local_device()
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    model = Decoder(config, config.vocab_size, plan, kernels=choose_kernels(device, dtype)).to(device, dtype)
+    model = Decoder(config, rows, plan, kernels=choose_kernels(device, dtype)).to(device, dtype)
     model.times = times
     model.fill(lambda name, spec: checkpoint.read(kind, name))
     return model.eval(), checkpoint

@@ -201,7 +201,7 @@ def _begin(
     resumed: Path | None = None,
 ) -> Start:
     """Begin from a checkpoint's state, grown where the stage at this step is deeper."""
-    saved = DepthPlan.from_json(checkpoint.manifest.plan)
+    saved = checkpoint.manifest.plan
     try:
         stages = stages_from(config, saved)
         growth = catch_up(config, stages, saved, position.step)

@@ -23,6 +23,7 @@ from megaloop.huggingface.tokenizer import write_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
 from megaloop.inference.load import load_decoder
 from megaloop.layout.pieces import Box, Piece, StatePiece
+from megaloop.layout.topology import Topology
 from megaloop.model import initial_values, parameter_specs, vocab_parallel_cross_entropy
 
 SHAPE: dict[str, Any] = {
@@ -126,7 +127,7 @@ def _checkpoint(
         pieces += [StatePiece("model", piece, values.bfloat16()), StatePiece("master", piece, values)]
     info = CheckpointInfo(
         run=RunState.fresh(), plan=plan, model=model,
-        topology={"pp": 1, "tp": 1, "dp": 1}, precision="bf16", config={}, growth=None,
+        topology=Topology(), precision="bf16", config={}, growth=None,
     )  # fmt: skip
     save_checkpoint(directory, pieces, info, tokenizer=tokenizer)
     return directory
@@ -272,7 +273,7 @@ def test_the_rotary_base_is_found_where_each_transformers_keeps_it(
     config.write_text(json.dumps(kept | {key: value for key, value in change.items() if value is not None}))
     import_huggingface(theirs[1], tmp_path / "ours")
     with Checkpoint.open(tmp_path / "ours") as checkpoint:
-        assert checkpoint.manifest.model["rope_theta"] == 50_000.0
+        assert checkpoint.manifest.model.rope_theta == 50_000.0
 
 
 def test_quantized_weights_are_refused(theirs: tuple[Any, Path], tmp_path: Path) -> None:

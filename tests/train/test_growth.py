@@ -120,7 +120,7 @@ def test_what_a_run_tells_of_a_growth(ranks_2: RankPool, corpus: Path, tmp_path:
     assert 0 < event["loss_before"] != event["loss_after"]
     assert [each["step"] for each in events(directory, "save")] == [8, 10, 16, 20]
     with Checkpoint.open(directory / "checkpoints" / "step-00000010") as checkpoint:
-        assert checkpoint.manifest.plan == DepthPlan.plain(4).to_json()
+        assert checkpoint.manifest.plan == DepthPlan.plain(4)
         assert checkpoint.manifest.growth is not None
         assert checkpoint.manifest.growth.stage == 0
     with Checkpoint.open(directory / "checkpoints" / "step-00000020") as checkpoint:
@@ -140,7 +140,7 @@ def test_what_a_run_tells_of_a_growth(ranks_2: RankPool, corpus: Path, tmp_path:
 
 def records_vocabulary(directory: Path) -> int:
     with Checkpoint.open(directory / "checkpoints" / "step-00000020") as checkpoint:
-        rows: int = checkpoint.manifest.model["vocab_size"]
+        rows = checkpoint.manifest.vocab_size
         return rows
 
 

@@ -190,7 +190,7 @@ def test_what_a_run_tells_of_it(alone: Callable[[str], Path], corpus: Path, name
 
 def _rows(directory: Path) -> int:
     with Checkpoint.open(directory / "checkpoints" / "step-00000020") as checkpoint:
-        rows: int = checkpoint.manifest.model["vocab_size"]
+        rows = checkpoint.manifest.vocab_size
         return rows
 
 
@@ -284,7 +284,7 @@ def test_looping_and_unlooping_changes_no_bit(plain_run: Path, tmp_path: Path) -
     loop_checkpoint(tmp_path / "looped", tmp_path / "plain", "4")
     newest = plain_run / "checkpoints" / "step-00000002"
     with Checkpoint.open(newest) as before, Checkpoint.open(tmp_path / "plain") as after:
-        assert DepthPlan.from_json(after.manifest.plan) == DepthPlan.plain(4)
+        assert after.manifest.plan == DepthPlan.plain(4)
         assert (after.manifest.step, after.manifest.run.samples) == (before.manifest.step, before.manifest.run.samples)
         for kind in ("model", "master", "exp_avg", "exp_avg_sq"):
             for name in before.names(kind):
