@@ -17,7 +17,7 @@ from megaloop.checkpoint.manifest import GrowthEntry
 from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import resolve_checkpoint
 from megaloop.checkpoint.writer import CheckpointInfo, LazyPiece, save_checkpoint
-from megaloop.depth import DepthPlan, Growth, InsertAt, Operator, grow, respell, unloop, untie
+from megaloop.depth import DepthPlan, DepthSpec, Growth, InsertAt, Operator, grow, respell, unloop, untie
 from megaloop.depth.flops import parameters
 from megaloop.errors import MegaloopError
 from megaloop.layout.pieces import Box, Piece
@@ -77,7 +77,7 @@ def grow_checkpoint(
     checkpoint: Path,
     out: Path,
     operator: Operator,
-    depth: int | str,
+    depth: DepthSpec,
     block: int = 4,
     *,
     insert_at: InsertAt = "after",
@@ -101,23 +101,22 @@ def grow_checkpoint(
             a full disk.
     """
     began = time.perf_counter()
-    wanted = DepthPlan.parse(depth)
     before = DepthPlan.plain(1)
 
     def deepen(source: Checkpoint, plan: DepthPlan) -> Growth:
         nonlocal before
         before = plan
-        if plan.loop is not None and not wanted.is_looped:
+        if plan.loop is not None and not depth.is_looped:
             raise MegaloopError(
                 f"growth: checkpoint {source.path} is looped, {plan.notation}; say which loop the grown one has, for example "
                 f"--depth {plan.loop.start + block}-{plan.loop.block}x{plan.loop.times}-{plan.depth - plan.loop.stop}"
             )
-        grown = grow(unloop(plan), operator, wanted.layers, block, insert_at=insert_at)
+        grown = grow(unloop(plan), operator, depth.layers, block, insert_at=insert_at)
         if not grown.lineage:
             raise MegaloopError(
-                f"growth: checkpoint {source.path} has {wanted.layers} layers already; choose a deeper target"
+                f"growth: checkpoint {source.path} has {depth.layers} layers already; choose a deeper target"
             )
-        after = respell(grown.plan, str(depth), plan.style)
+        after = respell(grown.plan, depth, plan.style)
         return Growth(after, grown.lineage, new_loop=after.is_looped and not plan.is_looped)
 
     info, size = _rewrite(checkpoint, out, deepen, moments, on_bytes, GrowthEntry(operator=operator))
@@ -137,7 +136,7 @@ def grow_checkpoint(
 def loop_checkpoint(
     checkpoint: Path,
     out: Path,
-    depth: str | None,
+    depth: DepthSpec | None,
     *,
     changes: Mapping[str, Any] = MappingProxyType({}),
     moments: Moments = "copy",
@@ -210,7 +209,7 @@ def _rewrite(
         if entry is None and manifest.growth is not None:
             entry = GrowthEntry(operator=manifest.growth.operator)
         info = CheckpointInfo(
-            run=manifest.run.at_depth(growth.plan.layers, growth.plan.notation, grown is not None),
+            run=manifest.run.at_depth(growth.plan, grown is not None),
             plan=growth.plan,
             model=manifest.model,
             topology=Topology(),

@@ -5,9 +5,11 @@ from megaloop.depth.growth import Growth, InsertAt, Operator, before_growth, gro
 from megaloop.depth.loops import at_depth, loop, respell, unloop, untie
 from megaloop.depth.plan import DepthPlan, Loop, LoopStyle, Use
 from megaloop.depth.schedule import GrowthStage, RunFlops, growth_stages, run_flops, stage_at, stages_between
+from megaloop.depth.spec import DepthSpec
 
 __all__ = [
     "DepthPlan",
+    "DepthSpec",
     "Growth",
     "GrowthStage",
     "InsertAt",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, MicroBatch, Tokenizer, bits_per_byte, held_out_batch, held_out_places
-from megaloop.depth import DepthPlan, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
 from megaloop.evaluation.scoring import Question, score
@@ -102,9 +102,10 @@ def _depth(plan: DepthPlan, loops: int | None, block: Block | None) -> _Depth:
         raise MegaloopError(
             f"--block {block}: the model has {plan.layers} layers; choose FIRST:STOP within 0:{plan.layers}"
         )
-    depth = f"{block.first}-{block.stop - block.first}x{loops}-{plan.layers - block.stop}"
+    count = loops or 1
+    depth = DepthSpec.looped(block.first, block.stop - block.first, count, plan.layers - block.stop)
     changed, times = at_depth(plan, depth)
-    return _Depth(loops or 1, changed, times, block)
+    return _Depth(count, changed, times, block)
 
 
 def _middle(layers: int) -> Block:

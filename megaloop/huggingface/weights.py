@@ -19,7 +19,7 @@ from megaloop.checkpoint.run_state import RunState
 from megaloop.checkpoint.tensor_file import LazyTensor
 from megaloop.checkpoint.writer import CheckpointInfo, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, Use, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, Use, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.files import OutputDirectory, open_weights, read_json, write_json, write_weights
 from megaloop.huggingface.tokenizer import write_tokenizer
@@ -72,7 +72,7 @@ class ImportSummary:
 
 
 def export_huggingface(
-    checkpoint: Path, out: Path, *, dtype: str | None = None, depth: str | None = None
+    checkpoint: Path, out: Path, *, dtype: str | None = None, depth: DepthSpec | None = None
 ) -> ExportSummary:
     """Write a directory that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
@@ -278,7 +278,7 @@ def _our_config(source: Path, settings: dict[str, Any]) -> tuple[ModelConfig, De
         lengths = [settings["num_hidden_layers"], settings.get("max_position_embeddings", _DEFAULT_LENGTH)]
         if model.vocab_size is None or any(type(length) is not int or length < 1 for length in lengths):
             raise ValueError("vocab_size, num_hidden_layers and max_position_embeddings are whole numbers")
-        plan = DepthPlan.parse(lengths[0])
+        plan = DepthSpec.parse(lengths[0]).plan
     except KeyError as error:
         raise MegaloopError(f"{source}: config.json lacks {error.args[0]!r}") from None
     except (ValueError, TypeError, ZeroDivisionError) as error:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
@@ -47,7 +48,7 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
-    depth: str | None = None,
+    depth: DepthSpec | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> GenerationResult:
     """Continue ``prompt`` with the model of a checkpoint.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from megaloop.checkpoint import Checkpoint, resolve_checkpoint
-from megaloop.depth import at_depth
+from megaloop.depth import DepthSpec, at_depth
 from megaloop.model import Decoder, choose_kernels, parameter_specs
 from megaloop.runtime.device import local_device
 
@@ -20,7 +20,7 @@ def load_decoder(
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | None = None,
-    depth: str | None = None,
+    depth: DepthSpec | None = None,
 ) -> tuple[Decoder, Checkpoint]:
     """Build the decoder of a checkpoint (or of a run's newest) and fill it, tensor by tensor.
 

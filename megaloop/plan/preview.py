@@ -344,7 +344,7 @@ def _stage(number: int, stage: StagePreview, run: RunPreview) -> RenderableType:
 def _uneven(stage: StagePreview) -> str:
     """What slices that are not even cost, and what to choose instead."""
     line = f"slices are uneven: ranks wait {stage.waiting:.0%} of a step, with even ones {stage.bubble:.0%}; "
-    loop = DepthPlan.parse(stage.depth).loop
+    loop = DepthPlan(stage.layers).loop
     if loop is not None and loop.block < stage.topology.pp:
         return line + (
             f"the loop has {_count(loop.block, 'layer')} for {stage.topology.pp} pipeline ranks: "

@@ -253,7 +253,7 @@ class _Run:
             moments=growth.moments if growth else "copy",
         )
         self.engine = resharded.engine
-        self.at = self.at.at_depth(stage.plan.layers, stage.plan.notation, grown=not stage.event)
+        self.at = self.at.at_depth(stage.plan, grown=not stage.event)
         self.saver.prepare(self.engine.pieces())
         self.faults.forget()
         self.validation = self._open_validation()

@@ -105,7 +105,7 @@ def starting_point(
     if path is None and config.init is not None:
         path = _whole_init(config.init)
     if path is None:
-        first = begin(config, sources).at_depth(config.stages[0].plan.layers, config.stages[0].plan.notation)
+        first = begin(config, sources).at_depth(config.stages[0].plan)
         return Start(first, config.stages, InitialValues(config.model, config.seed, config.stages[0].plan, vocab_size))
     with all_ranks_agree():
         checkpoint = Checkpoint.open(path, verify="sizes")
@@ -213,8 +213,7 @@ def _begin(
     checkpoint.check_tensors(parameter_specs(config.model, saved, vocab_size))
     event = stage_at(stages, position.step).event
     position = position.at_depth(
-        growth.plan.layers,
-        growth.plan.notation,
+        growth.plan,
         grown=resumed is not None and growth.plan.layers > saved.layers and not event,
     )
     if growth.plan == saved:

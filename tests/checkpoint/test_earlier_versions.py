@@ -12,7 +12,7 @@ import yaml
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, GrowthEntry, resolve_checkpoint, save_checkpoint
 from megaloop.checkpoint.depth import grow_checkpoint
 from megaloop.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
-from megaloop.depth import DepthPlan, LoopStyle
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle
 from megaloop.layout.topology import Topology
 from tests.checkpoint.states import info, read_all, state
 from tests.distributed import RankPool
@@ -56,7 +56,7 @@ def test_a_run_is_resumed_and_has_the_losses_that_it_would_have_had(kept: Path, 
 
 
 def test_a_checkpoint_is_grown(kept: Path) -> None:
-    grow_checkpoint(kept / "run", kept / "grown", "lidas", 4, 2)
+    grow_checkpoint(kept / "run", kept / "grown", "lidas", DepthSpec.parse(4), 2)
     read_all(kept / "grown")
     with Checkpoint.open(kept / "grown") as grown:
         assert grown.manifest.plan.layers == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, LoopStyle
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle
 from megaloop.depth.loops import respell
 from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import generate_tokens
@@ -18,7 +18,7 @@ SHAPE = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=64)
 PLANS = {
     "plain": DepthPlan.parse("3"),
     "looped": DepthPlan.parse("1-1x3-1"),
-    "adapter": respell(DepthPlan.parse("3"), "1-1x2-1", LoopStyle("concat", "1/k", True)),
+    "adapter": respell(DepthPlan.parse("3"), DepthSpec.parse("1-1x2-1"), LoopStyle("concat", "1/k", True)),
 }
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.tokenizer import train_tokenizer
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, LoopStyle
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.tokenizer import write_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
@@ -148,10 +148,11 @@ def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path, depth: str | None,
     from transformers import AutoModelForCausalLM
 
     checkpoint = _checkpoint(tmp_path / "looped", "1-2x3-1", style=style)
-    export_huggingface(checkpoint, tmp_path / "out", dtype="fp32", depth=depth)
+    spec = None if depth is None else DepthSpec.parse(depth)
+    export_huggingface(checkpoint, tmp_path / "out", dtype="fp32", depth=spec)
     unrolled = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert unrolled.config.num_hidden_layers == layers
-    ours, _ = load_decoder(checkpoint, depth=depth)
+    ours, _ = load_decoder(checkpoint, depth=spec)
     assert torch.allclose(ours(_tokens()), unrolled(_tokens()).logits, atol=1e-4)
 
 
@@ -162,7 +163,7 @@ def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> N
     ):
         export_huggingface(checkpoint, tmp_path / "out")
     with pytest.raises(MegaloopError, match="stays where it is; choose 1-2xTIMES-1"):
-        load_decoder(checkpoint, depth="4")
+        load_decoder(checkpoint, depth=DepthSpec.parse("4"))
 
 
 def test_bf16_exports_the_training_copy_and_fp32_the_masters(tmp_path: Path) -> None:
