@@ -8,13 +8,15 @@ its layer: a grown model, which computes what the looped one computed. Looping a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
 from megaloop.depth.growth import Growth
-from megaloop.depth.plan import DepthPlan, LoopStyle
+from megaloop.depth.plan import DepthPlan, LoopStyle, Use
 from megaloop.depth.spec import DepthSpec
 from megaloop.errors import MegaloopError
 
-__all__ = ["at_depth", "loop", "loop_layers", "respell", "unloop", "untie"]
+__all__ = ["Execution", "at_depth", "loop", "loop_layers", "respell", "unloop", "untie"]
 
 
 def loop(plan: DepthPlan, start: int, stop: int, times: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
@@ -91,8 +93,26 @@ def untie(plan: DepthPlan) -> Growth:
     return Growth(DepthPlan(tuple(order), {**plan.lineage, **parents}), dict(parents))
 
 
-def at_depth(plan: DepthPlan, depth: DepthSpec) -> tuple[DepthPlan, int | None]:
-    """How to run a trained model at another depth: the plan, and how often its loop runs (None: as the plan says).
+@dataclass(frozen=True)
+class Execution:
+    """A way to run a trained model.
+
+    Attributes:
+        depth: how many layers it has, and in which order they run.
+        uses: the executions of its layers, in order: what a decoder is given to run.
+    """
+
+    depth: DepthSpec
+    uses: tuple[Use, ...]
+
+    @classmethod
+    def as_trained(cls, plan: DepthPlan) -> Self:
+        """As its plan says."""
+        return cls(DepthSpec.of(plan), plan.uses())
+
+
+def at_depth(plan: DepthPlan, depth: DepthSpec) -> Execution:
+    """How to run a trained model at another depth.
 
     A loop of plain composition may be moved, taken away or put in. One with parameters or scales of its own stays where it
     is and changes only its number of times, 1 included.
@@ -101,14 +121,14 @@ def at_depth(plan: DepthPlan, depth: DepthSpec) -> tuple[DepthPlan, int | None]:
         MegaloopError: ``depth`` has other layers, or moves a loop that has to stay.
     """
     if plan.style == LoopStyle() or plan.loop is None:
-        return respell(plan, depth), None
+        return Execution.as_trained(respell(plan, depth))
     loop, asked = plan.loop, depth.loop
     if asked is None or (asked.start, asked.block, depth.layers) != (loop.start, loop.block, plan.layers):
         raise MegaloopError(
             f"depth {depth}: the loop of {plan.notation} was trained with an injection, a norm or scaled residuals and "
             f"stays where it is; choose {loop.start}-{loop.block}xTIMES-{plan.depth - loop.stop}"
         )
-    return plan, asked.times
+    return Execution(depth, plan.uses(asked.times))
 
 
 def _example(layers: int) -> str:

@@ -80,16 +80,20 @@ class Use:
         layer_id: which.
         time: of the loop, counted from 0; None outside of it.
         begins, ends: it is the first, the last layer of that time.
+        times: how often that loop runs; None outside of it.
     """
 
     layer_id: int
     time: int | None = None
     begins: bool = False
     ends: bool = False
+    times: int | None = None
 
-    def is_frozen(self, times: int | None, backprop: int | None) -> bool:
-        """No gradient passes through: it belongs to a time of a loop of ``times`` before the last ``backprop`` ones."""
-        return backprop is not None and self.time is not None and times is not None and self.time < times - backprop
+    def is_frozen(self, backprop: int | None) -> bool:
+        """No gradient passes through: it belongs to a time of the loop before the last ``backprop`` ones (None: to none)."""
+        if backprop is None or self.time is None or self.times is None:
+            return False
+        return self.time < self.times - backprop
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class DepthPlan:
             raise MegaloopError(f"depth: a loop runs at least once; found {count} times")
         block = self.order[loop.start : loop.start + loop.block]
         looped = (
-            Use(layer_id, time, index == 0, index == loop.block - 1)
+            Use(layer_id, time, index == 0, index == loop.block - 1, count)
             for time in range(count)
             for index, layer_id in enumerate(block)
         )

@@ -90,15 +90,13 @@ def export_huggingface(
     """
     with Checkpoint.open(resolve_checkpoint(checkpoint), verify="checksums") as source, OutputDirectory(out) as folder:
         manifest = source.manifest
-        model, plan, times = manifest.model, manifest.plan, None
+        model, plan = manifest.model, manifest.plan
         if plan.style.injection != "none" or plan.style.norm:
             raise MegaloopError(
                 f"checkpoint {source.path}: its loop has an injection or a norm, which a Llama decoder has no place for; "
                 "only loops of plain composition (and residual_scale) can be exported"
             )
-        if depth is not None:
-            plan, times = at_depth(plan, depth)
-        uses = plan.uses(times)
+        uses = plan.uses() if depth is None else at_depth(plan, depth).uses
         name = dtype or manifest.precision
         kind = "master" if name == "fp32" and source.names("master") else "model"
         length = manifest.data.sequence_length or _DEFAULT_LENGTH
@@ -140,11 +138,10 @@ def _scales(plan: DepthPlan, uses: Sequence[Use]) -> dict[str, int]:
     """By their names, what the matrices that write to the residual stream are divided by in looped layers."""
     if plan.style.residual_scale == "none":
         return {}
-    times = sum(use.begins for use in uses)
     return {
-        f"model.layers.{position}.{_LAYER[name]}.weight": times
+        f"model.layers.{position}.{_LAYER[name]}.weight": use.times
         for position, use in enumerate(uses)
-        if use.time is not None
+        if use.times is not None
         for name in ("attention.wo", "mlp.w_down")
     }
 

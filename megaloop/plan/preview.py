@@ -256,8 +256,7 @@ def _pass_flops(
     tokens = config.train.micro_batch * config.data.sequence_length
     layer = tokens * layer_flops(config.model, config.data.sequence_length)
     head = tokens * head_flops(config.model, vocab_size)
-    uses, times = plan.uses(), plan.loop.times if plan.loop else None
-    live = [not use.is_frozen(times, config.loop.backprop) for use in uses]
+    live = [not use.is_frozen(config.loop.backprop) for use in plan.uses()]
     forward = [[(stop - start) * layer for start, stop in each] for each in slices]
     again = 3 if config.train.recompute == "full" else 2
     backward = [[sum(live[start:stop]) * layer * again for start, stop in each] for each in slices]

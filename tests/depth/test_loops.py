@@ -13,6 +13,7 @@ from megaloop.config import ModelConfig
 from megaloop.depth import (
     DepthPlan,
     DepthSpec,
+    Execution,
     LoopCounts,
     LoopStyle,
     at_depth,
@@ -93,7 +94,9 @@ def test_uses_say_where_each_time_begins_and_ends(each: tuple[DepthPlan, int, in
         assert [use.time for use in uses if use.begins] == list(range(real)) == [use.time for use in uses if use.ends]
         assert all(use.layer_id == plan.order[start] for use in uses if use.begins)
         assert all(use.layer_id == plan.order[stop - 1] for use in uses if use.ends)
-        assert sum(use.is_frozen(real, 1) for use in uses) == (real - 1) * (stop - start)
+        assert {use.times for use in uses} - {None} == {real}
+        assert all((use.time is None) == (use.times is None) for use in uses)
+        assert sum(use.is_frozen(1) for use in uses) == (real - 1) * (stop - start)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +140,15 @@ def test_a_style_belongs_to_one_loop() -> None:
 
 def test_a_trained_model_runs_at_other_depths() -> None:
     plain, styled = DepthPlan.parse("1-2x2-1"), respell(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"), CONCAT)
-    assert at_depth(plain, DepthSpec.parse("0-4x3-0")) == (DepthPlan.parse("0-4x3-0"), None)
-    assert at_depth(plain, DepthSpec.parse("4")) == (DepthPlan.plain(4), None)
-    assert at_depth(styled, DepthSpec.parse("1-2x5-1")) == (styled, 5)
-    assert at_depth(styled, DepthSpec.parse("1-2x1-1")) == (styled, 1)
+    for way, depth, uses in (
+        (at_depth(plain, DepthSpec.parse("0-4x3-0")), "0-4x3-0", DepthPlan.parse("0-4x3-0").uses()),
+        (at_depth(plain, DepthSpec.parse("4")), "4", DepthPlan.plain(4).uses()),
+        (at_depth(plain, DepthSpec.parse("1-2x1-1")), "4", DepthPlan.plain(4).uses()),
+        (at_depth(styled, DepthSpec.parse("1-2x5-1")), "1-2x5-1", styled.uses(5)),
+        (at_depth(styled, DepthSpec.parse("1-2x1-1")), "1-2x1-1", styled.uses(1)),  # its loop keeps what it has
+        (Execution.as_trained(styled), "1-2x2-1", styled.uses()),
+    ):
+        assert (str(way.depth), way.uses) == (depth, uses)
     for depth in ("4", "0-2x2-2", "1-2x0-1"):
         with pytest.raises(MegaloopError):
             at_depth(styled, DepthSpec.parse(depth))

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from data_prep.tokenizer import train_tokenizer
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, DepthSpec, LoopStyle
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.tokenizer import write_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
+from megaloop.inference.generate import generate_text
 from megaloop.inference.load import load_decoder
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
@@ -152,8 +153,9 @@ def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path, depth: str | None,
     export_huggingface(checkpoint, tmp_path / "out", dtype="fp32", depth=spec)
     unrolled = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert unrolled.config.num_hidden_layers == layers
-    ours, _ = load_decoder(checkpoint, depth=spec)
-    assert torch.allclose(ours(_tokens()), unrolled(_tokens()).logits, atol=1e-4)
+    ours, _ = load_decoder(checkpoint)
+    uses = None if spec is None else at_depth(ours.plan, spec).uses
+    assert torch.allclose(ours(_tokens(), uses=uses), unrolled(_tokens()).logits, atol=1e-4)
 
 
 def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
@@ -163,7 +165,9 @@ def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> N
     ):
         export_huggingface(checkpoint, tmp_path / "out")
     with pytest.raises(MegaloopError, match="stays where it is; choose 1-2xTIMES-1"):
-        load_decoder(checkpoint, depth=DepthSpec.parse("4"))
+        generate_text(
+            _checkpoint(tmp_path / "same", "1-2x3-1", style=LoopStyle(norm=True)), "", depth=DepthSpec.parse("4")
+        )
 
 
 def test_bf16_exports_the_training_copy_and_fp32_the_masters(tmp_path: Path) -> None:
