@@ -10,6 +10,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from megaloop.config import fields
+from megaloop.depth import DepthSpec
 
 PAGE = Path(__file__).parents[1] / "docs/CONFIGURATION.md"
 BEGIN = "<!-- configuration table: tools/config_table.py writes it -->\n"
@@ -28,7 +29,11 @@ def rows() -> list[tuple[str, str, str]]:
 def _default(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
-    return "" if value is None or value == () else f"`{value if isinstance(value, str) else json.dumps(value)}`"
+    return (
+        ""
+        if value is None or value == ()
+        else f"`{value if isinstance(value, str | DepthSpec) else json.dumps(value)}`"
+    )
 
 
 def table() -> str:

@@ -205,7 +205,7 @@ def _round(
     step = statistics.median(steps(lambda: next(count) == 2))
     info = CheckpointInfo(
         run=RunState.fresh(config.seed).model_copy(update={"step": 1}), plan=engine.plan, model=config.model, growth=None,
-        topology={"pp": engine.topology.pp, "tp": engine.topology.tp, "dp": engine.topology.dp},
+        topology=engine.topology,
         precision=config.train.precision, config=config.model_dump(mode="json"),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaloop.config import Config, GrowthConfig
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, DepthSpec
 from megaloop.depth.flops import flops_per_token
 from megaloop.depth.schedule import RunFlops, run_flops
 from megaloop.errors import MegaloopError
@@ -26,7 +26,7 @@ _COUNTED_LENGTH = 64
 """Tokens of the sample on which FLOPs are counted."""
 
 
-def looped_depth(layers: int, block: int) -> str:
+def looped_depth(layers: int, block: int) -> DepthSpec:
     """A loop that executes as many layers as an unlooped model has: 24 layers of blocks of 4 become 4-4x4-4.
 
     The shape of arXiv 2502.17416's middle loops: about two thirds of the executed layers are the looped block.
@@ -37,13 +37,13 @@ def looped_depth(layers: int, block: int) -> str:
     outside = layers - block * times
     if outside < 0:
         raise MegaloopError(f"bench savings: {layers} layers hold no block of {block} twice; use a deeper model")
-    return f"{outside // 2}-{block}x{times}-{outside - outside // 2}"
+    return DepthSpec.looped(outside // 2, block, times, outside - outside // 2)
 
 
-def looped_parameters_depth(layers: int, block: int) -> str:
+def looped_parameters_depth(layers: int, block: int) -> DepthSpec:
     """A loop with as many parameters as an unlooped model: all its layers, the middle block twice."""
     first = (layers - block) // 2
-    return f"{first}-{block}x2-{layers - block - first}"
+    return DepthSpec.looped(first, block, 2, layers - block - first)
 
 
 def _baseline(values: dict[str, Any], config: Config, vocab_size: int) -> None:

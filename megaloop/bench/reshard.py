@@ -206,7 +206,7 @@ def _save(config: Config, engine: TrainingEngine, directory: Path) -> dict[str, 
     began = time.time()
     info = CheckpointInfo(
         run=RunState.fresh(config.seed).model_copy(update={"step": _STEPS}), plan=engine.plan, model=config.model, growth=None,
-        topology={"pp": engine.topology.pp, "tp": engine.topology.tp, "dp": engine.topology.dp},
+        topology=engine.topology,
         precision=config.train.precision, config=config.model_dump(mode="json"),
     )  # fmt: skip
     save_checkpoint(directory / "checkpoint", engine.pieces(), info)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from megaloop.bench.step import SHAPES
 from megaloop.config import Config
+from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.layout.rounds import Rounds
 from megaloop.layout.sources import InitialValues
@@ -115,15 +116,15 @@ class Setting:
     shape: str
     precision: str
     pp: int
-    looped: str
-    unlooped: int
+    looped: DepthSpec
+    unlooped: DepthSpec
     micro_batches: int
     micro_batch: int
     sequence_length: int
     steps: int
     rounds: int
 
-    def config(self, depth: str, rounds: int = 1) -> Config:
+    def config(self, depth: DepthSpec, rounds: int = 1) -> Config:
         """The configuration of one contender."""
         config = Config.model_validate(
             {
@@ -143,6 +144,15 @@ class Setting:
         config.check_world(self.pp)
         return config
 
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold; :meth:`from_json` reads it back."""
+        return {**vars(self), "looped": str(self.looped), "unlooped": str(self.unlooped)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Setting:
+        depths = {name: DepthSpec.parse(values[name]) for name in ("looped", "unlooped")}
+        return cls(**{**values, **depths})
+
 
 def bench_rounds(setting: Setting, start: Callable[[Path], None]) -> RoundsBenchmark:
     """Measure; the ranks leave a line on stderr after each round.
@@ -161,10 +171,10 @@ def bench_rounds(setting: Setting, start: Callable[[Path], None]) -> RoundsBench
     if setting.config(setting.looped).plan.loop is None:
         raise MegaloopError(f"bench rounds: depth {setting.looped} has no loop; choose one such as 0-4x4-0")
     for rounds in _ROUNDS:
-        setting.config(str(setting.unlooped), rounds)
+        setting.config(setting.unlooped, rounds)
     with tempfile.TemporaryDirectory(prefix="megaloop-bench-") as name:
         directory = Path(name)
-        (directory / "setting.json").write_text(json.dumps(asdict(setting)), encoding="utf-8")
+        (directory / "setting.json").write_text(json.dumps(setting.to_json()), encoding="utf-8")
         start(directory)
         result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     contenders = tuple(Contender(**each | {"spread": tuple(each["spread"])}) for each in result["contenders"])
@@ -227,7 +237,7 @@ class _Running:
 
 def run_rank(directory: Path) -> None:
     """One rank's part: build all contenders, let them take turns; rank 0 leaves ``result.json`` in ``directory``."""
-    setting = Setting(**json.loads((directory / "setting.json").read_text(encoding="utf-8")))
+    setting = Setting.from_json(json.loads((directory / "setting.json").read_text(encoding="utf-8")))
     join_ranks()
     topology = Topology(pp=setting.pp)
     running = list(_build(setting, topology))
@@ -263,7 +273,7 @@ def _build(setting: Setting, topology: Topology) -> Iterator[_Running]:
     yield _Running("tied", "tied", looped, TiedEngine(looped, looped.plan, topology, rows, source), 1, [])
     yield _Running("rounds", "tied", looped, ours, len(ours.slices), [])
     for rounds in _ROUNDS:
-        config = setting.config(str(setting.unlooped), rounds)
+        config = setting.config(setting.unlooped, rounds)
         engine = TrainingEngine(
             config, config.plan, topology, rows, InitialValues(config.model, 0, config.plan, rows)
         )  # fmt: skip

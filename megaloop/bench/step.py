@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from megaloop.config import Config
-from megaloop.depth import DepthPlan
 from megaloop.depth.flops import flops_per_token
 from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
@@ -140,7 +139,7 @@ def bench_step(
     our_rate, their_rate = (tokens / statistics.median(each.seconds) for each in (ours, theirs))
     ratios = [their_seconds / our_seconds for our_seconds, their_seconds in pairs]
     product = _product_tflops(training_dtype(precision))
-    flops = flops_per_token(DepthPlan.parse(config.depth), config.model, sequence_length).total
+    flops = flops_per_token(config.depth.plan, config.model, sequence_length).total
     tflops = flops * our_rate / 1e12
     return StepBenchmark(
         machine=describe_machine(), shape=shape, precision=precision, batch=batch, sequence_length=sequence_length,

@@ -17,12 +17,12 @@ from megaloop.checkpoint.manifest import GrowthEntry
 from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import resolve_checkpoint
 from megaloop.checkpoint.writer import CheckpointInfo, LazyPiece, save_checkpoint
-from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, Growth, InsertAt, Operator, grow, respell, unloop, untie
+from megaloop.depth import DepthPlan, DepthSpec, Growth, InsertAt, Operator, grow, respell, unloop, untie
 from megaloop.depth.flops import parameters
 from megaloop.errors import MegaloopError
 from megaloop.layout.pieces import Box, Piece
 from megaloop.layout.sources import GrownState, InitialValues
+from megaloop.layout.topology import Topology
 from megaloop.layout.transfers import Moments
 from megaloop.model import parameter_specs
 
@@ -77,7 +77,7 @@ def grow_checkpoint(
     checkpoint: Path,
     out: Path,
     operator: Operator,
-    depth: int | str,
+    depth: DepthSpec,
     block: int = 4,
     *,
     insert_at: InsertAt = "after",
@@ -101,34 +101,33 @@ def grow_checkpoint(
             a full disk.
     """
     began = time.perf_counter()
-    wanted = DepthPlan.parse(depth)
     before = DepthPlan.plain(1)
 
     def deepen(source: Checkpoint, plan: DepthPlan) -> Growth:
         nonlocal before
         before = plan
-        if plan.loop is not None and not wanted.is_looped:
+        if plan.loop is not None and not depth.is_looped:
             raise MegaloopError(
                 f"growth: checkpoint {source.path} is looped, {plan.notation}; say which loop the grown one has, for example "
                 f"--depth {plan.loop.start + block}-{plan.loop.block}x{plan.loop.times}-{plan.depth - plan.loop.stop}"
             )
-        grown = grow(unloop(plan), operator, wanted.layers, block, insert_at=insert_at)
+        grown = grow(unloop(plan), operator, depth.layers, block, insert_at=insert_at)
         if not grown.lineage:
             raise MegaloopError(
-                f"growth: checkpoint {source.path} has {wanted.layers} layers already; choose a deeper target"
+                f"growth: checkpoint {source.path} has {depth.layers} layers already; choose a deeper target"
             )
-        after = respell(grown.plan, str(depth), plan.style)
+        after = respell(grown.plan, depth, plan.style)
         return Growth(after, grown.lineage, new_loop=after.is_looped and not plan.is_looped)
 
-    model, info, size = _rewrite(checkpoint, out, deepen, moments, on_bytes, GrowthEntry(operator=operator))
+    info, size = _rewrite(checkpoint, out, deepen, moments, on_bytes, GrowthEntry(operator=operator))
     return GrownCheckpoint(
         path=str(out),
         step=info.step,
         operator=operator,
         layers_before=before.layers,
         layers=info.plan.layers,
-        parameters_before=parameters(before, model),
-        parameters=parameters(info.plan, model),
+        parameters_before=parameters(before, info.model),
+        parameters=parameters(info.plan, info.model),
         bytes=size,
         seconds=time.perf_counter() - began,
     )
@@ -137,7 +136,7 @@ def grow_checkpoint(
 def loop_checkpoint(
     checkpoint: Path,
     out: Path,
-    depth: str | None,
+    depth: DepthSpec | None,
     *,
     changes: Mapping[str, Any] = MappingProxyType({}),
     moments: Moments = "copy",
@@ -174,7 +173,7 @@ def loop_checkpoint(
             )
         return Growth.reordered(plan, after)
 
-    model, info, size = _rewrite(checkpoint, out, change, moments, on_bytes)
+    info, size = _rewrite(checkpoint, out, change, moments, on_bytes)
     return LoopedCheckpoint(
         path=str(out),
         step=info.step,
@@ -182,7 +181,7 @@ def loop_checkpoint(
         depth=info.plan.notation,
         layers=info.plan.layers,
         deep=info.plan.depth,
-        parameters=parameters(info.plan, model),
+        parameters=parameters(info.plan, info.model),
         bytes=size,
         seconds=time.perf_counter() - began,
     )
@@ -195,27 +194,25 @@ def _rewrite(
     moments: Moments,
     on_bytes: _Tell | None,
     grown: GrowthEntry | None = None,
-) -> tuple[ModelConfig, CheckpointInfo, int]:
-    """Write a checkpoint anew with the plan that ``change`` makes of its own; the model, what was saved, and its bytes."""
+) -> tuple[CheckpointInfo, int]:
+    """Write a checkpoint anew with the plan that ``change`` makes of its own; what was saved, and its bytes."""
     if out.exists():
         raise MegaloopError(f"output {out} already exists; choose another directory")
     tell = on_bytes or (lambda what, done, total: None)
     with Checkpoint.open(resolve_checkpoint(checkpoint)) as source:
         manifest = source.manifest
-        model = ModelConfig.model_validate(manifest.model)
-        before = DepthPlan.from_json(manifest.plan)
-        growth = change(source, before)
-        source.check_tensors(parameter_specs(model, before, model.vocab_size or 0))
+        growth = change(source, manifest.plan)
+        source.check_tensors(parameter_specs(manifest.model, manifest.plan, manifest.vocab_size))
         source.verify(partial(tell, "verifying"))
-        pieces = list(_pieces(source, growth, model, moments))
+        pieces = list(_pieces(source, growth, moments))
         entry = grown
         if entry is None and manifest.growth is not None:
             entry = GrowthEntry(operator=manifest.growth.operator)
         info = CheckpointInfo(
-            run=manifest.run.at_depth(growth.plan.layers, growth.plan.notation, grown is not None),
+            run=manifest.run.at_depth(growth.plan, grown is not None),
             plan=growth.plan,
-            model=model,
-            topology={"pp": 1, "tp": 1, "dp": 1},
+            model=manifest.model,
+            topology=Topology(),
             precision=manifest.precision,
             config=manifest.config,
             growth=entry,
@@ -231,12 +228,12 @@ def _rewrite(
 
         counted = [LazyPiece(each.kind, each.piece, each.dtype, partial(count, each)) for each in pieces]
         saved = save_checkpoint(out, counted, info, tokenizer=source.tokenizer)
-    return model, info, saved.bytes
+    return info, saved.bytes
 
 
-def _pieces(source: Checkpoint, growth: Growth, model: ModelConfig, moments: Moments) -> Iterator[LazyPiece]:
+def _pieces(source: Checkpoint, growth: Growth, moments: Moments) -> Iterator[LazyPiece]:
     """Every tensor of the grown model, whole, with the state that it takes over; kinds as the checkpoint has them."""
-    rows = model.vocab_size or 0
+    model, rows = source.manifest.model, source.manifest.vocab_size
     fresh = InitialValues(model, source.manifest.run.seed, growth.plan, rows)
     state = GrownState(source, growth, fresh, moments)
     for kind, stored in source.manifest.tensors.items():

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from itertools import combinations, islice, pairwise, product
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import xxhash
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    GetCoreSchemaHandler,
+    GetPydanticSchema,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
-from megaloop.checkpoint.run_state import Count, DataState, Entry, RunState, SourceState
-from megaloop.config import Config, ModelConfig
+from megaloop.checkpoint.recorded import RecordedData, with_recorded
+from megaloop.checkpoint.run_state import Count, Entry, RunState
+from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Operator
 from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.layout.pieces import Box, Piece
+from megaloop.layout.topology import Topology
 from megaloop.text import printable
 
 __all__ = [
@@ -104,6 +118,61 @@ class GrowthEntry(Entry):
     stages: PositiveInt | None = None
 
 
+class _UnknownDecoder(ValueError):
+    """A model or plan that is written as one, but cannot be built: another version may know it."""
+
+
+def _read_plan(value: dict[str, Any]) -> DepthPlan:
+    try:
+        order = value["order"]
+        if len(order) > _MOST_LAYERS:
+            raise ValueError(f"plan.order runs {len(order)} layers, at most {_MOST_LAYERS} are possible")
+        if not all(type(layer_id) is int and layer_id < 1 << 31 for layer_id in order):
+            raise ValueError("plan.order holds something else than layer ids")
+        return DepthPlan.from_json(value)
+    except (MegaloopError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _UnknownDecoder(_one_line(error)) from None
+
+
+def _read_model(value: dict[str, Any]) -> ModelConfig:
+    try:
+        model = ModelConfig.model_validate(value)
+        model.check()
+    except ValidationError as error:
+        raise _UnknownDecoder(f"model.{_first(error)}") from None
+    except MegaloopError as error:
+        raise _UnknownDecoder(_one_line(error)) from None
+    if model.vocab_size is None:
+        raise _UnknownDecoder("model.vocab_size is empty")
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return printable(" ".join(str(error).split()) or type(error).__name__, 500)
+
+
+_Value = TypeVar("_Value")
+
+
+def _stored_as(
+    stored: Any, value: type[_Value], read: Callable[[Any], _Value], write: Callable[[_Value], Any]
+) -> GetPydanticSchema:
+    """A field that holds a ``value``, and is a ``stored`` in the file: checked as that first, then read."""
+
+    def schema(_source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.json_or_python_schema(
+            json_schema=core_schema.no_info_after_validator_function(read, handler.generate_schema(stored)),
+            python_schema=core_schema.is_instance_schema(value),
+            serialization=core_schema.plain_serializer_function_ser_schema(write),
+        )
+
+    return GetPydanticSchema(schema)
+
+
+def _model_json(model: ModelConfig) -> dict[str, Any]:
+    return model.model_dump(mode="json")
+
+
 class _Content(Entry):
     """What manifests of all versions hold."""
 
@@ -111,11 +180,14 @@ class _Content(Entry):
     checksum: str = Field(default=_NO_CHECKSUM, pattern=r"^[0-9a-f]{32}$")
     megaloop: str = Field(pattern=r"^[0-9A-Za-z.+!_-]{1,64}$")
     created: str = Field(pattern=r"^[0-9TZ:.+ -]{1,64}$")
-    plan: dict[str, Any]
+    plan: Annotated[DepthPlan, _stored_as(dict[str, Any], DepthPlan, _read_plan, DepthPlan.to_json)]
     growth: GrowthEntry | None
-    model: dict[str, Any]
+    model: Annotated[ModelConfig, _stored_as(dict[str, Any], ModelConfig, _read_model, _model_json)]
     precision: Literal["fp32", "bf16"]
-    topology: dict[Literal["pp", "tp", "dp"], PositiveInt]
+    topology: Annotated[
+        Topology,
+        _stored_as(dict[Literal["pp", "tp", "dp"], PositiveInt], Topology, lambda sizes: Topology(**sizes), asdict),
+    ]
     tokenizer: TokenizerEntry | None
     config: dict[str, Any]
     files: list[FileEntry]
@@ -155,27 +227,15 @@ class Manifest(_Content):
         return self.run.step
 
     @property
-    def sequence_length(self) -> int | None:
-        """Tokens per sample in training, as far as the configuration tells."""
-        length = self._data.get("sequence_length")
-        return length if type(length) is int and 0 < length < 1 << 31 else None
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        assert self.model.vocab_size is not None, "a manifest without is refused when it is read"
+        return self.model.vocab_size
 
     @property
-    def data_paths(self) -> list[Path]:
-        """Where the data of the run lay, as far as the configuration tells."""
-        sources = self._data.get("sources")
-        paths = [each.get("path") for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
-        return [Path(path) for path in paths if isinstance(path, str) and "\0" not in path]
-
-    @property
-    def is_fine_tuned(self) -> bool:
-        """The run's data is prompts and answers, as far as the configuration tells."""
-        return self._data.get("format") == "sft"
-
-    @property
-    def _data(self) -> dict[str, Any]:
-        data = self.config.get("data")
-        return data if isinstance(data, dict) else {}
+    def data(self) -> RecordedData:
+        """The data of the run, as far as the configuration tells."""
+        return RecordedData.of(self.config)
 
 
 class _Random(Entry):
@@ -202,27 +262,10 @@ class _FirstManifest(_Content):
             flops=self.flops,
             skipped=self.skipped,
             seed=self.rng.seed,
-            **_told_by(self.config),
         )
+        run = with_recorded(run, self.config)
         kept = {name: getattr(self, name) for name in _Content.model_fields}
         return Manifest.model_construct(**kept | {"format_version": FORMAT_VERSION, "run": run})
-
-
-def _told_by(values: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration tells of the run's state; nothing where it is none (of an import, say)."""
-    try:
-        config = Config.model_validate(values)
-        data = DataState(
-            sequence_length=config.data.sequence_length,
-            cooldown_sample=config.cooldown_sample,
-            sources=tuple(
-                SourceState(train=None, validation=None, stable=stable, cooldown=cooldown)
-                for stable, cooldown in (each.weights for each in config.data.sources)
-            ),
-        )
-    except (ValueError, ArithmeticError, MegaloopError):  # pydantic's errors are ValueErrors
-        return {}
-    return {"batch": config.train.global_batch, "steps": config.train.steps, "data": data}
 
 
 def find_problem(tensors: dict[str, dict[str, TensorEntry]]) -> str | None:
@@ -296,6 +339,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 class _Version(BaseModel):
     format_version: int
     checksum: str = ""
+    megaloop: Any = None
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -326,11 +370,16 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise MegaloopError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        raise DamagedCheckpoint(
-            f"checkpoint {directory}: {MANIFEST} is damaged ({_first(error)}); use another checkpoint"
+        if (what := _unknown_decoder(error)) is None:
+            raise DamagedCheckpoint(
+                f"checkpoint {directory}: {MANIFEST} is damaged ({_first(error)}); use another checkpoint"
+            ) from None
+        _check_checksum(directory, text, version.checksum)  # a flipped bit may look like another decoder
+        raise MegaloopError(
+            f"checkpoint {directory}: {MANIFEST} describes a decoder that this megaloop does not know ({what}); "
+            f"use the megaloop that wrote it ({version.megaloop})"
         ) from None
     _check_checksum(directory, text, manifest.checksum)
-    _check_decoder(directory, manifest)
     return manifest
 
 
@@ -343,33 +392,18 @@ def _check_checksum(directory: Path, text: bytes, expected: str) -> None:
         )
 
 
-def _check_decoder(directory: Path, manifest: Manifest) -> None:
-    """Refuse a model or plan that cannot be built: whoever opens a checkpoint may rely on both."""
-    try:
-        model = ModelConfig.model_validate(manifest.model)
-        model.check()
-        if model.vocab_size is None:
-            raise ValueError("model.vocab_size is empty")
-        order = manifest.plan["order"]
-        if len(order) > _MOST_LAYERS:
-            raise ValueError(f"plan.order runs {len(order)} layers, at most {_MOST_LAYERS} are possible")
-        if not all(type(layer_id) is int and layer_id < 1 << 31 for layer_id in order):
-            raise ValueError("plan.order holds something else than layer ids")
-        DepthPlan.from_json(manifest.plan)
-    except (MegaloopError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ValidationError):
-            what = f"model.{_first(error)}"
-        else:
-            what = printable(" ".join(str(error).split()) or type(error).__name__, 500)
-        raise MegaloopError(
-            f"checkpoint {directory}: {MANIFEST} describes a decoder that this megaloop does not know ({what}); "
-            f"use the megaloop that wrote it ({manifest.megaloop})"
-        ) from None
+def _unknown_decoder(error: ValidationError) -> str | None:
+    """What cannot be built, where that is all that is wrong; None: something else is."""
+    causes = [each.get("ctx", {}).get("error") for each in error.errors()]
+    if not all(isinstance(cause, _UnknownDecoder) for cause in causes):
+        return None
+    return str(causes[-1])  # the model's, where the plan is wrong as well
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, and where."""
-    first = error.errors()[0]
+    """The first thing that is wrong, and where; a decoder that is not known only where nothing else is."""
+    errors: list[Mapping[str, Any]] = [*error.errors()]
+    first = min(errors, key=lambda each: isinstance(each.get("ctx", {}).get("error"), _UnknownDecoder))
     where = printable(".".join(map(str, first["loc"])) or "content")
     return printable(" ".join(f"{where}: {first['msg'].removeprefix('Value error, ')}".split()), 500)
 

@@ -143,7 +143,7 @@ def remove_checkpoint(directory: Path) -> None:
 
 def check_same_model(manifest: Manifest, model: ModelConfig, plan: DepthPlan, vocab_size: int) -> None:
     """Raise MegaloopError, with both shapes in one line, unless a checkpoint fits a configuration."""
-    saved = _describe(ModelConfig.model_validate(manifest.model), DepthPlan.from_json(manifest.plan), None)
+    saved = _describe(manifest.model, manifest.plan, None)
     asked = _describe(model, plan, vocab_size)
     if saved != asked:
         raise MegaloopError(

@@ -9,6 +9,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megaloop.depth import DepthPlan
+
 __all__ = ["Count", "DataState", "DepthState", "Entry", "RunState", "SourceState"]
 
 Count = Annotated[int, Field(ge=0, lt=10**30)]
@@ -114,10 +116,11 @@ class RunState(Entry):
         """How often the weights have changed: what Adam counts."""
         return self.step - self.skipped
 
-    def at_depth(self, layers: int, depth: str, grown: bool = False) -> Self:
+    def at_depth(self, plan: DepthPlan, grown: bool = False) -> Self:
         """The same state, from here on with another depth."""
+        depth = plan.notation
         if self.depths and self.depths[-1].depth == depth:
             return self
         before = tuple(each for each in self.depths if each.step < self.step)
-        entry = DepthState(step=self.step, layers=layers, depth=depth, grown=grown)
+        entry = DepthState(step=self.step, layers=plan.layers, depth=depth, grown=grown)
         return self.model_copy(update={"depths": (*before, entry)})

@@ -38,6 +38,7 @@ from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 from megaloop.files import fsync_path, replace_file
 from megaloop.layout.pieces import Piece, StatePiece
+from megaloop.layout.topology import Topology
 from megaloop.runtime.collectives import gather_objects
 
 __all__ = ["CheckpointInfo", "LazyPiece", "SaveResult", "save_checkpoint"]
@@ -55,7 +56,7 @@ class CheckpointInfo:
     run: RunState
     plan: DepthPlan
     model: ModelConfig
-    topology: dict[Literal["pp", "tp", "dp"], int]
+    topology: Topology
     precision: Literal["fp32", "bf16"]
     config: dict[str, Any]
     growth: GrowthEntry | None
@@ -270,9 +271,9 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         megaloop=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run=info.run,
-        plan=info.plan.to_json(),
+        plan=info.plan,
         growth=info.growth,
-        model=info.model.model_dump(mode="json"),
+        model=info.model,
         precision=info.precision,
         topology=info.topology,
         tokenizer=token_entry,

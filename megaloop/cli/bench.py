@@ -12,6 +12,7 @@ from megaloop.cli.options import Json, Overrides, Precision, Recompute
 from megaloop.cli.output import echo, show_result
 from megaloop.cli.ranks import launch_ranks, rank_store
 from megaloop.cli.savings import bench_savings
+from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.terminal import SafeConsole
 
@@ -135,8 +136,9 @@ def bench_rounds_command(
     """Time pipeline rounds against stock DeepSpeed's tied layers, and 1, 2 and 4 rounds of an unlooped model."""
     from megaloop.bench.rounds import Setting, bench_rounds, show
 
+    looped, plain = DepthSpec.parse(depth), DepthSpec.parse(unlooped)
     setting = Setting(
-        shape, precision.value, pp, depth, unlooped, micro_batches, micro_batch, sequence_length, steps, rounds
+        shape, precision.value, pp, looped, plain, micro_batches, micro_batch, sequence_length, steps, rounds
     )  # fmt: skip
 
     def start(directory: Path) -> None:

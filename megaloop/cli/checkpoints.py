@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from megaloop.cli.options import Json, Precision
+from megaloop.cli.options import Json, Precision, read_depth
 from megaloop.cli.output import byte_progress, show_result
-from megaloop.depth import InsertAt, Operator
+from megaloop.depth import DepthSpec, InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
 
@@ -44,7 +44,7 @@ def grow(
             checkpoint,
             out,
             operator,
-            target,
+            DepthSpec.parse(target),
             block,
             insert_at=insert_at,
             moments=moments,
@@ -81,7 +81,7 @@ def loop(
     if chosen and untie:
         raise MegaloopError(f"loop: --{next(iter(chosen)).replace('_', '-')} is of loops, and --untie ends them")
     with byte_progress() as show:
-        result = loop_checkpoint(checkpoint, out, depth, changes=chosen, moments=moments, on_bytes=show)
+        result = loop_checkpoint(checkpoint, out, read_depth(depth), changes=chosen, moments=moments, on_bytes=show)
     show_result(result, json)
 
 
@@ -97,7 +97,7 @@ def export(
     """Write a checkpoint in Hugging Face format."""
     from megaloop.huggingface.weights import export_huggingface
 
-    result = export_huggingface(checkpoint, out, dtype=dtype.value if dtype else None, depth=depth)
+    result = export_huggingface(checkpoint, out, dtype=dtype.value if dtype else None, depth=read_depth(depth))
     show_result(result if result is not None else {"written": str(out)}, json)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megaloop.cli.options import Json, Precision, finite
+from megaloop.cli.options import Json, Precision, finite, read_depth
 from megaloop.cli.output import echo, show_result
 
 __all__ = ["generate"]
@@ -51,7 +51,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         precision=precision.value,
-        depth=depth,
+        depth=read_depth(depth),
         on_text=None if json else show,
     )
     if json:

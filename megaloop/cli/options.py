@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Json", "OnError", "Overrides", "Precision", "Recompute", "finite"]
+from megaloop.depth import DepthSpec
+
+__all__ = ["Json", "OnError", "Overrides", "Precision", "Recompute", "finite", "read_depth"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[
@@ -21,6 +23,15 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number")
     return value
+
+
+def read_depth(text: str | None) -> DepthSpec | None:
+    """What ``--depth`` says.
+
+    Raises:
+        MegaloopError: it cannot be read.
+    """
+    return None if text is None else DepthSpec.parse(text)
 
 
 class OnError(StrEnum):

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from megaloop.cli.output import echo
 from megaloop.errors import DamagedCheckpoint, MegaloopError
+from megaloop.layout.topology import Topology
 from megaloop.terminal import DescriptionColumn, SafeConsole
 from megaloop.text import printable
 
@@ -34,7 +35,7 @@ class _Row:
     bytes: int | None = None
     created: str | None = None
     depth: str | None = None
-    topology: dict[str, int] | None = None
+    topology: Topology | None = None
     precision: str | None = None
     problem: str | None = None
 
@@ -139,7 +140,6 @@ def _prune(run: Path, keep: int | None) -> list[Path]:
 
 def _describe(path: Path, verify: bool) -> _Row:
     from megaloop.checkpoint import Checkpoint
-    from megaloop.depth import DepthPlan
 
     try:
         with Checkpoint.open(path) as checkpoint, _bar(path.name, verify) as show:
@@ -152,8 +152,8 @@ def _describe(path: Path, verify: bool) -> _Row:
                 step=manifest.step,
                 bytes=sum(entry.bytes for entry in manifest.files),
                 created=manifest.created,
-                depth=DepthPlan.from_json(manifest.plan).notation,
-                topology={str(name): size for name, size in manifest.topology.items()},
+                depth=manifest.plan.notation,
+                topology=manifest.topology,
                 precision=manifest.precision,
             )
     except DamagedCheckpoint as error:
@@ -190,9 +190,7 @@ def _show(run: Path, rows: list[_Row], gone: list[Path]) -> None:
     for header in ("step", "state", "size", "depth", "pp x tp x dp", "precision", "saved (UTC)"):
         table.add_column(header, justify="right" if header in ("step", "size") else "left", no_wrap=header != "depth")
     for row in rows:
-        topology = (
-            " x ".join(printable(row.topology.get(key, "?")) for key in ("pp", "tp", "dp")) if row.topology else ""
-        )
+        topology = f"{row.topology.pp} x {row.topology.tp} x {row.topology.dp}" if row.topology else ""
         size = "" if row.bytes is None else format_bytes(row.bytes)
         table.add_row(
             str(row.step),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from megaloop.config.section import Section, text_of_number
+from megaloop.config.section import Depth, Section
 from megaloop.depth import DepthPlan, GrowthStage, InsertAt, LoopStyle, Operator, growth_stages
 from megaloop.depth.counts import CountKind
 from megaloop.depth.plan import Injection, ResidualScale
@@ -130,12 +130,7 @@ class DepthEventConfig(Section):
 
     at: float = Field(gt=0, lt=1)
     """When, as a fraction of the run's steps."""
-    depth: str | None = None
+    depth: Depth | None = None
     """The same layers in another order from then on: 10-4x2-10 loops the middle four of 24."""
     untie: bool = False
     """Instead: repetitions become layers of their own, which begin as copies."""
-
-    @field_validator("depth", mode="before")
-    @classmethod
-    def _depth_as_text(cls, value: Any) -> Any:
-        return text_of_number(value)

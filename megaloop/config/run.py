@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import Field, field_validator
@@ -13,7 +12,7 @@ from megaloop.config.checks import check
 from megaloop.config.data import DataConfig
 from megaloop.config.depth import DepthEventConfig, GrowthConfig, LoopConfig
 from megaloop.config.model import ModelConfig
-from megaloop.config.section import Section, text_of_number
+from megaloop.config.section import Depth, Section
 from megaloop.config.training import (
     CheckpointConfig,
     FaultsConfig,
@@ -24,7 +23,7 @@ from megaloop.config.training import (
     TrainConfig,
     ValidationConfig,
 )
-from megaloop.depth import DepthPlan, Growth, GrowthStage, LoopCounts, stages_between, unloop
+from megaloop.depth import DepthPlan, DepthSpec, Growth, GrowthStage, LoopCounts, stages_between, unloop
 from megaloop.depth.schedule import DepthEvent, loop_stages, with_events
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
@@ -43,7 +42,7 @@ class Config(Section):
     """Checkpoint (or run) whose weights a new run starts from; its moments, step and data position are not taken."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights and of the sample order."""
-    depth: str = "32"
+    depth: Depth = DepthSpec.parse("32")
     """Layers: 24, or a loop such as 4-4x4-4 (4 layers, 4 layers 4 times, 4 layers). Of a run that grows: what it grows to."""
     model: ModelConfig = ModelConfig()
     data: DataConfig
@@ -60,11 +59,6 @@ class Config(Section):
     loop: LoopConfig = LoopConfig()
     depth_events: tuple[DepthEventConfig, ...] = ()
     """Loops that come or go during the run, after growth: [{at: 0.85, depth: 10-4x2-10}]."""
-
-    @field_validator("depth", mode="before")
-    @classmethod
-    def _depth_as_text(cls, value: Any) -> Any:
-        return text_of_number(value)
 
     @field_validator("name")
     @classmethod
@@ -88,7 +82,7 @@ class Config(Section):
         Raises:
             MegaloopError: growth, loops or depth events that do not fit the layers or the steps.
         """
-        plan = unloop(DepthPlan.parse(self.depth))
+        plan = unloop(self.depth.plan)
         if self.growth is None:
             plan = first or plan
             stages: tuple[GrowthStage, ...] = (GrowthStage(0, self.train.steps, plan, Growth.none(plan)),)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
 
-__all__ = ["Section", "text_of_number"]
+from megaloop.depth import DepthSpec
+from megaloop.errors import MegaloopError
+
+__all__ = ["Depth", "Section"]
 
 _LARGEST = 2**53
 """No count, size or seed is larger; floats and JSON hold every whole number up to it."""
@@ -36,13 +40,23 @@ class Section(BaseModel):
         """Refuse numbers that overflow somewhere, and texts that no file could have as its name."""
         if isinstance(value, int) and abs(value) > _LARGEST:
             raise ValueError(f"should be at most {_LARGEST}")
-        if isinstance(value, str | Path) and len(str(value)) > _LONGEST:
+        if isinstance(value, str | Path | DepthSpec) and len(str(value)) > _LONGEST:
             raise ValueError(f"should have at most {_LONGEST} characters")
         if isinstance(value, str | Path) and "\0" in str(value):
             raise ValueError("should hold no zero byte")
         return value
 
 
-def text_of_number(value: Any) -> Any:
-    """YAML reads a depth of 24 layers as a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def _read_depth(value: Any) -> DepthSpec:
+    if isinstance(value, DepthSpec):
+        return value
+    if not isinstance(value, str | int):
+        raise PydanticKnownError("string_type")
+    try:
+        return DepthSpec.parse(value)
+    except MegaloopError as error:
+        raise ValueError(str(error).removeprefix("depth: ")) from None
+
+
+Depth = Annotated[DepthSpec, PlainValidator(_read_depth), PlainSerializer(str, return_type=str)]
+"""A depth in a configuration: text (YAML reads 24 layers as a number), which is read when it is validated."""

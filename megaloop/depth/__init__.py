@@ -2,12 +2,15 @@
 
 from megaloop.depth.counts import LoopCounts
 from megaloop.depth.growth import Growth, InsertAt, Operator, before_growth, grow
-from megaloop.depth.loops import at_depth, loop, respell, unloop, untie
+from megaloop.depth.loops import Execution, at_depth, loop, respell, unloop, untie
 from megaloop.depth.plan import DepthPlan, Loop, LoopStyle, Use
 from megaloop.depth.schedule import GrowthStage, RunFlops, growth_stages, run_flops, stage_at, stages_between
+from megaloop.depth.spec import DepthSpec
 
 __all__ = [
     "DepthPlan",
+    "DepthSpec",
+    "Execution",
     "Growth",
     "GrowthStage",
     "InsertAt",

@@ -8,12 +8,15 @@ its layer: a grown model, which computes what the looped one computed. Looping a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
 from megaloop.depth.growth import Growth
-from megaloop.depth.plan import DepthPlan, LoopStyle, spelled_loop
+from megaloop.depth.plan import DepthPlan, LoopStyle, Use
+from megaloop.depth.spec import DepthSpec
 from megaloop.errors import MegaloopError
 
-__all__ = ["at_depth", "loop", "loop_layers", "respell", "unloop", "untie"]
+__all__ = ["Execution", "at_depth", "loop", "loop_layers", "respell", "unloop", "untie"]
 
 
 def loop(plan: DepthPlan, start: int, stop: int, times: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
@@ -46,26 +49,22 @@ def loop_layers(plan: DepthPlan, ids: Iterable[int], times: int, style: LoopStyl
     return loop(plan, positions[0], positions[-1] + 1, times, style) if positions else plan
 
 
-def respell(plan: DepthPlan, depth: str, style: LoopStyle = LoopStyle()) -> DepthPlan:
+def respell(plan: DepthPlan, depth: DepthSpec, style: LoopStyle = LoopStyle()) -> DepthPlan:
     """The same layers, with ids and lineage, in the order that ``depth`` spells: ``10-4x2-10`` of 24 layers.
 
-    Args:
-        depth: a number of layers or a loop, by places; which ids the layers have does not matter.
-
     Raises:
-        MegaloopError: ``depth`` cannot be read, or has fewer or more layers than the plan.
+        MegaloopError: ``depth`` has fewer or more layers than the plan.
     """
-    wanted = DepthPlan.parse(depth)
-    if wanted.layers != plan.layers:
-        fewer = f"{plan.layers - wanted.layers} would be dropped, and loops leave the layers as they are"
+    if depth.layers != plan.layers:
+        fewer = f"{plan.layers - depth.layers} would be dropped, and loops leave the layers as they are"
         raise MegaloopError(
-            f"depth {depth} has {wanted.layers} layers of its own, and there are {plan.layers}: "
-            f"{fewer if wanted.layers < plan.layers else 'loops add none, growth does'}; "
+            f"depth {depth} has {depth.layers} layers of its own, and there are {plan.layers}: "
+            f"{fewer if depth.layers < plan.layers else 'loops add none, growth does'}; "
             f"of {plan.layers} layers for example {_example(plan.layers)}"
         )
-    ids = dict(zip(wanted.ids, plan.ids, strict=True))
-    order = tuple(ids[layer_id] for layer_id in wanted.order)
-    return DepthPlan(order, plan.lineage, style if wanted.loop is not None else LoopStyle())
+    ids = dict(zip(depth.plan.ids, plan.ids, strict=True))
+    order = tuple(ids[place] for place in depth.plan.order)
+    return DepthPlan(order, plan.lineage, style if depth.plan.loop is not None else LoopStyle())
 
 
 def untie(plan: DepthPlan) -> Growth:
@@ -94,26 +93,42 @@ def untie(plan: DepthPlan) -> Growth:
     return Growth(DepthPlan(tuple(order), {**plan.lineage, **parents}), dict(parents))
 
 
-def at_depth(plan: DepthPlan, depth: str) -> tuple[DepthPlan, int | None]:
-    """How to run a trained model at another depth: the plan, and how often its loop runs (None: as the plan says).
+@dataclass(frozen=True)
+class Execution:
+    """A way to run a trained model.
+
+    Attributes:
+        depth: how many layers it has, and in which order they run.
+        uses: the executions of its layers, in order: what a decoder is given to run.
+    """
+
+    depth: DepthSpec
+    uses: tuple[Use, ...]
+
+    @classmethod
+    def as_trained(cls, plan: DepthPlan) -> Self:
+        """As its plan says."""
+        return cls(DepthSpec.of(plan), plan.uses())
+
+
+def at_depth(plan: DepthPlan, depth: DepthSpec) -> Execution:
+    """How to run a trained model at another depth.
 
     A loop of plain composition may be moved, taken away or put in. One with parameters or scales of its own stays where it
     is and changes only its number of times, 1 included.
 
     Raises:
-        MegaloopError: ``depth`` cannot be read, has other layers, or moves a loop that has to stay.
+        MegaloopError: ``depth`` has other layers, or moves a loop that has to stay.
     """
     if plan.style == LoopStyle() or plan.loop is None:
-        return respell(plan, depth), None
-    loop = plan.loop
-    DepthPlan.parse(depth)
-    before, block, times, behind = spelled_loop(depth) or (-1, -1, -1, -1)
-    if (before, block, behind) != (loop.start, loop.block, plan.depth - loop.stop):
+        return Execution.as_trained(respell(plan, depth))
+    loop, asked = plan.loop, depth.loop
+    if asked is None or (asked.start, asked.block, depth.layers) != (loop.start, loop.block, plan.layers):
         raise MegaloopError(
             f"depth {depth}: the loop of {plan.notation} was trained with an injection, a norm or scaled residuals and "
             f"stays where it is; choose {loop.start}-{loop.block}xTIMES-{plan.depth - loop.stop}"
         )
-    return plan, times
+    return Execution(depth, plan.uses(asked.times))
 
 
 def _example(layers: int) -> str:

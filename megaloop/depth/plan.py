@@ -80,16 +80,20 @@ class Use:
         layer_id: which.
         time: of the loop, counted from 0; None outside of it.
         begins, ends: it is the first, the last layer of that time.
+        times: how often that loop runs; None outside of it.
     """
 
     layer_id: int
     time: int | None = None
     begins: bool = False
     ends: bool = False
+    times: int | None = None
 
-    def is_frozen(self, times: int | None, backprop: int | None) -> bool:
-        """No gradient passes through: it belongs to a time of a loop of ``times`` before the last ``backprop`` ones."""
-        return backprop is not None and self.time is not None and times is not None and self.time < times - backprop
+    def is_frozen(self, backprop: int | None) -> bool:
+        """No gradient passes through: it belongs to a time of the loop before the last ``backprop`` ones (None: to none)."""
+        if backprop is None or self.time is None or self.times is None:
+            return False
+        return self.time < self.times - backprop
 
 
 @dataclass(frozen=True)
@@ -147,25 +151,27 @@ class DepthPlan:
         """
         text = str(text).strip()
         if _PLAIN.fullmatch(text):
-            counts = (int(text), 0, 1, 0)
-        elif found := spelled_loop(text):
-            counts = found
-            if counts[1] == 0 or counts[2] == 0:
-                raise MegaloopError(
-                    f"depth: {quoted(text)} loops {counts[1]} layers {counts[2]} times; both must be at least 1"
-                )
-        elif text and "".join(m[0] for m in _GROUP.finditer(text)) == text:
+            return _from_counts(int(text), 0, 1, 0, text)
+        if found := spelled_loop(text):
+            return cls.looped(*found)
+        if text and "".join(m[0] for m in _GROUP.finditer(text)) == text:
             return cls(tuple(_read_groups(text)))
-        else:
-            raise MegaloopError(
-                f"depth: cannot read {quoted(text)}; expected a number of layers (24) or "
-                "before-LOOPxTIMES-after (4-4x4-4: 4 layers, 4 layers 4 times, 4 layers)"
-            )
-        before, block, times, after = counts
-        if before + block * times + after > _MAX_DEPTH:
-            raise MegaloopError(f"depth: {quoted(text)} is deeper than {_MAX_DEPTH} layers")
-        loop = tuple(range(before, before + block))
-        return cls((*range(before), *loop * times, *range(before + block, before + block + after)))
+        raise MegaloopError(
+            f"depth: cannot read {quoted(text)}; expected a number of layers (24) or "
+            "before-LOOPxTIMES-after (4-4x4-4: 4 layers, 4 layers 4 times, 4 layers)"
+        )
+
+    @classmethod
+    def looped(cls, before: int, block: int, times: int, after: int) -> DepthPlan:
+        """Loop(e-Lxk-d): what ``e-Lxk-d`` reads as.
+
+        Raises:
+            MegaloopError: no layer in the loop, or no time; deeper than any model.
+        """
+        text = f"{before}-{block}x{times}-{after}"
+        if block == 0 or times == 0:
+            raise MegaloopError(f"depth: {quoted(text)} loops {block} layers {times} times; both must be at least 1")
+        return _from_counts(before, block, times, after, text)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -216,7 +222,7 @@ class DepthPlan:
             raise MegaloopError(f"depth: a loop runs at least once; found {count} times")
         block = self.order[loop.start : loop.start + loop.block]
         looped = (
-            Use(layer_id, time, index == 0, index == loop.block - 1)
+            Use(layer_id, time, index == 0, index == loop.block - 1, count)
             for time in range(count)
             for index, layer_id in enumerate(block)
         )
@@ -266,6 +272,13 @@ def spelled_loop(depth: str) -> tuple[int, int, int, int] | None:
     """(before, block, times, behind) of a loop's text, even of one that runs once; None for anything else."""
     match = _LOOPED.fullmatch(depth.strip())
     return (int(match[1]), int(match[2]), int(match[3]), int(match[4])) if match else None
+
+
+def _from_counts(before: int, block: int, times: int, after: int, text: str) -> DepthPlan:
+    if before + block * times + after > _MAX_DEPTH:
+        raise MegaloopError(f"depth: {quoted(text)} is deeper than {_MAX_DEPTH} layers")
+    loop = tuple(range(before, before + block))
+    return DepthPlan((*range(before), *loop * times, *range(before + block, before + block + after)))
 
 
 def _read_groups(text: str) -> Iterator[int]:

@@ -12,6 +12,7 @@ from megaloop.depth.flops import DecoderShape, flops_per_token
 from megaloop.depth.growth import Growth, InsertAt, Operator, grow
 from megaloop.depth.loops import loop_layers, respell, untie
 from megaloop.depth.plan import DepthPlan, LoopStyle
+from megaloop.depth.spec import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.text import quoted
 
@@ -87,7 +88,7 @@ def growth_stages(
     return tuple(stages)
 
 
-def loop_stages(stages: Sequence[GrowthStage], depth: str, style: LoopStyle) -> tuple[GrowthStage, ...]:
+def loop_stages(stages: Sequence[GrowthStage], depth: DepthSpec, style: LoopStyle) -> tuple[GrowthStage, ...]:
     """The stages with the loop that ``depth`` spells for the last; earlier ones loop what they have of its layers.
 
     So a looped model grows: growth acts on the layers, and what grows inside the loop's place is looped.
@@ -117,11 +118,11 @@ class DepthEvent:
 
     Attributes:
         step: the first optimizer step at the new depth.
-        depth: the same layers in another order, as text; None: their repetitions become layers (``untie``).
+        depth: the same layers in another order; None: their repetitions become layers (``untie``).
     """
 
     step: int
-    depth: str | None
+    depth: DepthSpec | None
 
 
 def with_events(
@@ -141,9 +142,10 @@ def with_events(
                 f"depth_events: one at step {event.step}, but events come one after another behind the last growth: "
                 f"after step {last.first_step} and before {last.stop}"
             )
-        growth = untie(last.plan) if event.depth is None else None
-        if growth is None:
-            growth = Growth.reordered(last.plan, respell(last.plan, event.depth or "", style))
+        if event.depth is None:
+            growth = untie(last.plan)
+        else:
+            growth = Growth.reordered(last.plan, respell(last.plan, event.depth, style))
             if growth.plan == last.plan:
                 raise MegaloopError(f"depth_events: at step {event.step} the depth is {event.depth} already")
         made[-1] = GrowthStage(last.first_step, event.step - last.first_step, last.plan, last.growth, last.event)

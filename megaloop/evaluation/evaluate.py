@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, MicroBatch, Tokenizer, bits_per_byte, held_out_batch, held_out_places
-from megaloop.depth import DepthPlan, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, Execution, Use, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
 from megaloop.evaluation.scoring import Question, score
@@ -60,16 +60,15 @@ class Block:
 
 @dataclass(frozen=True)
 class _Depth:
-    """One way to run a model."""
+    """One way to run a model: a block of layers ``loops`` times (1, None: every layer once)."""
 
     loops: int
-    plan: DepthPlan
-    times: int | None
+    execution: Execution
     block: Block | None
 
 
-def with_loops(plan: DepthPlan, loops: int | None, block: Block | None = None) -> tuple[DepthPlan, int | None]:
-    """A model's plan with a loop at inference, and how often it runs (None: as the plan says).
+def with_loops(plan: DepthPlan, loops: int | None, block: Block | None = None) -> Execution:
+    """How to run a model with a loop at inference.
 
     Args:
         loops: None: as it was trained; 1: every layer once. A model that was trained with a loop changes how often
@@ -79,8 +78,7 @@ def with_loops(plan: DepthPlan, loops: int | None, block: Block | None = None) -
     Raises:
         MegaloopError: the block does not fit the model.
     """
-    way = _depth(plan, loops, block)
-    return way.plan, way.times
+    return _depth(plan, loops, block).execution
 
 
 def _depth(plan: DepthPlan, loops: int | None, block: Block | None) -> _Depth:
@@ -88,24 +86,24 @@ def _depth(plan: DepthPlan, loops: int | None, block: Block | None) -> _Depth:
     if plan.is_looped and trained is None:
         if loops is not None:
             raise MegaloopError(f"--loops: depth {plan.notation} is more than one loop; it runs as trained only")
-        return _Depth(1, plan, None, None)
+        return _Depth(1, Execution.as_trained(plan), None)
     if trained is not None:
         own = Block(trained.start, trained.start + trained.block)
         if block is not None and block != own:
             raise MegaloopError(f"--block {block}: the model was trained with a loop over {own}; leave --block out")
         if loops is None or loops == trained.times:
-            return _Depth(trained.times, plan, None, own)
+            return _Depth(trained.times, Execution.as_trained(plan), own)
         block = own
     elif loops in (None, 1):
-        return _Depth(1, plan, None, None)
+        return _Depth(1, Execution.as_trained(plan), None)
     block = block or _middle(plan.layers)
     if block.stop > plan.layers:
         raise MegaloopError(
             f"--block {block}: the model has {plan.layers} layers; choose FIRST:STOP within 0:{plan.layers}"
         )
-    depth = f"{block.first}-{block.stop - block.first}x{loops}-{plan.layers - block.stop}"
-    changed, times = at_depth(plan, depth)
-    return _Depth(loops or 1, changed, times, block)
+    count = loops or 1
+    depth = DepthSpec.looped(block.first, block.stop - block.first, count, plan.layers - block.stop)
+    return _Depth(count, at_depth(plan, depth), block)
 
 
 def _middle(layers: int) -> Block:
@@ -149,8 +147,7 @@ def evaluate(
     """
     primitives = tasks_named([name for name in tasks if name != VALIDATION]) if set(tasks) != {VALIDATION} else []
     model, checkpoint = load_decoder(path, precision=precision)
-    trained = model.plan
-    depths = [_depth(trained, each, block) for each in loops]
+    depths = [_depth(model.plan, each, block) for each in loops]
     work = _Work(
         model, checkpoint, precision, seed, examples, samples, _remembered(checkpoint, out), again, on_step or _silent
     )
@@ -158,7 +155,6 @@ def evaluate(
     datasets = _datasets(checkpoint, data, required=asked, note=on_note or _mute) if asked or not tasks else []
     records = []
     for depth in dict.fromkeys(depths):
-        model.plan, model.times = depth.plan, depth.times
         for dataset in datasets:
             records.append(work.validation(depth, dataset))
         for count in dict.fromkeys(shots):
@@ -185,10 +181,10 @@ def _datasets(
     checkpoint: Checkpoint, data: Sequence[Path] | None, *, required: bool, note: Callable[[str], None]
 ) -> list[DataSet]:
     """The data sets to validate on, in samples as long as those of training where they allow it."""
-    paths = checkpoint.manifest.data_paths if data is None else list(data)
+    paths = checkpoint.manifest.data.paths if data is None else list(data)
     if required and not paths:
         raise MegaloopError("eval: the checkpoint does not know its data; name a data set with --data")
-    if data is None and checkpoint.manifest.is_fine_tuned:
+    if data is None and checkpoint.manifest.data.is_fine_tuned:
         text = (
             "the run was fine-tuned on prompts and answers, and training alone measures their held-out loss (val_loss in "
             "RUN/metrics.jsonl); name a data set that megaloop prep made with --data"
@@ -201,7 +197,7 @@ def _datasets(
     for path in paths:
         try:
             dataset = DataSet.open(path)
-            length = checkpoint.manifest.sequence_length
+            length = checkpoint.manifest.data.sequence_length
             if length is not None and dataset.sequence_length % length == 0:
                 dataset = DataSet.open(path, length)
             tokenizer = checkpoint.manifest.tokenizer
@@ -243,12 +239,12 @@ class _Work:
 
     def primitive(self, depth: _Depth, task: Task, count: int) -> Record:
         subject = self._subject(task.name, depth, count, self._examples, self._seed, None)
-        return self._known.get(subject) or self._measured(subject, lambda: self._primitive(task, count, subject))
+        return self._known.get(subject) or self._measured(subject, lambda: self._primitive(depth, task, count, subject))
 
     def validation(self, depth: _Depth, dataset: DataSet) -> Record:
         samples = min(self._samples, len(dataset.split("validation")))
         subject = self._subject(VALIDATION, depth, 0, samples, 0, str(dataset.path))
-        return self._known.get(subject) or self._measured(subject, lambda: self._validation(dataset, subject))
+        return self._known.get(subject) or self._measured(subject, lambda: self._validation(depth, dataset, subject))
 
     def _subject(self, task: str, depth: _Depth, count: int, examples: int, seed: int, data: str | None) -> Subject:
         manifest = self._checkpoint.manifest
@@ -257,7 +253,7 @@ class _Work:
             data=data,
             shots=count,
             loops=depth.loops,
-            depth=depth.plan.notation if depth.times is None else _spelled(depth),
+            depth=str(depth.execution.depth),
             block=str(depth.block) if depth.block else None,
             examples=examples,
             seed=seed,
@@ -277,10 +273,12 @@ class _Work:
             append_record(self._file, record)
         return record
 
-    def _primitive(self, task: Task, count: int, subject: Subject) -> dict[str, Any]:
+    def _primitive(self, depth: _Depth, task: Task, count: int, subject: Subject) -> dict[str, Any]:
         questions = examples(task, self._examples, self._seed)
         blocks = [questions[first : first + BLOCK] for first in range(0, len(questions), BLOCK)]
-        scored = self._shared(_label(subject), blocks, lambda number, block: self._score(task, count, number, block))
+        scored = self._shared(
+            _label(subject), blocks, lambda number, block: self._score(depth, task, count, number, block)
+        )
         right = [float(best) for block in scored for best, _ in block]
         exact = [float(greedy) for block in scored for _, greedy in block]
         clusters = [number for number, block in enumerate(scored) for _ in block]
@@ -293,27 +291,29 @@ class _Work:
             "chance": task.chance,
         }
 
-    def _score(self, task: Task, count: int, number: int, block: Sequence[Example]) -> list[tuple[bool, bool]]:
+    def _score(
+        self, depth: _Depth, task: Task, count: int, number: int, block: Sequence[Example]
+    ) -> list[tuple[bool, bool]]:
         """Of each example, whether the right answer is the likeliest, and whether greedy decoding gives it."""
         encode = self._encode
         beginning = before_document(self._open_tokenizer(), self._model.config.document_masking) + encode(task.header)
         for shot in shots(task, count, self._seed, number):
             beginning += encode(shot.query) + encode(shot.answer) + encode("\n")
         asked = [Question(encode(each.query), [encode(answer) for answer in each.candidates]) for each in block]
-        results = score(self._model, beginning, asked, vocab_size=self._vocab_size)
+        results = score(self._model, beginning, asked, uses=depth.execution.uses, vocab_size=self._vocab_size)
         return [
             (result.best == each.correct, result.greedy[each.correct])
             for result, each in zip(results, block, strict=True)
         ]
 
-    def _validation(self, dataset: DataSet, subject: Subject) -> dict[str, Any]:
+    def _validation(self, depth: _Depth, dataset: DataSet, subject: Subject) -> dict[str, Any]:
         places = held_out_places([dataset], subject.examples)
         batch = max((1 << 13) // dataset.sequence_length, 1)
         batches = [range(first, min(first + batch, len(places))) for first in range(0, len(places), batch)]
 
         def losses(_: int, numbers: Sequence[int]) -> tuple[list[float], int, int]:
             read = held_out_batch(places, numbers)
-            return _sample_losses(self._model, read), read.tokens, read.bytes
+            return _sample_losses(self._model, read, depth.execution.uses), read.tokens, read.bytes
 
         found = self._shared(_label(subject), batches, losses)
         each = [loss for part, _, _ in found for loss in part]
@@ -354,12 +354,12 @@ class _Work:
 
 
 @torch.inference_mode()
-def _sample_losses(model: Decoder, batch: MicroBatch) -> list[float]:
+def _sample_losses(model: Decoder, batch: MicroBatch, uses: Sequence[Use]) -> list[float]:
     """The loss of each sample of a micro-batch, nats per token: by what training's own loss is made of."""
     inputs, targets = batch.for_model(model.config.document_masking)
     assert isinstance(targets, Tensor), "shards have no weights"
     x = inputs if isinstance(inputs, tuple) else (inputs,)
-    logits_BSV = model(*(each.to(model.device) for each in x))
+    logits_BSV = model(*(each.to(model.device) for each in x), uses=uses)
     targets_BS = targets.to(model.device)
     rows = (slice(row, row + 1) for row in range(len(targets_BS)))
     return [float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp)) for row in rows]
@@ -369,12 +369,6 @@ def _label(subject: Subject) -> str:
     shots = "" if subject.task == VALIDATION else f", {subject.shots} shots"
     loops = f", {subject.loops} loops" if subject.block else ""
     return f"{subject.task}{shots}{loops}"
-
-
-def _spelled(depth: _Depth) -> str:
-    loop = depth.plan.loop
-    assert loop is not None
-    return f"{loop.start}-{loop.block}x{depth.times}-{depth.plan.depth - loop.stop}"
 
 
 def _rank() -> int:

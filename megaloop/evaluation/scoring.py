@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaloop.depth import Use
 from megaloop.model import Decoder
 from megaloop.model.layers import AttentionContext, KeyValueCache, rotary_tables
 
@@ -68,6 +69,7 @@ def score(
     beginning: list[int],
     questions: Sequence[Question],
     *,
+    uses: Sequence[Use] | None = None,
     vocab_size: int | None = None,
     batch_tokens: int | None = None,
 ) -> list[Scores]:
@@ -75,19 +77,20 @@ def score(
 
     Args:
         beginning: what they share; nothing, where each brings its own.
+        uses: the executions of layers; default: as trained.
         vocab_size: the tokenizer's tokens; greedy decoding never chooses rows of the embedding beyond them.
         batch_tokens: so many tokens, padding included, go through the model together; default: what suits the device.
     """
     batch_tokens = batch_tokens or _ROW_TOKENS.get(model.device.type, _OTHER_ROW_TOKENS)
-    caches = model.new_caches(1, len(beginning))
-    uses = model.plan.uses(model.times)
+    uses = model.plan.uses() if uses is None else uses
+    caches = model.new_caches(1, len(beginning), uses)
     if beginning:
         model.run(torch.tensor([beginning], device=model.device), uses, caches=caches, first=True, last=False)
     tables = _tables(model, len(beginning) + max(question.length for question in questions))
     scores: list[Scores | None] = [None] * len(questions)
     for batch in _batches(questions, batch_tokens):
         chosen = [questions[index] for index in batch]
-        for index, result in zip(batch, _score_batch(model, caches, chosen, tables, vocab_size), strict=True):
+        for index, result in zip(batch, _score_batch(model, uses, caches, chosen, tables, vocab_size), strict=True):
             scores[index] = result
     return [each for each in scores if each is not None]
 
@@ -113,6 +116,7 @@ def _tables(model: Decoder, length: int) -> tuple[Tensor, Tensor]:
 
 def _score_batch(
     model: Decoder,
+    uses: Sequence[Use],
     caches: Sequence[KeyValueCache],
     questions: Sequence[Question],
     tables: tuple[Tensor, Tensor],
@@ -148,7 +152,7 @@ def _score_batch(
     cos_B1Sh, sin_B1Sh = (table[positions_BS].unsqueeze(1) for table in tables)
     hidden_BSD = model.run(
         tokens_BS.to(device),
-        model.plan.uses(model.times),
+        uses,
         caches=[cache.copied(batch, length) for cache in caches],
         first=True,
         last=False,

@@ -19,11 +19,12 @@ from megaloop.checkpoint.run_state import RunState
 from megaloop.checkpoint.tensor_file import LazyTensor
 from megaloop.checkpoint.writer import CheckpointInfo, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, Use, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, Use, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.files import OutputDirectory, open_weights, read_json, write_json, write_weights
 from megaloop.huggingface.tokenizer import write_tokenizer
 from megaloop.layout.pieces import Box, Piece, StatePiece
+from megaloop.layout.topology import Topology
 from megaloop.model import parameter_specs
 from megaloop.runtime.dtype import training_dtype
 
@@ -71,7 +72,7 @@ class ImportSummary:
 
 
 def export_huggingface(
-    checkpoint: Path, out: Path, *, dtype: str | None = None, depth: str | None = None
+    checkpoint: Path, out: Path, *, dtype: str | None = None, depth: DepthSpec | None = None
 ) -> ExportSummary:
     """Write a directory that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
@@ -89,20 +90,17 @@ def export_huggingface(
     """
     with Checkpoint.open(resolve_checkpoint(checkpoint), verify="checksums") as source, OutputDirectory(out) as folder:
         manifest = source.manifest
-        model = ModelConfig.model_validate(manifest.model)
-        plan, times = DepthPlan.from_json(manifest.plan), None
+        model, plan = manifest.model, manifest.plan
         if plan.style.injection != "none" or plan.style.norm:
             raise MegaloopError(
                 f"checkpoint {source.path}: its loop has an injection or a norm, which a Llama decoder has no place for; "
                 "only loops of plain composition (and residual_scale) can be exported"
             )
-        if depth is not None:
-            plan, times = at_depth(plan, depth)
-        uses = plan.uses(times)
+        uses = plan.uses() if depth is None else at_depth(plan, depth).uses
         name = dtype or manifest.precision
         kind = "master" if name == "fp32" and source.names("master") else "model"
-        length = manifest.sequence_length or _DEFAULT_LENGTH
-        for ours, spec in parameter_specs(model, plan, model.vocab_size or 0).items():
+        length = manifest.data.sequence_length or _DEFAULT_LENGTH
+        for ours, spec in parameter_specs(model, plan, manifest.vocab_size).items():
             if (found := source.shape(kind, ours)) != spec.shape:
                 raise MegaloopError(
                     f"checkpoint {source.path}: {kind} of {ours} is {found}, its model makes it {spec.shape}"
@@ -140,11 +138,10 @@ def _scales(plan: DepthPlan, uses: Sequence[Use]) -> dict[str, int]:
     """By their names, what the matrices that write to the residual stream are divided by in looped layers."""
     if plan.style.residual_scale == "none":
         return {}
-    times = sum(use.begins for use in uses)
     return {
-        f"model.layers.{position}.{_LAYER[name]}.weight": times
+        f"model.layers.{position}.{_LAYER[name]}.weight": use.times
         for position, use in enumerate(uses)
-        if use.time is not None
+        if use.times is not None
         for name in ("attention.wo", "mlp.w_down")
     }
 
@@ -174,7 +171,7 @@ def import_huggingface(source: Path, out: Path) -> ImportSummary:
             pieces.append(StatePiece("master", piece, values.float()))
         tokenizer = source / "tokenizer.model"
         info = CheckpointInfo(
-            run=RunState.fresh(), plan=plan, model=model, topology={"pp": 1, "tp": 1, "dp": 1}, precision=precision, growth=None,
+            run=RunState.fresh(), plan=plan, model=model, topology=Topology(), precision=precision, growth=None,
             config={"data": {"sequence_length": settings.get("max_position_embeddings", _DEFAULT_LENGTH)}},
         )  # fmt: skip
         save_checkpoint(out, pieces, info, tokenizer=tokenizer if tokenizer.is_file() else None)
@@ -278,7 +275,7 @@ def _our_config(source: Path, settings: dict[str, Any]) -> tuple[ModelConfig, De
         lengths = [settings["num_hidden_layers"], settings.get("max_position_embeddings", _DEFAULT_LENGTH)]
         if model.vocab_size is None or any(type(length) is not int or length < 1 for length in lengths):
             raise ValueError("vocab_size, num_hidden_layers and max_position_embeddings are whole numbers")
-        plan = DepthPlan.parse(lengths[0])
+        plan = DepthSpec.parse(lengths[0]).plan
     except KeyError as error:
         raise MegaloopError(f"{source}: config.json lacks {error.args[0]!r}") from None
     except (ValueError, TypeError, ZeroDivisionError) as error:

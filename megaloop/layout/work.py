@@ -27,7 +27,6 @@ class RankWork:
         rounds: the order of work.
         uses: the executions of layers of the whole plan.
         slices: [start, stop) of them that this rank runs, by round.
-        times: how often the loop runs; None without a loop.
         backprop: gradients pass only through the last so many times of the loop; None: all.
         injects: the state that enters the loop is taken up again later.
     """
@@ -36,7 +35,6 @@ class RankWork:
     rounds: Rounds
     uses: tuple[Use, ...]
     slices: tuple[tuple[int, int], ...]
-    times: int | None = None
     backprop: int | None = None
     injects: bool = False
 
@@ -65,7 +63,6 @@ class RankWork:
             rounds=Rounds(len(slices[0]), micro_batches, len(slices), forward_only=forward_only),
             uses=plan.uses(times),
             slices=tuple(each[rank] for each in slices),
-            times=plan.loop.times if plan.loop is not None and times is None else times,
             backprop=backprop,
             injects=plan.style.injection != "none",
         )
@@ -98,7 +95,7 @@ class RankWork:
 
     def leaves_loop(self, work: Pass) -> bool:
         """The slice begins the loop's last time, the last to take up the state that entered it."""
-        return self.injects and any(use.begins and use.time == (self.times or 1) - 1 for use in self.uses_of(work))
+        return self.injects and any(use.begins and use.time == (use.times or 1) - 1 for use in self.uses_of(work))
 
     def learns(self, work: Pass) -> bool:
         """The slice has a backward pass."""
@@ -118,4 +115,4 @@ class RankWork:
 
     def _carries(self, position: int) -> bool:
         """A gradient comes back to the state before this position: what made it is not frozen."""
-        return position == 0 or not self.uses[position - 1].is_frozen(self.times, self.backprop)
+        return position == 0 or not self.uses[position - 1].is_frozen(self.backprop)

@@ -115,15 +115,18 @@ class DecoderStage(nn.Module):
         x: Tensor,
         documents_BS: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
+        uses: Sequence[Use] | None = None,
     ) -> Tensor:
         """Token ids [B, S] (first stage) or activations [B, S, D] to activations or logits [B, S, V].
 
         Args:
             documents_BS: index of each token's document within its sample; attention stays inside documents.
             caches: one per executed layer, for generation; x then holds the tokens after the cached ones.
+            uses: the whole model's executions of layers; default: those of the plan, its loop ``times`` times.
         """
-        uses = [use for use in self.plan.uses(self.times) if str(use.layer_id) in self.layers]
-        return self.run(x, uses, documents_BS, caches, first=self.first, last=self.last)
+        uses = self.plan.uses(self.times) if uses is None else uses
+        own = [use for use in uses if str(use.layer_id) in self.layers]
+        return self.run(x, own, documents_BS, caches, first=self.first, last=self.last)
 
     def run(
         self,
@@ -149,16 +152,17 @@ class DecoderStage(nn.Module):
         if first:
             x = self.embedding(x)
         entry = entry or LoopEntry()
-        scale = 1.0 if self.plan.style.residual_scale == "none" else 1.0 / (self._count or 1)
+        scaled = self.plan.style.residual_scale != "none"
         for index, use in enumerate(uses):
             if use.begins and use.time == 0 and self.plan.style.injection != "none":
                 entry.state = x
-            with torch.no_grad() if self.is_frozen(use) else nullcontext():
+            with torch.no_grad() if use.is_frozen(self.backprop) else nullcontext():
                 if use.begins:
                     x = self._inject(x, use, entry)
                 layer, cache = self.layers[str(use.layer_id)], caches[index] if caches else None
                 recompute = self.recompute if torch.is_grad_enabled() else "none"
-                x = self._run_layer(layer, x, context, cache, 1.0 if use.time is None else scale, recompute)
+                scale = 1.0 / use.times if scaled and use.times is not None else 1.0
+                x = self._run_layer(layer, x, context, cache, scale, recompute)
                 if use.ends and self.plan.style.norm:
                     x = self.loop["norm"](x)
         return self.logits(x) if last else x
@@ -166,15 +170,6 @@ class DecoderStage(nn.Module):
     def logits(self, x_BSD: Tensor) -> Tensor:
         """Norm and head of the last stage: what a residual stream [B, S, D] predicts, [B, S, V]."""
         return self._logits(self.norm(x_BSD))
-
-    @property
-    def _count(self) -> int | None:
-        """How often the loop runs; None without one."""
-        return self.plan.loop.times if self.plan.loop is not None and self.times is None else self.times
-
-    def is_frozen(self, use: Use) -> bool:
-        """No gradient passes through this use (``backprop``)."""
-        return use.is_frozen(self._count, self.backprop)
 
     def _inject(self, x: Tensor, use: Use, entry: LoopEntry) -> Tensor:
         """The state with which a time of the loop begins."""
@@ -248,13 +243,13 @@ class Decoder(DecoderStage):
         for name, parameter in self.named_parameters():
             parameter.copy_(read(name, specs[name]))
 
-    def new_caches(self, batch: int, max_length: int) -> list[KeyValueCache]:
-        """Empty key-value caches, one per executed layer."""
+    def new_caches(self, batch: int, max_length: int, uses: Sequence[Use] | None = None) -> list[KeyValueCache]:
+        """Empty key-value caches, one per executed layer; ``uses`` as :meth:`forward`."""
         parameter = next(self.parameters())
         kv_heads, head_size = self.config.num_kv_heads // self.tp.size, self.config.head_size
         return [
             KeyValueCache(batch, kv_heads, max_length, head_size, parameter.dtype, parameter.device)
-            for _ in self.plan.uses(self.times)
+            for _ in (self.plan.uses(self.times) if uses is None else uses)
         ]
 
 

@@ -131,7 +131,7 @@ def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Sl
     def kept(number: int) -> int:
         """Of one micro-batch, from its forward pass through the rank's slice of a round to its backward pass."""
         begins, ends = pp == 0 and number == 0, last and number == len(slices) - 1
-        live = [use for use in uses[slice(*slices[number][pp])] if not use.is_frozen(times, config.loop.backprop)]
+        live = [use for use in uses[slice(*slices[number][pp])] if not use.is_frozen(config.loop.backprop)]
         size = len(live) * layer.kept + (8 * tokens if begins else stream)  # token ids are 8 bytes
         for use in live:  # a loop's adapter keeps both of its inputs, its norm keeps one
             size += 2 * stream * (use.begins and plan.style.injection == "concat")

@@ -254,8 +254,7 @@ def _pass_flops(
     tokens = config.train.micro_batch * config.data.sequence_length
     layer = tokens * layer_flops(config.model, config.data.sequence_length)
     head = tokens * head_flops(config.model, vocab_size)
-    uses, times = plan.uses(), plan.loop.times if plan.loop else None
-    live = [not use.is_frozen(times, config.loop.backprop) for use in uses]
+    live = [not use.is_frozen(config.loop.backprop) for use in plan.uses()]
     forward = [[(stop - start) * layer for start, stop in each] for each in slices]
     again = 3 if config.train.recompute == "full" else 2
     backward = [[sum(live[start:stop]) * layer * again for start, stop in each] for each in slices]
@@ -342,7 +341,7 @@ def _stage(number: int, stage: StagePreview, run: RunPreview) -> RenderableType:
 def _uneven(stage: StagePreview) -> str:
     """What slices that are not even cost, and what to choose instead."""
     line = f"slices are uneven: ranks wait {stage.waiting:.0%} of a step, with even ones {stage.bubble:.0%}; "
-    loop = DepthPlan.parse(stage.depth).loop
+    loop = DepthPlan(stage.layers).loop
     if loop is not None and loop.block < stage.topology.pp:
         return line + (
             f"the loop has {_count(loop.block, 'layer')} for {stage.topology.pp} pipeline ranks: "

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from megaloop.checkpoint import list_checkpoints
 from megaloop.checkpoint.manifest import MANIFEST
 from megaloop.config.yaml_text import read_yaml
+from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.evaluation import records as evaluations
 from megaloop.evaluation.records import EVALUATION, Record
@@ -106,7 +107,7 @@ class Run:
     memory_bytes: int
     boundaries: tuple[Boundary, ...]
     parameters: int | None
-    plan: str | None
+    plan: DepthSpec | None
     torch: str | None
     attention: str | None
     restarts: int
@@ -167,13 +168,21 @@ def read_run(path: Path) -> Run:
         memory_bytes=max(whole_number(record, "memory_bytes") or 0 for record in records),
         boundaries=tuple(_boundaries(events)),
         parameters=whole_number(start, "parameters"),
-        plan=text(start, "plan"),
+        plan=_depth(text(start, "plan")),
         torch=_shown(start, "torch"),
         attention=_shown(start, "attention"),
         restarts=_restarts(events),
         rollbacks=sum(event.get("event") == "rollback" for event in events),
         evaluations=_evaluations(path, isinstance(model, dict) and model.get("document_masking") is True),
     )
+
+
+def _depth(written: str | None) -> DepthSpec | None:
+    """What a record says of depth; None where it says nothing that makes sense."""
+    try:
+        return None if written is None else DepthSpec.parse(written)
+    except MegaloopError:
+        return None
 
 
 def _was_validated(record: dict[str, Any]) -> bool:

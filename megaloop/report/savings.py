@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthSpec
 from megaloop.depth.flops import layer_parameters
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import Record
@@ -277,12 +277,13 @@ def savings(groups: Sequence[Group], baseline: Group, measure: Measure = NATS) -
 
 def _parameters(run: Run) -> int | None:
     """Of the model as it ends; None where the run does not say what it takes."""
-    try:
-        began = DepthPlan.parse(run.plan or "").layers
-        per_layer = layer_parameters(ModelConfig.model_validate(run.config["model"]))
-    except (KeyError, TypeError, ValueError, MegaloopError):
+    if run.plan is None or run.parameters is None:
         return None
-    return None if run.parameters is None else run.parameters + (run.layers - began) * per_layer
+    try:
+        per_layer = layer_parameters(ModelConfig.model_validate(run.config["model"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return run.parameters + (run.layers - run.plan.layers) * per_layer
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -313,9 +314,10 @@ def trained_loops(run: Run) -> int:
     return min(loops, default=1)
 
 
-def _executed(notation: str) -> int:
+def _executed(recorded: str) -> int:
+    """Layers that ran, by the depth of a record, which is text; -1 where it makes no sense."""
     try:
-        return DepthPlan.parse(notation).depth
+        return DepthSpec.parse(recorded).plan.depth
     except MegaloopError:
         return -1
 

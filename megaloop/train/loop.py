@@ -246,7 +246,7 @@ class _Run:
             moments=growth.moments if growth else "copy",
         )
         self.engine = resharded.engine
-        self.at = self.at.at_depth(stage.plan.layers, stage.plan.notation, grown=not stage.event)
+        self.at = self.at.at_depth(stage.plan, grown=not stage.event)
         self.saver.prepare(self.engine.pieces())
         self.faults.forget()
         self.validation = self._open_validation()
@@ -357,7 +357,7 @@ class _Run:
 
     def _checkpoint_info(self) -> CheckpointInfo:
         config, engine, at = self._config, self.engine, self.at
-        topology, growth = engine.topology, None
+        growth = None
         if config.growth is not None:
             stages = self._start.stages
             index = stages.index(stage_at(stages, max(at.step - 1, 0)))
@@ -366,7 +366,7 @@ class _Run:
             run=at,
             plan=engine.plan,
             model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
-            topology={"pp": topology.pp, "tp": topology.tp, "dp": topology.dp},
+            topology=engine.topology,
             precision=config.train.precision,
             config=config.model_dump(mode="json"),
             growth=growth,

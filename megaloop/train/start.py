@@ -105,7 +105,7 @@ def starting_point(
     if path is None and config.init is not None:
         path = _whole_init(config.init)
     if path is None:
-        first = begin(config, sources).at_depth(config.stages[0].plan.layers, config.stages[0].plan.notation)
+        first = begin(config, sources).at_depth(config.stages[0].plan)
         return Start(first, config.stages, InitialValues(config.model, config.seed, config.stages[0].plan, vocab_size))
     with raise_on_all_ranks():
         checkpoint = Checkpoint.open(path, verify="sizes")
@@ -200,7 +200,7 @@ def _begin(
     resumed: Path | None = None,
 ) -> Start:
     """Begin from a checkpoint's state, grown where the stage at this step is deeper."""
-    saved = DepthPlan.from_json(checkpoint.manifest.plan)
+    saved = checkpoint.manifest.plan
     try:
         stages = stages_from(config, saved)
         growth = catch_up(config, stages, saved, position.step)
@@ -212,8 +212,7 @@ def _begin(
     checkpoint.check_tensors(parameter_specs(config.model, saved, vocab_size))
     event = stage_at(stages, position.step).event
     position = position.at_depth(
-        growth.plan.layers,
-        growth.plan.notation,
+        growth.plan,
         grown=resumed is not None and growth.plan.layers > saved.layers and not event,
     )
     if growth.plan == saved:

@@ -73,9 +73,9 @@ def test_contenders_have_the_depths_that_their_names_say() -> None:
 
 
 def test_loops_have_the_shape_of_the_paper() -> None:
-    assert looped_depth(24, 4) == "4-4x4-4"
-    assert [looped_depth(layers, 4) for layers in (8, 12, 16, 32)] == ["0-4x2-0", "2-4x2-2", "2-4x3-2", "6-4x5-6"]
-    assert looped_parameters_depth(24, 4) == "10-4x2-10"
+    assert str(looped_depth(24, 4)) == "4-4x4-4"
+    assert [str(looped_depth(layers, 4)) for layers in (8, 12, 16, 32)] == ["0-4x2-0", "2-4x2-2", "2-4x3-2", "6-4x5-6"]
+    assert str(looped_parameters_depth(24, 4)) == "10-4x2-10"
     with pytest.raises(MegaloopError, match="6 layers hold no block of 4 twice"):
         looped_depth(6, 4)
 

@@ -29,6 +29,7 @@ from megaloop.checkpoint.reader import file_checksum
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
 from megaloop.layout.pieces import KINDS, Box, Piece, StatePiece
+from megaloop.layout.topology import Topology
 
 SHAPES = {
     "embedding.weight": (24, 8),
@@ -98,7 +99,7 @@ def info(step: int = 1, **changes: Any) -> CheckpointInfo:
         "run": run_state(step),
         "plan": DepthPlan.plain(1),
         "model": ModelConfig(hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=16, vocab_size=24),
-        "topology": {"pp": 1, "tp": 1, "dp": 1},
+        "topology": Topology(),
         "precision": "bf16",
         "config": {"name": "test"},
         "growth": None,

@@ -14,9 +14,10 @@ from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_check
 from megaloop.checkpoint.depth import grow_checkpoint, loop_checkpoint
 from megaloop.checkpoint.manifest import MANIFEST, Manifest
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, Growth, Operator, grow
+from megaloop.depth import DepthPlan, DepthSpec, Growth, Operator, grow
 from megaloop.errors import MegaloopError
 from megaloop.layout.pieces import KINDS, Box, Piece, StatePiece
+from megaloop.layout.transfers import Moments
 from megaloop.model import initial_values, parameter_specs
 from tests.checkpoint.states import info, reseal
 
@@ -53,13 +54,15 @@ def shallow(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("moments", ["copy", "zero"])
 @pytest.mark.parametrize("operator", ["lidas", "midas", "stack", "last", "random"])
-def test_every_tensor_is_its_parents(tmp_path: Path, shallow: Path, operator: Operator, moments: str) -> None:
-    result = grow_checkpoint(shallow, tmp_path / "deep", operator, 8, 2 if operator != "stack" else 4, moments=moments)  # type: ignore[arg-type]
+def test_every_tensor_is_its_parents(tmp_path: Path, shallow: Path, operator: Operator, moments: Moments) -> None:
+    result = grow_checkpoint(
+        shallow, tmp_path / "deep", operator, DepthSpec.parse(8), 2 if operator != "stack" else 4, moments=moments
+    )
     growth = grow(FOUR, operator, 8, 2 if operator != "stack" else 4)
     assert (result.layers_before, result.layers, result.step) == (4, 8, 5)
     specs = parameter_specs(MODEL, growth.plan, 24)
     with Checkpoint.open(shallow) as before, Checkpoint.open(tmp_path / "deep", verify="checksums") as after:
-        assert DepthPlan.from_json(after.manifest.plan) == growth.plan
+        assert after.manifest.plan == growth.plan
         assert result.parameters == sum(torch.Size(spec.shape).numel() for spec in specs.values())
         for kind in KINDS:
             assert after.names(kind) == list(specs)
@@ -87,9 +90,9 @@ def _expected(before: Checkpoint, kind: str, name: str, growth: Growth, moments:
 @pytest.mark.parametrize("how", ["grow", "loop"])
 def test_all_but_the_depth_stays(tmp_path: Path, shallow: Path, how: str) -> None:
     if how == "grow":
-        grow_checkpoint(shallow, tmp_path / "deep", "midas", 8)
+        grow_checkpoint(shallow, tmp_path / "deep", "midas", DepthSpec.parse(8))
     else:
-        loop_checkpoint(shallow, tmp_path / "deep", "1-2x3-1")
+        loop_checkpoint(shallow, tmp_path / "deep", DepthSpec.parse("1-2x3-1"))
     old, new = (Manifest.model_validate_json((path / MANIFEST).read_bytes()) for path in (shallow, tmp_path / "deep"))
     anew = {"plan", "growth", "created", "checksum", "topology", "files", "tensors", "run"}
     for key in Manifest.model_fields.keys() - anew:
@@ -111,15 +114,15 @@ def test_all_but_the_depth_stays(tmp_path: Path, shallow: Path, how: str) -> Non
 def test_weights_without_moments_stay_without(tmp_path: Path) -> None:
     """As an imported model is."""
     path = save_checkpoint(tmp_path / "shallow", _state(MODEL, FOUR, ("model", "master")), _info()).path
-    grow_checkpoint(path, tmp_path / "deep", "lidas", 12)
+    grow_checkpoint(path, tmp_path / "deep", "lidas", DepthSpec.parse(12))
     with Checkpoint.open(tmp_path / "deep") as deep:
         assert list(deep.manifest.tensors) == ["model", "master"]
 
 
 def test_growing_twice_is_growing_once(tmp_path: Path, shallow: Path) -> None:
-    grow_checkpoint(shallow, tmp_path / "8", "lidas", 8)
-    grow_checkpoint(tmp_path / "8", tmp_path / "8-12", "lidas", 12)
-    grow_checkpoint(shallow, tmp_path / "12", "lidas", 12)
+    grow_checkpoint(shallow, tmp_path / "8", "lidas", DepthSpec.parse(8))
+    grow_checkpoint(tmp_path / "8", tmp_path / "8-12", "lidas", DepthSpec.parse(12))
+    grow_checkpoint(shallow, tmp_path / "12", "lidas", DepthSpec.parse(12))
     with Checkpoint.open(tmp_path / "8-12") as twice, Checkpoint.open(tmp_path / "12") as once:
         assert twice.manifest.plan == once.manifest.plan
         for kind in KINDS:
@@ -128,7 +131,9 @@ def test_growing_twice_is_growing_once(tmp_path: Path, shallow: Path) -> None:
 
 def test_progress_is_told_to_the_end(tmp_path: Path, shallow: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    grow_checkpoint(shallow, tmp_path / "deep", "lidas", 8, on_bytes=lambda *all_three: told.append(all_three))
+    grow_checkpoint(
+        shallow, tmp_path / "deep", "lidas", DepthSpec.parse(8), on_bytes=lambda *all_three: told.append(all_three)
+    )
     for what in ("verifying", "writing"):
         done = [count for each, count, _ in told if each == what]
         (total,) = {total for each, _, total in told if each == what}
@@ -145,7 +150,11 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     resident: list[int] = []
     before = _private_bytes()
     result = grow_checkpoint(
-        path, tmp_path / "deep", "lidas", 8, on_bytes=lambda what, done, total: resident.append(_private_bytes())
+        path,
+        tmp_path / "deep",
+        "lidas",
+        DepthSpec.parse(8),
+        on_bytes=lambda what, done, total: resident.append(_private_bytes()),
     )
     assert result.bytes > 400e6
     assert max(resident) - before < 40e6
@@ -174,10 +183,11 @@ def _private_bytes() -> int:
     ids=str,
 )
 def test_targets_that_cannot_be_reached(
-    tmp_path: Path, shallow: Path, arguments: tuple[Operator, int], message: str
+    tmp_path: Path, shallow: Path, arguments: tuple[Operator, int, *tuple[int, ...]], message: str
 ) -> None:
+    operator, layers, *block = arguments
     with pytest.raises(MegaloopError, match=message):
-        grow_checkpoint(shallow, tmp_path / "deep", *arguments)
+        grow_checkpoint(shallow, tmp_path / "deep", operator, DepthSpec.parse(layers), *block)
     assert not list(tmp_path.glob("*deep*"))
 
 
@@ -187,25 +197,25 @@ def test_damage_is_found_before_anything_is_written(tmp_path: Path, shallow: Pat
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(MegaloopError, match=r"rank-00000\.safetensors is altered: its checksum is"):
-        grow_checkpoint(shallow, tmp_path / "deep", "lidas", 8)
+        grow_checkpoint(shallow, tmp_path / "deep", "lidas", DepthSpec.parse(8))
     assert not list(tmp_path.glob("*deep*"))
 
 
 def test_a_checkpoint_that_lacks_a_layer_of_its_plan_is_refused(tmp_path: Path, shallow: Path) -> None:
     manifest = Manifest.model_validate_json((shallow / MANIFEST).read_bytes())
-    longer = manifest.model_copy(update={"plan": DepthPlan.plain(5).to_json()})
+    longer = manifest.model_copy(update={"plan": DepthPlan.plain(5)})
     reseal(shallow, longer)
     with pytest.raises(MegaloopError, match=r"model of layers.4.attention.wk.weight is not there, its plan asks for"):
-        grow_checkpoint(shallow, tmp_path / "deep", "lidas", 9)
+        grow_checkpoint(shallow, tmp_path / "deep", "lidas", DepthSpec.parse(9))
 
 
 def test_an_output_that_exists_is_left_alone(tmp_path: Path, shallow: Path) -> None:
     (tmp_path / "deep").mkdir()
     with pytest.raises(MegaloopError, match="already exists"):
-        grow_checkpoint(shallow, tmp_path / "deep", "lidas", 8)
+        grow_checkpoint(shallow, tmp_path / "deep", "lidas", DepthSpec.parse(8))
 
 
 def test_a_full_disk_leaves_nothing(shallow: Path, small_disk: Path) -> None:
     with pytest.raises(MegaloopError, match="No space left on device"):
-        grow_checkpoint(shallow, small_disk / "deep", "lidas", 24)
+        grow_checkpoint(shallow, small_disk / "deep", "lidas", DepthSpec.parse(24))
     assert list(small_disk.iterdir()) == []

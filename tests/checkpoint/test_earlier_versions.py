@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from megaloop.checkpoint import Checkpoint, resolve_checkpoint
+from megaloop.checkpoint import Checkpoint, CheckpointInfo, GrowthEntry, resolve_checkpoint, save_checkpoint
 from megaloop.checkpoint.depth import grow_checkpoint
-from megaloop.depth import DepthPlan
-from tests.checkpoint.states import read_all
+from megaloop.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle
+from megaloop.layout.topology import Topology
+from tests.checkpoint.states import info, read_all, state
 from tests.distributed import RankPool
 from tests.train.runs import losses, metrics, train
 
@@ -54,10 +56,53 @@ def test_a_run_is_resumed_and_has_the_losses_that_it_would_have_had(kept: Path, 
 
 
 def test_a_checkpoint_is_grown(kept: Path) -> None:
-    grow_checkpoint(kept / "run", kept / "grown", "lidas", 4, 2)
+    grow_checkpoint(kept / "run", kept / "grown", "lidas", DepthSpec.parse(4), 2)
     read_all(kept / "grown")
     with Checkpoint.open(kept / "grown") as grown:
-        assert DepthPlan.from_json(grown.manifest.plan).layers == 4
+        assert grown.manifest.plan.layers == 4
         run = grown.manifest.run
         assert (run.step, run.samples, run.skipped, run.batch) == (5, 20, 1, 4)
         assert [(each.step, each.layers) for each in run.depths] == [(5, 4)]
+
+
+# --- format version 2 ---
+
+
+def _written_before() -> CheckpointInfo:
+    """What the manifest in fixtures/version-2 says."""
+    return info(
+        3,
+        plan=DepthPlan((0, 4, 4, 2), {4: 0}, LoopStyle("add", "1/k", norm=False)),
+        growth=GrowthEntry(operator="lidas", stage=1, stages=2),
+        topology=Topology(pp=2, tp=1, dp=4),
+        config={
+            "name": "test",
+            "depth": "4-4x1-4",
+            "data": {"sequence_length": 64, "sources": [{"path": "/data"}], "format": "sft"},
+            "of another version": {"\u00fcnicode": [1.5, None]},
+        },
+    )
+
+
+def test_a_manifest_is_read_as_values_and_encoded_to_the_same_bytes() -> None:
+    manifest, expected = read_manifest(FIXTURES / "version-2"), _written_before()
+    for name in ("run", "plan", "growth", "model", "precision", "topology", "config"):
+        assert getattr(manifest, name) == getattr(expected, name), name
+    assert (manifest.data.sequence_length, manifest.data.paths, manifest.data.is_fine_tuned) == (
+        64,
+        (Path("/data"),),
+        True,
+    )
+    assert encode_manifest(manifest) == (FIXTURES / "version-2" / MANIFEST).read_bytes()
+
+
+def test_what_is_written_is_what_was_written_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_manifest(FIXTURES / "version-2")
+    monkeypatch.setattr("megaloop.checkpoint.writer.__version__", before.megaloop)
+    tokenizer = tmp_path / "tokenizer.source"
+    tokenizer.write_bytes(b"as if sentencepiece had written it")
+    saved = save_checkpoint(tmp_path / "step-00000003", state((0, 1), (0, 1)), _written_before(), tokenizer).path
+    found = read_manifest(saved)
+    assert encode_manifest(found) == (saved / MANIFEST).read_bytes()
+    again = found.model_copy(update={"created": before.created})  # the one thing that differs
+    assert encode_manifest(again) == (FIXTURES / "version-2" / MANIFEST).read_bytes()

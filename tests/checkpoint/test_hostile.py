@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megaloop.checkpoint import Checkpoint, resolve_checkpoint
 from megaloop.checkpoint.manifest import PieceEntry, TensorEntry, find_problem
+from megaloop.checkpoint.recorded import RecordedData
 from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.evaluation.evaluate import evaluate
 from megaloop.evaluation.harness import _context_length
@@ -96,6 +97,12 @@ def test_an_earlier_manifest_whose_configuration_tells_nothing(earlier: Path, co
         (lambda value: value["plan"].update(order=[0] * 800_000), "plan.order runs 800000 layers"),
         (lambda value: value["plan"].update(order=[10**30]), "something else than layer ids"),
         (lambda value: value["topology"].update({"\x1b[31m": 1}), "topology"),
+        (lambda value: value["topology"].update(pp=0), "topology.pp: Input should be greater than 0"),
+        (lambda value: value.update(topology=[1, 1, 1]), "topology: Input should be an object"),
+        (lambda value: value.update(plan=[0, 1]), "plan: Input should be an object"),
+        (lambda value: value.update(model=None), "model: Input should be an object"),
+        (lambda value: value.update(plan={}, model={}, extra=1), "is damaged (extra: Extra inputs are not permitted)"),
+        (lambda value: (value["plan"].clear(), value["model"].update(num_heads=3)), "(model.hidden_size 8 is not divisible"),
         (lambda value: value.update(megaloop="[/red]\x1b[31m"), "megaloop: String should match pattern"),
         (lambda value: value.update(created="\x1b[2J"), "created: String should match pattern"),
         (lambda value: value.update({"\x1b[2J" * 1000: 1}), "Extra inputs"),
@@ -117,7 +124,7 @@ def test_a_manifest_that_makes_no_sense_is_one_line(checkpoint: Path, edit: Edit
 def test_a_configuration_that_tells_nothing_of_the_data(checkpoint: Path, data: Any) -> None:
     edit_manifest(checkpoint, lambda value: value.update(config={"data": data}))
     with Checkpoint.open(checkpoint) as opened:
-        assert (opened.manifest.data_paths, opened.manifest.sequence_length) == ([], None)
+        assert opened.manifest.data == RecordedData(None, (), False)
         assert _context_length(opened) == 2048
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaloop.config import Config, TrainConfig, load_config, parse_override
+from megaloop.depth import DepthPlan, DepthSpec
 from megaloop.errors import MegaloopError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -58,6 +60,22 @@ def test_the_last_override_wins(config_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [(24, "24"), ("24", "24"), ("4-4x4-4", "4-4x4-4"), ("4-4x1-4", "4-4x1-4"), ("(0,1,3)(2)x3", "(0,1,3)(2)x3"), (" 8 ", " 8 ")],
+)  # fmt: skip
+def test_a_depth_is_read_once_and_written_as_it_was(config_file: Path, value: str | int, text: str) -> None:
+    values = {**yaml.safe_load(config_file.read_text()), "depth": value, "depth_events": [{"at": 0.5, "depth": value}]}
+    config = Config.model_validate(values)
+    assert config.depth == DepthSpec.parse(value)
+    assert config.depth.plan == DepthPlan.parse(value)
+    for written in (yaml.safe_load(config.to_yaml()), config.model_dump(mode="json"), config.model_dump()):
+        assert written["depth"] == written["depth_events"][0]["depth"] == text
+        assert Config.model_validate(written) == config
+    assert Config.model_validate({**values, "depth": config.depth}) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("train.step=1", "unknown key 'train.step'; did you mean 'train.steps'"),
@@ -72,7 +90,15 @@ def test_the_last_override_wins(config_file: Path) -> None:
         ("depth.sub=1", "lies under a value that is no section"),
         ("depth=0", "at least one layer"),
         ("depth=4-4x4", "cannot read '4-4x4'"),
-        ("depth=2-2x2", "cannot read '2-2x2'"),
+        ("depth=2-2x2", "depth: cannot read '2-2x2'"),
+        ("depth=1-0x3-1", "depth: '1-0x3-1' loops 0 layers 3 times; both must be at least 1"),
+        ("depth=2-2x99999999-0", "depth: '2-2x99999999-0' is deeper than 100000 layers"),
+        ("depth=4.5", "depth: Input should be a valid string"),
+        ("depth=" + "(0)" * 2000, "depth: should have at most 4096 characters"),
+        (
+            "depth_events=[{at: 0.5, depth: 4-4x}]",
+            "depth_events.0.depth: cannot read '4-4x'; expected a number of layers",
+        ),
         ("parallel.tp=2", "parallel.tp 2 does not divide model.num_heads 15"),
         ("parallel.tp=3", "parallel.tp 3 does not divide model.num_kv_heads 5"),
         ("parallel.pp=5", "parallel.pp 5 is more pipeline ranks than the 4 layers"),

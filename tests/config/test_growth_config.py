@@ -246,7 +246,7 @@ def test_grown_smollms_are_their_baseline_but_for_growth(size: str, operator: st
 def test_looped_smollms_are_their_baseline_but_for_depth(looped: str, baseline: str, depth: str, layers: int) -> None:
     ours, plain = (load_config(CONFIGS / f"{name}.yaml") for name in (looped, baseline))
     assert ours.model_copy(update={"name": plain.name, "depth": plain.depth}) == plain
-    assert (ours.depth, ours.plan.layers, ours.plan.depth) == (depth, layers, plain.plan.depth)
+    assert (str(ours.depth), ours.plan.layers, ours.plan.depth) == (depth, layers, plain.plan.depth)
 
 
 def test_the_retrofit_is_the_grown_model_but_for_the_loop_in_its_cooldown() -> None:

@@ -10,7 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, LoopCounts, LoopStyle, at_depth, grow, growth_stages, loop, respell, unloop, untie
+from megaloop.depth import (
+    DepthPlan,
+    DepthSpec,
+    Execution,
+    LoopCounts,
+    LoopStyle,
+    at_depth,
+    grow,
+    growth_stages,
+    loop,
+    respell,
+    unloop,
+    untie,
+)
 from megaloop.depth.counts import CountKind
 from megaloop.depth.flops import flops_per_token, layer_flops, parameters
 from megaloop.depth.loops import loop_layers
@@ -38,8 +51,8 @@ def test_looping_and_unlooping_are_inverse(each: tuple[DepthPlan, int, int, int]
     assert unloop(looped) == plan
     assert looped.lineage == plan.lineage
     assert looped.depth == plan.depth + (stop - start) * (times - 1)
-    assert respell(plan, looped.notation) == looped
-    assert respell(looped, str(plan.layers)) == plan
+    assert respell(plan, DepthSpec.parse(looped.notation)) == looped
+    assert respell(looped, DepthSpec.parse(plan.layers)) == plan
     if times > 1:
         assert looped.loop is not None
         assert (looped.loop.start, looped.loop.block, looped.loop.times) == (start, stop - start, times)
@@ -81,7 +94,9 @@ def test_uses_say_where_each_time_begins_and_ends(each: tuple[DepthPlan, int, in
         assert [use.time for use in uses if use.begins] == list(range(real)) == [use.time for use in uses if use.ends]
         assert all(use.layer_id == plan.order[start] for use in uses if use.begins)
         assert all(use.layer_id == plan.order[stop - 1] for use in uses if use.ends)
-        assert sum(use.is_frozen(real, 1) for use in uses) == (real - 1) * (stop - start)
+        assert {use.times for use in uses} - {None} == {real}
+        assert all((use.time is None) == (use.times is None) for use in uses)
+        assert sum(use.is_frozen(1) for use in uses) == (real - 1) * (stop - start)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +113,7 @@ def test_uses_say_where_each_time_begins_and_ends(each: tuple[DepthPlan, int, in
 )
 def test_a_loop_keeps_all_layers_and_adds_none(depth: str, message: str) -> None:
     with pytest.raises(MegaloopError) as caught:
-        respell(DepthPlan.plain(24), depth)
+        respell(DepthPlan.plain(24), DepthSpec.parse(depth))
     assert message in str(caught.value)
 
 
@@ -115,8 +130,8 @@ def test_a_style_belongs_to_one_loop() -> None:
         DepthPlan((0, 1), style=CONCAT)
     with pytest.raises(MegaloopError, match="'twice' is none of none, add, concat"):
         LoopStyle(injection="twice")  # type: ignore[arg-type]
-    plan = respell(DepthPlan.plain(4), "1-2x2-1", CONCAT)
-    assert plan != respell(DepthPlan.plain(4), "1-2x2-1")
+    plan = respell(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"), CONCAT)
+    assert plan != respell(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"))
     assert DepthPlan.from_json(plan.to_json()) == plan
     assert "style" not in DepthPlan.parse("1-2x2-1").to_json()
     with pytest.raises(MegaloopError, match="only loops of plain composition can be untied"):
@@ -124,21 +139,26 @@ def test_a_style_belongs_to_one_loop() -> None:
 
 
 def test_a_trained_model_runs_at_other_depths() -> None:
-    plain, styled = DepthPlan.parse("1-2x2-1"), respell(DepthPlan.plain(4), "1-2x2-1", CONCAT)
-    assert at_depth(plain, "0-4x3-0") == (DepthPlan.parse("0-4x3-0"), None)
-    assert at_depth(plain, "4") == (DepthPlan.plain(4), None)
-    assert at_depth(styled, "1-2x5-1") == (styled, 5)
-    assert at_depth(styled, "1-2x1-1") == (styled, 1)
+    plain, styled = DepthPlan.parse("1-2x2-1"), respell(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"), CONCAT)
+    for way, depth, uses in (
+        (at_depth(plain, DepthSpec.parse("0-4x3-0")), "0-4x3-0", DepthPlan.parse("0-4x3-0").uses()),
+        (at_depth(plain, DepthSpec.parse("4")), "4", DepthPlan.plain(4).uses()),
+        (at_depth(plain, DepthSpec.parse("1-2x1-1")), "4", DepthPlan.plain(4).uses()),
+        (at_depth(styled, DepthSpec.parse("1-2x5-1")), "1-2x5-1", styled.uses(5)),
+        (at_depth(styled, DepthSpec.parse("1-2x1-1")), "1-2x1-1", styled.uses(1)),  # its loop keeps what it has
+        (Execution.as_trained(styled), "1-2x2-1", styled.uses()),
+    ):
+        assert (str(way.depth), way.uses) == (depth, uses)
     for depth in ("4", "0-2x2-2", "1-2x0-1"):
         with pytest.raises(MegaloopError):
-            at_depth(styled, depth)
+            at_depth(styled, DepthSpec.parse(depth))
 
 
 # --- in a run ---
 
 
 def test_a_looped_model_grows_inside_its_loop() -> None:
-    stages = loop_stages(growth_stages([4, 8, 12], [10, 10, 10], "lidas"), "4-4x4-4", CONCAT)
+    stages = loop_stages(growth_stages([4, 8, 12], [10, 10, 10], "lidas"), DepthSpec.parse("4-4x4-4"), CONCAT)
     assert [stage.plan.notation for stage in stages] == ["4", "4-2x4-2", "4-4x4-4"]
     assert [stage.growth.new_loop for stage in stages] == [False, True, False]
     assert [stage.plan.style for stage in stages] == [PLAIN, CONCAT, CONCAT]
@@ -149,14 +169,14 @@ def test_a_looped_model_grows_inside_its_loop() -> None:
 
 def test_events_cut_the_last_stage() -> None:
     stages = growth_stages([4, 8], [10, 30], "lidas")
-    made = with_events(stages, [DepthEvent(20, "2-4x2-2"), DepthEvent(30, None)], PLAIN)
+    made = with_events(stages, [DepthEvent(20, DepthSpec.parse("2-4x2-2")), DepthEvent(30, None)], PLAIN)
     assert [(stage.first_step, stage.steps, stage.plan.notation, stage.event) for stage in made] == [
         (0, 10, "4", False), (10, 10, "8", False), (20, 10, "2-4x2-2", True), (30, 10, "12", True),
     ]  # fmt: skip
     assert made[3].growth.lineage == {8: 2, 9: 3, 10: 4, 11: 5}
     for step in (10, 5, 40):
         with pytest.raises(MegaloopError, match="behind the last growth: after step 10 and before 40"):
-            with_events(stages, [DepthEvent(step, "2-4x2-2")], PLAIN)
+            with_events(stages, [DepthEvent(step, DepthSpec.parse("2-4x2-2"))], PLAIN)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "poisson", "lognormal-poisson"])
@@ -189,7 +209,7 @@ def test_the_ramp_rises_from_the_first_looped_step() -> None:
 
 
 def test_flops_follow_the_count_and_what_learns() -> None:
-    plan = respell(DepthPlan.plain(4), "1-2x3-1")
+    plan = respell(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"))
     layer = layer_flops(SHAPE, 64)
     base = flops_per_token(plan, SHAPE, 64)
     more = flops_per_token(plan, SHAPE, 64, times=5)
@@ -198,15 +218,15 @@ def test_flops_follow_the_count_and_what_learns() -> None:
     cut = flops_per_token(plan, SHAPE, 64, times=5, backprop=2)
     assert cut.forward == more.forward
     assert more.backward - cut.backward == 2 * 3 * 2 * layer
-    adapted = flops_per_token(respell(DepthPlan.plain(4), "1-2x3-1", CONCAT), SHAPE, 64)
+    adapted = flops_per_token(respell(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"), CONCAT), SHAPE, 64)
     assert adapted.forward - base.forward == 3 * 4 * SHAPE.hidden_size**2
-    assert parameters(respell(DepthPlan.plain(4), "1-2x3-1", CONCAT), SHAPE) - parameters(plan, SHAPE) == (
-        2 * SHAPE.hidden_size**2 + SHAPE.hidden_size
-    )
+    assert parameters(respell(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"), CONCAT), SHAPE) - parameters(
+        plan, SHAPE
+    ) == (2 * SHAPE.hidden_size**2 + SHAPE.hidden_size)
 
 
 def test_the_flops_of_a_run_are_those_of_its_counts() -> None:
-    stages = loop_stages(growth_stages([4], [30], "lidas"), "1-2x3-1", PLAIN)
+    stages = loop_stages(growth_stages([4], [30], "lidas"), DepthSpec.parse("1-2x3-1"), PLAIN)
     counts = LoopCounts(3, "uniform", seed=5)
     costs = run_flops(stages, SHAPE, 64, 100, counts=counts, backprop=2)
     each = [

@@ -30,9 +30,8 @@ def _values(records: list[Record]) -> list[dict[str, Any]]:
 
 def _logits(run: Path, loops: int | None, block: Block | None = None) -> torch.Tensor:
     model, _ = load_decoder(run)
-    model.plan, model.times = with_loops(model.plan, loops, block)
     with torch.no_grad():
-        return model(torch.arange(60).reshape(2, 30))
+        return model(torch.arange(60).reshape(2, 30), uses=with_loops(model.plan, loops, block).uses)
 
 
 def test_one_loop_of_a_plain_model_changes_nothing_bit_for_bit(plain_run: Path) -> None:

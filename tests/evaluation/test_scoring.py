@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, LoopStyle
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, at_depth
 from megaloop.depth.loops import respell
 from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import generate_tokens
@@ -18,7 +18,7 @@ SHAPE = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=64)
 PLANS = {
     "plain": DepthPlan.parse("3"),
     "looped": DepthPlan.parse("1-1x3-1"),
-    "adapter": respell(DepthPlan.parse("3"), "1-1x2-1", LoopStyle("concat", "1/k", True)),
+    "adapter": respell(DepthPlan.parse("3"), DepthSpec.parse("1-1x2-1"), LoopStyle("concat", "1/k", True)),
 }
 
 
@@ -60,6 +60,22 @@ def test_packed_rows_score_as_one_answer_at_a_time(plan: str, shared: bool) -> N
         assert scores.log_likelihoods == pytest.approx([likelihood for likelihood, _ in expected], abs=1e-5)
         assert scores.greedy == [greedy for _, greedy in expected]
         assert scores.best == max(range(4), key=lambda i: expected[i][0])
+
+
+@pytest.mark.parametrize(("plan", "depth"), [("plain", "0-3x2-0"), ("looped", "3"), ("adapter", "1-1x4-1")])
+def test_another_execution_is_given_and_leaves_the_model_as_it_is(plan: str, depth: str) -> None:
+    model, (beginning, questions) = _model(plan), _questions(5)
+    before = score(model, beginning, questions)
+    way = at_depth(model.plan, DepthSpec.parse(depth))
+    found = score(model, beginning, questions, uses=way.uses)
+    assert found != before == score(model, beginning, questions)
+    assert (model.plan, model.times) == (PLANS[plan], None)
+    row = torch.tensor([beginning + questions[0].query])
+    with torch.no_grad():
+        made = model(row, uses=way.uses)
+        model.plan, model.times = (model.plan, 4) if plan == "adapter" else (respell(model.plan, way.depth), None)
+        assert torch.equal(made, model(row))
+    assert found == score(model, beginning, questions, uses=way.uses)
 
 
 def test_how_rows_are_batched_changes_nothing() -> None:

@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from data_prep.tokenizer import train_tokenizer
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, LoopStyle
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.tokenizer import write_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
+from megaloop.inference.generate import generate_text
 from megaloop.inference.load import load_decoder
 from megaloop.layout.pieces import Box, Piece, StatePiece
+from megaloop.layout.topology import Topology
 from megaloop.model import initial_values, parameter_specs, vocab_parallel_cross_entropy
 
 SHAPE: dict[str, Any] = {
@@ -126,7 +128,7 @@ def _checkpoint(
         pieces += [StatePiece("model", piece, values.bfloat16()), StatePiece("master", piece, values)]
     info = CheckpointInfo(
         run=RunState.fresh(), plan=plan, model=model,
-        topology={"pp": 1, "tp": 1, "dp": 1}, precision="bf16", config={}, growth=None,
+        topology=Topology(), precision="bf16", config={}, growth=None,
     )  # fmt: skip
     save_checkpoint(directory, pieces, info, tokenizer=tokenizer)
     return directory
@@ -147,11 +149,13 @@ def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path, depth: str | None,
     from transformers import AutoModelForCausalLM
 
     checkpoint = _checkpoint(tmp_path / "looped", "1-2x3-1", style=style)
-    export_huggingface(checkpoint, tmp_path / "out", dtype="fp32", depth=depth)
+    spec = None if depth is None else DepthSpec.parse(depth)
+    export_huggingface(checkpoint, tmp_path / "out", dtype="fp32", depth=spec)
     unrolled = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert unrolled.config.num_hidden_layers == layers
-    ours, _ = load_decoder(checkpoint, depth=depth)
-    assert torch.allclose(ours(_tokens()), unrolled(_tokens()).logits, atol=1e-4)
+    ours, _ = load_decoder(checkpoint)
+    uses = None if spec is None else at_depth(ours.plan, spec).uses
+    assert torch.allclose(ours(_tokens(), uses=uses), unrolled(_tokens()).logits, atol=1e-4)
 
 
 def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
@@ -161,7 +165,9 @@ def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> N
     ):
         export_huggingface(checkpoint, tmp_path / "out")
     with pytest.raises(MegaloopError, match="stays where it is; choose 1-2xTIMES-1"):
-        load_decoder(checkpoint, depth="4")
+        generate_text(
+            _checkpoint(tmp_path / "same", "1-2x3-1", style=LoopStyle(norm=True)), "", depth=DepthSpec.parse("4")
+        )
 
 
 def test_bf16_exports_the_training_copy_and_fp32_the_masters(tmp_path: Path) -> None:
@@ -272,7 +278,7 @@ def test_the_rotary_base_is_found_where_each_transformers_keeps_it(
     config.write_text(json.dumps(kept | {key: value for key, value in change.items() if value is not None}))
     import_huggingface(theirs[1], tmp_path / "ours")
     with Checkpoint.open(tmp_path / "ours") as checkpoint:
-        assert checkpoint.manifest.model["rope_theta"] == 50_000.0
+        assert checkpoint.manifest.model.rope_theta == 50_000.0
 
 
 def test_quantized_weights_are_refused(theirs: tuple[Any, Path], tmp_path: Path) -> None:

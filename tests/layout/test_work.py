@@ -67,7 +67,7 @@ def _check_what_was_done(ranks: list[RankWork], done: list[list[Pass]]) -> None:
             if each.backward and each.micro_batch == micro_batch
             for position in range(*work.slices[each.round])
         }
-        learning = {position for position, use in enumerate(uses) if not use.is_frozen(first.times, first.backprop)}
+        learning = {position for position, use in enumerate(uses) if not use.is_frozen(first.backprop)}
         assert learning <= back, "everything that learns has its backward pass"
         assert all(Pass(True, 0, micro_batch) in done[rank] for rank in (0, len(ranks) - 1)[:1]), "the embedding learns"
 

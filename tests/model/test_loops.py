@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, LoopStyle, respell, untie
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, respell, untie
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 
 VOCAB = 96
@@ -20,7 +20,7 @@ TOKENS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_see
 
 def decoder(depth: str = "1-2x3-1", style: LoopStyle = LoopStyle(), *, disturbed: bool = True) -> Decoder:
     layers = DepthPlan.parse(depth).layers
-    model = Decoder(CONFIG, VOCAB, respell(DepthPlan.plain(layers), depth, style))
+    model = Decoder(CONFIG, VOCAB, respell(DepthPlan.plain(layers), DepthSpec.parse(depth), style))
     model.initialise(seed=1)
     if disturbed:  # an adapter that is the identity, and a norm of ones, would hide what they do
         generator = torch.Generator().manual_seed(2)

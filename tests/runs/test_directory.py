@@ -165,7 +165,7 @@ def test_a_directory_with_metrics_needs_resume(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2, 3)
     with pytest.raises(MegaloopError, match=r"already holds a run at step 3; add --resume or choose another run_dir"):
         open_run(tmp_path, depth="2")
-    assert load_config(tmp_path / CONFIG).depth == "4"
+    assert load_config(tmp_path / CONFIG).plan.layers == 4
     open_run(tmp_path, resume=True).release()
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_never_took_a_step_may_start_again(tmp_path: Path) -> None:
 def test_resuming_with_another_configuration_keeps_the_old(tmp_path: Path) -> None:
     for depth in ("4", "4", "5", "6"):
         open_run(tmp_path, resume=True, depth=depth).release()
-    depths = {path.name: load_config(path).depth for path in tmp_path.glob("config*.yaml")}
+    depths = {path.name: str(load_config(path).depth) for path in tmp_path.glob("config*.yaml")}
     assert depths == {"config.yaml": "6", "config-1.yaml": "4", "config-2.yaml": "5"}
 
 

@@ -189,15 +189,15 @@ def test_the_order_is_that_with_which_the_run_began(corpus: Path, saved: RunStat
 def test_a_checkpoint_that_has_trained_nothing_is_compared_with_nothing(corpus: Path) -> None:
     """An import has neither a seed nor a place in the data; its run is a new one."""
     config, sources = _opened(corpus, seed=3)
-    imported = RunState.fresh().at_depth(3, "3")
+    imported = RunState.fresh().at_depth(DepthPlan.plain(3))
     at, changes = go_on(config, sources, imported, ())
     assert changes == ()
-    assert at == begin(config, sources).at_depth(3, "3")
+    assert at == begin(config, sources).at_depth(DepthPlan.plain(3))
 
 
 def test_a_step_keeps_what_it_does_not_count(corpus: Path) -> None:
     config, sources = _opened(corpus)
-    first = begin(config, sources).at_depth(3, "3")
+    first = begin(config, sources).at_depth(DepthPlan.plain(3))
     at = after_step(first, config, flops=5, lr=0.1, applied=False, holes=[(2, 6)])
     counted = {"step": 1, "samples": 10, "tokens": 128, "flops": 5, "skipped": 1, "lr": 0.1}
     assert at == first.model_copy(update=counted)
@@ -209,16 +209,16 @@ def _stages(steps: list[int]) -> tuple[GrowthStage, ...]:
 
 def test_the_depths_that_are_told_are_those_that_the_run_had() -> None:
     """Of a run that went through 10, 20 and 30 steps, and of which another configuration now says 100, 200 and 300."""
-    at = RunState.fresh().at_depth(4, "4")
+    at = RunState.fresh().at_depth(DepthPlan.plain(4))
     for step, layers in ((10, 8), (30, 12)):
-        at = at.model_copy(update={"step": step}).at_depth(layers, str(layers), grown=True)
+        at = at.model_copy(update={"step": step}).at_depth(DepthPlan.plain(layers), grown=True)
     at = at.model_copy(update={"step": 60})
     stages = (GrowthStage(0, 600, DepthPlan.plain(12), _stages([1])[0].growth),)
     assert describe_depths(at, stages) == "4 layers until step 10, 8 layers until step 30, 12 layers until step 600"
-    first = RunState.fresh().at_depth(4, "4")
+    first = RunState.fresh().at_depth(DepthPlan.plain(4))
     whole = "4 layers until step 10, 8 layers until step 30, 12 layers until step 60"
     assert describe_depths(first, _stages([10, 20, 30])) == whole
-    later = RunState.fresh().model_copy(update={"step": 20}).at_depth(8, "8")
+    later = RunState.fresh().model_copy(update={"step": 20}).at_depth(DepthPlan.plain(8))
     assert describe_depths(later, _stages([10, 20, 30])) == (
         "what it had until step 20 is not known, 8 layers until step 30, 12 layers until step 60"
     )

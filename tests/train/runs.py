@@ -167,7 +167,6 @@ def train_keeping_growths(values: dict[str, Any], keep: str) -> list[int]:
 
 
 def _keep(directory: Path, engine: TrainingEngine, config: Config, step: int) -> None:
-    topology = engine.topology
     samples = step * config.train.global_batch
     info = CheckpointInfo(
         run=RunState(
@@ -181,7 +180,7 @@ def _keep(directory: Path, engine: TrainingEngine, config: Config, step: int) ->
         ),
         plan=engine.plan,
         model=config.model.model_copy(update={"vocab_size": engine.vocab_size}),
-        topology={"pp": topology.pp, "tp": topology.tp, "dp": topology.dp},
+        topology=engine.topology,
         precision=config.train.precision,
         config={},
         growth=None,

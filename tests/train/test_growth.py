@@ -13,7 +13,7 @@ import yaml
 from megaloop.checkpoint import Checkpoint
 from megaloop.checkpoint.depth import grow_checkpoint
 from megaloop.config import Config
-from megaloop.depth import DepthPlan, grow
+from megaloop.depth import DepthPlan, DepthSpec, grow
 from megaloop.depth.flops import flops_per_token
 from tests import processes
 from tests.distributed import RankError, RankPool
@@ -76,7 +76,7 @@ def test_live_equals_offline_equals_on_load(
     if precision == "fp32":
         assert _furthest(_losses(live), _losses(alone)) < (1e-4 if layout[1] > 1 else 2e-5)
 
-    grow_checkpoint(kept / "before-10", kept / "grown", "lidas", 8)
+    grow_checkpoint(kept / "before-10", kept / "grown", "lidas", DepthSpec.parse(8))
     with Checkpoint.open(kept / "grown") as grown, Checkpoint.open(kept / "after-10") as after:
         assert grown.manifest.plan == after.manifest.plan
         for kind in ("model", "master", "exp_avg", "exp_avg_sq"):
@@ -120,7 +120,7 @@ def test_what_a_run_tells_of_a_growth(ranks_2: RankPool, corpus: Path, tmp_path:
     assert 0 < event["loss_before"] != event["loss_after"]
     assert [each["step"] for each in events(directory, "save")] == [8, 10, 16, 20]
     with Checkpoint.open(directory / "checkpoints" / "step-00000010") as checkpoint:
-        assert checkpoint.manifest.plan == DepthPlan.plain(4).to_json()
+        assert checkpoint.manifest.plan == DepthPlan.plain(4)
         assert checkpoint.manifest.growth is not None
         assert checkpoint.manifest.growth.stage == 0
     with Checkpoint.open(directory / "checkpoints" / "step-00000020") as checkpoint:
@@ -140,7 +140,7 @@ def test_what_a_run_tells_of_a_growth(ranks_2: RankPool, corpus: Path, tmp_path:
 
 def records_vocabulary(directory: Path) -> int:
     with Checkpoint.open(directory / "checkpoints" / "step-00000020") as checkpoint:
-        rows: int = checkpoint.manifest.model["vocab_size"]
+        rows = checkpoint.manifest.vocab_size
         return rows
 
 

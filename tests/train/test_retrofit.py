@@ -15,7 +15,7 @@ import torch
 from megaloop.checkpoint import Checkpoint
 from megaloop.checkpoint.depth import grow_checkpoint, loop_checkpoint
 from megaloop.config import Config
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, DepthSpec
 from megaloop.depth.flops import flops_per_token
 from megaloop.errors import MegaloopError
 from tests.distributed import RankError, RankPool
@@ -46,7 +46,7 @@ CASES = {
     "a grown model loops": Case(
         GROWN | {"depth_events": [{"at": 0.5, "depth": "2-4x2-2"}]},
         {0: 4, 6: 8, 10: 12},
-        lambda before, out: loop_checkpoint(before, out, "2-4x2-2"),
+        lambda before, out: loop_checkpoint(before, out, DepthSpec.parse("2-4x2-2")),
     ),
     "a grown model loops, with parameters of the loop's own": Case(
         GROWN
@@ -56,13 +56,13 @@ CASES = {
         },
         {0: 4, 6: 8, 10: 12},
         lambda before, out: loop_checkpoint(
-            before, out, "2-4x2-2", changes={"injection": "concat", "norm": True, "residual_scale": "1/k"}
+            before, out, DepthSpec.parse("2-4x2-2"), changes={"injection": "concat", "norm": True, "residual_scale": "1/k"}
         ),
     ),
     "a looped model grows": Case(
         {"depth": "2-4x2-2", "growth": {"start": 4, "schedule": [{"steps": 10, "layers": 4}, {"steps": 10, "layers": 8}]}},
         {0: 6, 10: 12},
-        lambda before, out: grow_checkpoint(before, out, "lidas", "2-4x2-2"),
+        lambda before, out: grow_checkpoint(before, out, "lidas", DepthSpec.parse("2-4x2-2")),
         "grow",
     ),
     "a looped model is untied": Case(
@@ -78,12 +78,12 @@ CASES = {
             "loop": {"injection": "concat", "norm": True},
         },
         {0: 6, 10: 4},
-        lambda before, out: loop_checkpoint(before, out, "4"),
+        lambda before, out: loop_checkpoint(before, out, DepthSpec.parse("4")),
     ),
     "a loop moves": Case(
         {"depth": "1-2x2-1", "depth_events": [{"at": 0.5, "depth": "0-3x2-1"}]},
         {0: 6, 10: 7},
-        lambda before, out: loop_checkpoint(before, out, "0-3x2-1"),
+        lambda before, out: loop_checkpoint(before, out, DepthSpec.parse("0-3x2-1")),
     ),
 }  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_what_a_run_tells_of_it(alone: Callable[[str], Path], corpus: Path, name
 
 def _rows(directory: Path) -> int:
     with Checkpoint.open(directory / "checkpoints" / "step-00000020") as checkpoint:
-        rows: int = checkpoint.manifest.model["vocab_size"]
+        rows = checkpoint.manifest.vocab_size
         return rows
 
 
@@ -232,19 +232,22 @@ def test_a_new_run_loops_a_plain_checkpoint_and_keeps_to_a_trained_style(
     ("change", "message"),
     [
         (
-            lambda run, out: loop_checkpoint(run, out, "1-2x2-2"),
+            lambda run, out: loop_checkpoint(run, out, DepthSpec.parse("1-2x2-2")),
             "has 5 layers of its own, and there are 4: loops add none, growth does",
         ),
         (
-            lambda run, out: loop_checkpoint(run, out, "0-2x2-1"),
+            lambda run, out: loop_checkpoint(run, out, DepthSpec.parse("0-2x2-1")),
             "1 would be dropped, and loops leave the layers as they are",
         ),
-        (lambda run, out: loop_checkpoint(run, out, "4"), "is 4 already; choose another depth"),
+        (lambda run, out: loop_checkpoint(run, out, DepthSpec.parse("4")), "is 4 already; choose another depth"),
         (lambda run, out: loop_checkpoint(run, out, None), "repeats no layer; there is nothing to untie"),
-        (lambda run, out: loop_checkpoint(run, out, "1-2xx2"), "cannot read '1-2xx2'"),
-        (lambda run, out: grow_checkpoint(_looped(run), out, "lidas", 6, 2), r"say which loop .* --depth 3-2x2-1"),
+        (lambda run, out: loop_checkpoint(run, out, DepthSpec.parse("1-2xx2")), "cannot read '1-2xx2'"),
         (
-            lambda run, out: loop_checkpoint(_looped(run), out, "0-3x2-1", changes={"norm": True}),
+            lambda run, out: grow_checkpoint(_looped(run), out, "lidas", DepthSpec.parse(6), 2),
+            r"say which loop .* --depth 3-2x2-1",
+        ),
+        (
+            lambda run, out: loop_checkpoint(_looped(run), out, DepthSpec.parse("0-3x2-1"), changes={"norm": True}),
             "its loop goes on as it was trained; leave --norm out",
         ),
     ],
@@ -274,17 +277,17 @@ def plain_run(ranks_1: RankPool, corpus: Path, tmp_path_factory: pytest.TempPath
 def _looped(run: Path) -> Path:
     out = run.parent / "looped"
     if not out.exists():
-        loop_checkpoint(run, out, "1-2x2-1")
+        loop_checkpoint(run, out, DepthSpec.parse("1-2x2-1"))
     return out
 
 
 def test_looping_and_unlooping_changes_no_bit(plain_run: Path, tmp_path: Path) -> None:
-    looped = loop_checkpoint(plain_run, tmp_path / "looped", "1-2x3-1")
+    looped = loop_checkpoint(plain_run, tmp_path / "looped", DepthSpec.parse("1-2x3-1"))
     assert (looped.depth_before, looped.depth, looped.layers, looped.deep) == ("4", "1-2x3-1", 4, 8)
-    loop_checkpoint(tmp_path / "looped", tmp_path / "plain", "4")
+    loop_checkpoint(tmp_path / "looped", tmp_path / "plain", DepthSpec.parse("4"))
     newest = plain_run / "checkpoints" / "step-00000002"
     with Checkpoint.open(newest) as before, Checkpoint.open(tmp_path / "plain") as after:
-        assert DepthPlan.from_json(after.manifest.plan) == DepthPlan.plain(4)
+        assert after.manifest.plan == DepthPlan.plain(4)
         assert (after.manifest.step, after.manifest.run.samples) == (before.manifest.step, before.manifest.run.samples)
         for kind in ("model", "master", "exp_avg", "exp_avg_sq"):
             for name in before.names(kind):
