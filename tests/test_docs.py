@@ -21,9 +21,6 @@ PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if
 FOREIGN = {"--kill-on-bad-exit", "--requeue", "--error-exitcode"}
 """Options of other programs that stand alone in a sentence."""
 
-COMING = {"../megaloop/parallel/deepspeed.py", "parallel/deepspeed.py", "DEEPSPEED.md"}
-"""The seam to DeepSpeed, made on a branch of its own: this set goes when it is merged."""
-
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
@@ -31,7 +28,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", _without_code(page.read_text(encoding="utf-8"))):
-        if re.match(r"[a-z]+:", target) or target in COMING:
+        if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = unquote(target).partition("#")
         file = (page.parent / path).resolve() if path else page
@@ -50,7 +47,6 @@ def test_every_file_and_module_that_is_named_exists(page: Path) -> None:
                 path.upper() != path
                 and not re.search(r"\b[A-Z]{2,}\b|^demo-|^runs/[a-z]*/", path)
                 and not _exists(path)
-                and path not in COMING
             ):
                 missing.append(path)
         for module in re.findall(r"(?<![\w./-])megaloop(?:\.[a-z_]+)+", span):
