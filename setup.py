@@ -52,7 +52,7 @@ EXTRAS = {
 setup(
     name="megaloop",
     version=VERSION,
-    description="Distributed pretraining of language models whose depth is alive",
+    description="Distributed pretraining of language models whose depth changes while they train",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

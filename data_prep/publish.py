@@ -116,7 +116,7 @@ class Output:
         if (self.path / DATA_JSON).exists():
             what += ", and the data set that was there is as it was"
         return MegaloopError(
-            f"output {self.path}: cannot be written ({error.strerror or error}); make room or mend the permissions, "
+            f"output {self.path}: cannot be written ({error.strerror or error}); make room or fix the permissions, "
             f"and start again: {what}"
         )
 

@@ -101,7 +101,7 @@ class Inputs:
 
     def _skip(self, number: int, path: Path, line: int, what: str) -> None:
         self._leave_out(
-            number, f"input {path}, line {line}: {what}", "mend it, or pass --errors skip to leave such lines out"
+            number, f"input {path}, line {line}: {what}", "fix it, or pass --errors skip to leave such lines out"
         )
 
     def _leave_out(self, number: int, what: str, advice: str) -> None:
@@ -196,7 +196,7 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(each for each in path.rglob("*") if each.is_file() and each.name.endswith(SUFFIXES))
+        found = sorted(item for item in path.rglob("*") if item.is_file() and item.name.endswith(SUFFIXES))
         if not found:
             raise MegaloopError(f"input {path}: the directory holds no {', '.join(SUFFIXES)} file")
         return found

@@ -23,7 +23,7 @@ from megaloop.text import printable
 __all__ = ["KINDS", "Problem", "Written", "documents", "write_jsonl"]
 
 SERIES = (4, 12)
-"""A document holds so many problems, at least and at most."""
+"""A document holds this many problems, at least and at most."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def documents(kinds: Sequence[str], count: int, seed: int) -> Iterator[tuple[str
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise MegaloopError(
-            f"synthesize: unknown kind {printable(', '.join(unknown)) or '(none)'}; choose of {', '.join(KINDS)}"
+            f"synthesize: unknown kind {printable(', '.join(unknown)) or '(none)'}; choose from {', '.join(KINDS)}"
         )
     for number in range(count):
         kind = kinds[number % len(kinds)]
@@ -259,9 +259,9 @@ def write_jsonl(
             for number, (kind, series) in enumerate(made, start=1):
                 problems += len(series)
                 if pairs:
-                    lines = [{"kind": kind, "prompt": each.prompt, "answer": each.answer} for each in series]
+                    lines = [{"kind": kind, "prompt": entry.prompt, "answer": entry.answer} for entry in series]
                 else:
-                    lines = [{"kind": kind, "text": "\n".join(each.prompt + each.answer for each in series)}]
+                    lines = [{"kind": kind, "text": "\n".join(entry.prompt + entry.answer for entry in series)}]
                 file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
                 if on_document is not None:
                     on_document(number)

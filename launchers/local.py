@@ -126,10 +126,10 @@ def launch(command: Sequence[str], ranks: int, log_dir: Path, *, grace: float = 
 
     A first SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C is passed on, and the ranks have as long as they need to save and leave. When
     one has died or failed with a traceback, the others are killed at once: they would wait for it in a collective. After
-    an error that the user can mend or a signal, empty logs and directories that were made for these ranks are removed.
+    an error that the user can fix or a signal, empty logs and directories that were made for these ranks are removed.
 
     Raises:
-        MegaloopError: a rank left an error that the user can mend (exit code 2).
+        MegaloopError: a rank left an error that the user can fix (exit code 2).
         RankFailed: a rank was killed, or failed with a traceback.
         SystemExit: a signal was passed on and the ranks have ended: with CONTINUE where they say so (and it was not
             Ctrl-C), otherwise with 128 + the signal's number.
@@ -158,9 +158,9 @@ def _log_directory(path: Path) -> Iterator[None]:
     """Make the directory of the logs; what is empty goes again where the ranks were refused, or ended before they began."""
     made: list[Path] = []
     try:
-        for each in (path, path.parent):
-            if not each.exists():
-                made.append(each)
+        for item in (path, path.parent):
+            if not item.exists():
+                made.append(item)
         before = set() if path in made else set(path.iterdir())
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -174,8 +174,8 @@ def _log_directory(path: Path) -> Iterator[None]:
             for log in set(path.iterdir()) - before:
                 if log.is_file() and log.stat().st_size == 0:
                     log.unlink()
-            for each in made:
-                each.rmdir()
+            for item in made:
+                item.rmdir()
         raise
 
 

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 ERROR_FILE = "MEGALOOP_ERROR_FILE"
-"""Environment: where this rank leaves the line of an error that the user can mend."""
+"""Environment: where this rank leaves the line of an error that the user can fix."""
 GO_ON = "MEGALOOP_GO_ON"
 """Environment: the command that goes on with the run."""
 LAUNCHER = "MEGALOOP_LAUNCHER"

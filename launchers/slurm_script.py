@@ -108,7 +108,7 @@ def load_site(name: str) -> Site:
     try:
         values = read_yaml(path)
     except FileNotFoundError:
-        known = ", ".join(sorted(each.stem for each in _SITES.glob("*.yaml")))
+        known = ", ".join(sorted(item.stem for item in _SITES.glob("*.yaml")))
         raise MegaloopError(f"--site {name}: no such site; use one of {known}, or the path of a YAML file") from None
     except MegaloopError as error:
         raise MegaloopError(f"--site {name}: {error}") from None
@@ -124,7 +124,7 @@ def load_site(name: str) -> Site:
 
 
 def read_environment_file(path: Path) -> dict[str, str]:
-    """``NAME=VALUE`` lines; empty ones and those that begin with # are passed over, and nothing is expanded.
+    """``NAME=VALUE`` lines; empty ones and those that begin with # are skipped, and nothing is expanded.
 
     The job script reads the file again when it runs, in the same way (``export_file`` of the template).
 
@@ -243,10 +243,10 @@ def _check_line(key: str, value: Any) -> None:
     """Refuse what would begin another line; setup lines and variables may have several."""
     if key in ("setup", "environment"):
         return
-    for each in value if isinstance(value, list | tuple) else [value]:
-        if any(ord(character) < 32 or ord(character) == 127 for character in str(each)):
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if any(ord(character) < 32 or ord(character) == 127 for character in str(item)):
             raise MegaloopError(
-                f"job script: {key.replace('_', '-')} {str(each)!r} has a newline or another control character; take it out"
+                f"job script: {key.replace('_', '-')} {str(item)!r} has a newline or another control character; take it out"
             )
 
 

@@ -11,7 +11,7 @@ A rank leaves with it after Ctrl-C as well; the local launcher, which knows what
 
 
 class MegaloopError(Exception):
-    """Something the user can mend: bad configuration, bad input, a full disk.
+    """Something the user can fix: bad configuration, bad input, a full disk.
 
     The message says what was found, what was expected and what to do, in one line. The command line
     prints it and leaves with exit code 2; a traceback is shown only with ``--debug``.

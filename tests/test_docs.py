@@ -155,10 +155,10 @@ def _all_commands() -> tuple[tuple[str, set[str]], ...]:
 
 
 def _walk(command: Any, name: str) -> Iterator[tuple[str, set[str]]]:
-    options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+    options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
     yield name, {option for option in options if option.startswith("--")} | {"--help", "--debug"}
-    for own, each in getattr(command, "commands", {}).items():
-        yield from _walk(each, f"{name} {own}".strip())
+    for own, item in getattr(command, "commands", {}).items():
+        yield from _walk(item, f"{name} {own}".strip())
 
 
 def _commands_in(code: str) -> Iterator[tuple[str, set[str]]]:

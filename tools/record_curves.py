@@ -209,7 +209,7 @@ def record(tree: Path, out: Path, patterns: Sequence[str] = ("*",)) -> bool:
 
 
 def _chosen(patterns: Sequence[str]) -> list[Curve]:
-    matching = {curve.name for curve in CURVES if any(fnmatch.fnmatch(curve.name, each) for each in patterns)}
+    matching = {curve.name for curve in CURVES if any(fnmatch.fnmatch(curve.name, pattern) for pattern in patterns)}
     if not matching:
         raise RecordingError(f"--only: no curve is called {' or '.join(patterns)}; --list shows their names")
     needed = {curve.init for curve in CURVES if curve.name in matching}
@@ -326,7 +326,7 @@ def _machine() -> dict[str, str]:
     model = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
-    packages = {each.name: each.version for each in metadata.distributions()}
+    packages = {distribution.name: distribution.version for distribution in metadata.distributions()}
     known = {name: packages.get(name, "none") for name in ("torch", "deepspeed", "numpy", "sentencepiece")}
     return {"cpu": model, "python": platform.python_version(), **known}
 

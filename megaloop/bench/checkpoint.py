@@ -123,13 +123,13 @@ def bench_checkpoint(
         folder = Path(name)
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         start(folder / "config.yaml", folder, rounds)
-        measured = [_Round(**each) for each in json.loads((folder / "rounds.json").read_text())]
+        measured = [_Round(**load) for load in json.loads((folder / "rounds.json").read_text())]
         machine = (folder / "machine").read_text()
 
     def median(key: str) -> float:
-        return statistics.median(getattr(each, key) for each in measured)
+        return statistics.median(getattr(measurement, key) for measurement in measured)
 
-    stalls = [each.blocked / each.waited for each in measured]
+    stalls = [measurement.blocked / measurement.waited for measurement in measured]
     size = measured[0].bytes
     return CheckpointBenchmark(
         machine=machine,
@@ -145,7 +145,7 @@ def bench_checkpoint(
         stall_spread=(min(stalls), max(stalls)),
         written=median("written"),
         slowed=median("slowed"),
-        slowed_share=statistics.median(each.slowed / each.waited for each in measured),
+        slowed_share=statistics.median(measurement.slowed / measurement.waited for measurement in measured),
         save_bytes_per_second=size / median("waited"),
         load_bytes_per_second=size / median("loaded"),
         copy_bytes_per_second=size / median("copied"),
@@ -181,7 +181,7 @@ def run_rank(config_path: Path, folder: Path, rounds: int) -> None:
             print(f"{line} ({last.blocked / last.waited:.1%})", file=sys.stderr, flush=True)
     saver.close()
     if dist.get_rank() == 0:
-        (folder / "rounds.json").write_text(json.dumps([asdict(each) for each in measured]))
+        (folder / "rounds.json").write_text(json.dumps([asdict(measurement) for measurement in measured]))
         (folder / "machine").write_text(describe_machine())
     dist.barrier()
 
@@ -244,7 +244,7 @@ def _load(engine: TrainingEngine, path: Path) -> float:
     began = time.perf_counter()
     with Checkpoint.open(path) as checkpoint:
         for piece in engine.pieces():
-            checkpoint.read_piece(piece.kind, piece.piece)
+            checkpoint.read_piece(piece.state_name, piece.piece)
     _wait()
     return time.perf_counter() - began
 

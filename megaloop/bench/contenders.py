@@ -31,13 +31,13 @@ def looped_depth(layers: int, block: int) -> DepthSpec:
 
     The shape of arXiv 2502.17416's middle loops: about two thirds of the executed layers are the looped block.
     """
-    times = max(round(layers / (1.5 * block)), 2)
-    while times > 2 and block * times > layers:
-        times -= 1
-    outside = layers - block * times
+    iterations = max(round(layers / (1.5 * block)), 2)
+    while iterations > 2 and block * iterations > layers:
+        iterations -= 1
+    outside = layers - block * iterations
     if outside < 0:
         raise MegaloopError(f"bench savings: {layers} layers hold no block of {block} twice; use a deeper model")
-    return DepthSpec.looped(outside // 2, block, times, outside - outside // 2)
+    return DepthSpec.looped(outside // 2, block, iterations, outside - outside // 2)
 
 
 def looped_parameters_depth(layers: int, block: int) -> DepthSpec:
@@ -114,7 +114,7 @@ def contender(
         MegaloopError: an unknown name, or a configuration that a contender does not fit.
     """
     if name not in CONTENDERS:
-        raise MegaloopError(f"bench savings: unknown contender {name!r}; choose of {', '.join(CONTENDERS)}")
+        raise MegaloopError(f"bench savings: unknown contender {name!r}; choose from {', '.join(CONTENDERS)}")
     if config.plan.is_looped or config.depth_events:
         raise MegaloopError(
             f"bench savings: depth {config.depth} loops already; give the full-depth model, the contenders loop it"

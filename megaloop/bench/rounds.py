@@ -177,8 +177,8 @@ def bench_rounds(setting: Setting, start: Callable[[Path], None]) -> RoundsBench
         (directory / "setting.json").write_text(json.dumps(setting.to_json()), encoding="utf-8")
         start(directory)
         result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-    contenders = tuple(Contender(**each | {"spread": tuple(each["spread"])}) for each in result["contenders"])
-    by_name = {each.name: each for each in contenders}
+    contenders = tuple(Contender(**item | {"spread": tuple(item["spread"])}) for item in result["contenders"])
+    by_name = {contender.name: contender for contender in contenders}
     return RoundsBenchmark(
         machine=result["machine"],
         shape=setting.shape,
@@ -204,16 +204,16 @@ def show(result: RoundsBenchmark, console: Console) -> None:
     table.add_column("", no_wrap=True)
     for name in ("tokens/s", "ratio", "spread", "ideal", "state/rank", "sent", "all-reduced"):
         table.add_column(name, justify="right", no_wrap=True)
-    for each in result.contenders:
+    for contender in result.contenders:
         table.add_row(
-            f"{each.depth}: {each.name.removeprefix('unlooped, ')}",
-            f"{each.tokens_per_second:,.0f}",
-            f"{each.ratio:.3f}",
-            f"{each.spread[0]:.3f}-{each.spread[1]:.3f}",
-            f"{each.ideal:.3f}",
-            format_bytes(each.state_bytes),
-            format_bytes(each.sent_bytes),
-            format_bytes(each.tied_bytes),
+            f"{contender.depth}: {contender.name.removeprefix('unlooped, ')}",
+            f"{contender.tokens_per_second:,.0f}",
+            f"{contender.ratio:.3f}",
+            f"{contender.spread[0]:.3f}-{contender.spread[1]:.3f}",
+            f"{contender.ideal:.3f}",
+            format_bytes(contender.state_bytes),
+            format_bytes(contender.sent_bytes),
+            format_bytes(contender.tied_bytes),
         )
     console.print(table)
     console.print(
@@ -241,25 +241,25 @@ def run_rank(directory: Path) -> None:
     join_ranks()
     topology = Topology(pp=setting.pp)
     running = list(_build(setting, topology))
-    counted = [_count_messages(each, setting) for each in running]  # warms up as well
+    counted = [_count_messages(contender, setting) for contender in running]  # warms up as well
     for number in range(setting.rounds):
-        for each in running:
-            batches = random_batches(each.config)
+        for contender in running:
+            batches = random_batches(contender.config)
             wait_for_all()
             began = time.perf_counter()
             for _ in range(setting.steps):
-                each.loss = each.engine.train_step(batches, 1e-4).loss
+                contender.loss = contender.engine.train_step(batches, 1e-4).loss
             wait_for_all()
-            each.seconds.append(time.perf_counter() - began)
+            contender.seconds.append(time.perf_counter() - began)
         if dist.get_rank() == 0:
             tokens = setting.steps * setting.micro_batches * setting.micro_batch * setting.sequence_length
-            rates = ", ".join(f"{each.name} {tokens / each.seconds[-1]:,.0f}" for each in running)
+            rates = ", ".join(f"{contender.name} {tokens / contender.seconds[-1]:,.0f}" for contender in running)
             print(f"round {number + 1}: tokens/s: {rates}", file=sys.stderr, flush=True)
-    contenders = [_result(each, running, setting, messages) for each, messages in zip(running, counted, strict=True)]
-    for each in running:
-        each.engine.close()
+    contenders = [_result(item, running, setting, messages) for item, messages in zip(running, counted, strict=True)]
+    for contender in running:
+        contender.engine.close()
     if dist.get_rank() == 0:
-        result = {"machine": describe_machine(), "contenders": [asdict(each) for each in contenders]}
+        result = {"machine": describe_machine(), "contenders": [asdict(contender) for contender in contenders]}
         (directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -302,13 +302,13 @@ class _Messages:
     tied_layers: int = 0
 
 
-def _count_messages(each: _Running, setting: Setting) -> _Messages:
+def _count_messages(contender: _Running, setting: Setting) -> _Messages:
     """Two steps, of which the second is watched."""
-    batches = random_batches(each.config)
-    each.engine.train_step(batches, 1e-4)
+    batches = random_batches(contender.config)
+    contender.engine.train_step(batches, 1e-4)
     counted = _Messages()
-    with _watched(counted, each.config.model.hidden_size * (each.config.model.vocab_size or 0)):
-        each.engine.train_step(batches, 1e-4)
+    with _watched(counted, contender.config.model.hidden_size * (contender.config.model.vocab_size or 0)):
+        contender.engine.train_step(batches, 1e-4)
     return counted
 
 
@@ -349,49 +349,51 @@ def _watched(counted: _Messages, embedding: int) -> Iterator[None]:
             dist.isend = isend
 
 
-def _result(each: _Running, running: list[_Running], setting: Setting, messages: _Messages) -> Contender:
-    baseline = next(other for other in running if other.name == each.baseline)
+def _result(item: _Running, running: list[_Running], setting: Setting, messages: _Messages) -> Contender:
+    baseline = next(other for other in running if other.name == item.baseline)
     tokens = setting.steps * setting.micro_batches * setting.micro_batch * setting.sequence_length
-    ratios = [theirs / ours for ours, theirs in zip(each.seconds, baseline.seconds, strict=True)]
-    plan, loop = each.config.plan, each.config.plan.loop
+    ratios = [theirs / ours for ours, theirs in zip(item.seconds, baseline.seconds, strict=True)]
+    plan, loop = item.config.plan, item.config.plan.loop
     looped = set(plan.order[loop.start : loop.start + loop.block]) if loop else set()
-    total, in_loop = _state_bytes(each, looped)
+    total, in_loop = _state_bytes(item, looped)
 
     def waits(contender: _Running) -> float:
         return 1 - Rounds(setting.pp, setting.micro_batches, contender.passes).bubble
 
     return Contender(
-        name=each.name,
+        name=item.name,
         depth=plan.notation,
-        passes=each.passes,
-        tokens_per_second=tokens / statistics.median(each.seconds),
+        passes=item.passes,
+        tokens_per_second=tokens / statistics.median(item.seconds),
         ratio=statistics.median(ratios),
         spread=(min(ratios), max(ratios)),
-        ideal=waits(each) / waits(baseline),
+        ideal=waits(item) / waits(baseline),
         state_bytes=_over_ranks(total, dist.ReduceOp.MAX),
         loop_bytes=_over_ranks(in_loop, dist.ReduceOp.MAX),
         sent_bytes=_over_ranks(messages.sent, dist.ReduceOp.SUM),
         tied_bytes=_over_ranks(messages.tied, dist.ReduceOp.SUM),
         tied_layer_bytes=_over_ranks(messages.tied_layers, dist.ReduceOp.SUM),
-        loss=each.loss,
+        loss=item.loss,
     )
 
 
-def _state_bytes(each: _Running, looped: set[int]) -> tuple[int, int]:
+def _state_bytes(contender: _Running, looped: set[int]) -> tuple[int, int]:
     """Bytes of weights, gradients and optimizer state of this rank, and of these those of the looped layers.
 
     By parameter, without the padding of ZeRO's shares: in the training dtype, 4 bytes of gradient (in bf16 6), 12 of
     masters and moments.
     """
-    per_element = 2 + 6 + 12 if each.config.train.precision == "bf16" else 4 + 4 + 12
-    if not isinstance(each.engine, TrainingEngine):
-        everything = sum(parameter.numel() for parameter in each.engine.module.parameters())
-        mine = sum(parameter.numel() for parameter in each.engine.layer_parameters(looped))
+    per_element = 2 + 6 + 12 if contender.config.train.precision == "bf16" else 4 + 4 + 12
+    if not isinstance(contender.engine, TrainingEngine):
+        everything = sum(parameter.numel() for parameter in contender.engine.module.parameters())
+        mine = sum(parameter.numel() for parameter in contender.engine.layer_parameters(looped))
     else:
-        everything = sum(local.parameter.numel() for local in each.engine.parameters)
+        everything = sum(local.parameter.numel() for local in contender.engine.parameters)
         names = {f"layers.{layer_id}." for layer_id in looped}
         mine = sum(
-            local.parameter.numel() for local in each.engine.parameters if local.name.startswith(tuple(names) or "-")
+            local.parameter.numel()
+            for local in contender.engine.parameters
+            if local.name.startswith(tuple(names) or "-")
         )
     return per_element * everything, per_element * mine
 

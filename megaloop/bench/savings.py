@@ -52,7 +52,7 @@ class Evaluation:
         """Arguments of ``megaloop eval`` for a run."""
         shared = ["--examples", str(self.examples), "--samples", str(self.samples), "--tasks", "primitives,validation"]
         trained = config.stages[-1].plan.loop
-        loops = sorted({*self.loops, trained.times if trained else 1})
+        loops = sorted({*self.loops, trained.iterations if trained else 1})
         most = max((count for count in self.shots if count <= 5), default=max(self.shots))
         return [
             [*shared, "--shots", ",".join(map(str, self.shots))],
@@ -163,12 +163,12 @@ def prepare_jobs(
     Plan(config.model_dump(mode="json"), vocab_size).keep(directory)
     (directory / "configs").mkdir(exist_ok=True)
     jobs = []
-    for each in made.values():
-        file = directory / "configs" / f"{each.name}.yaml"
-        replace_file(file, each.to_yaml().encode())
-        flops = total_flops(each, vocab_size)
+    for created in made.values():
+        file = directory / "configs" / f"{created.name}.yaml"
+        replace_file(file, created.to_yaml().encode())
+        flops = total_flops(created, vocab_size)
         jobs.append(
-            Job(each.name, file, each.directory, each.train.steps, each.seed, flops, evaluation.commands(each))
+            Job(created.name, file, created.directory, created.train.steps, created.seed, flops, evaluation.commands(created))
         )  # fmt: skip
     return jobs
 

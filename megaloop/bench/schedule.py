@@ -149,8 +149,8 @@ def bench_schedule(setting: Setting, pipelines: Sequence[int], start: Callable[[
             result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
         machine = result["machine"]
         comparisons += [
-            Comparison(**each | {name: tuple(each[name]) for name in ("spread", "processor_spread")})
-            for each in result["comparisons"]
+            Comparison(**item | {name: tuple(item[name]) for name in ("spread", "processor_spread")})
+            for item in result["comparisons"]
         ]
     return ScheduleBenchmark(
         machine=machine,
@@ -184,18 +184,18 @@ def show(result: ScheduleBenchmark, console: Console) -> None:
         "losses and norms",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    for each in result.comparisons:
+    for comparison in result.comparisons:
         table.add_row(
-            str(each.pp),
-            each.precision,
-            each.recompute,
-            f"{each.ours:,.0f}",
-            f"{each.theirs:,.0f}",
-            f"{each.ratio:.3f}",
-            f"{each.spread[0]:.3f}-{each.spread[1]:.3f}",
-            f"{each.best_ratio:.3f}",
-            f"{each.processor_ratio:.3f} ({each.processor_spread[0]:.3f}-{each.processor_spread[1]:.3f})",
-            f"{'identical' if each.identical else 'differ'} in {each.steps} steps",
+            str(comparison.pp),
+            comparison.precision,
+            comparison.recompute,
+            f"{comparison.ours:,.0f}",
+            f"{comparison.theirs:,.0f}",
+            f"{comparison.ratio:.3f}",
+            f"{comparison.spread[0]:.3f}-{comparison.spread[1]:.3f}",
+            f"{comparison.best_ratio:.3f}",
+            f"{comparison.processor_ratio:.3f} ({comparison.processor_spread[0]:.3f}-{comparison.processor_spread[1]:.3f})",
+            f"{'identical' if comparison.identical else 'differ'} in {comparison.steps} steps",
         )
     console.print(table)
 
@@ -203,13 +203,13 @@ def show(result: ScheduleBenchmark, console: Console) -> None:
 class StockEngine(TrainingEngine):
     """The same module, optimizer and state, in DeepSpeed's own schedule; without document masking."""
 
-    def train_step(self, batches: Iterator[Batch], lr: float, times: int | None = None) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], lr: float, iterations: int | None = None) -> StepResult:
         """One optimizer step over ``micro_batches`` items of ``batches``, as DeepSpeed orders them."""
         from megaloop.parallel.deepspeed import DeepSpeedEngine
 
         engine = self._engine
         assert isinstance(engine, DeepSpeedEngine)
-        assert times is None
+        assert iterations is None
         engine.set_lr(lr)
         loss = engine.train_batch(batches)
         return StepResult(float(loss), engine.grad_norm, engine.step_applied)
@@ -224,7 +224,7 @@ def run_rank(directory: Path) -> None:
         _compare(setting, pp, *choice) for choice in product(setting.precisions, setting.recomputes)
     ]  # fmt: skip
     if dist.get_rank() == 0:
-        result = {"machine": describe_machine(), "comparisons": [asdict(each) for each in comparisons]}
+        result = {"machine": describe_machine(), "comparisons": [asdict(comparison) for comparison in comparisons]}
         (directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -260,8 +260,8 @@ def _compare(setting: Setting, pp: int, precision: str, recompute: str) -> Compa
     ours, theirs = (_Contender(kind, config, Topology(pp=pp), rows) for kind in (TrainingEngine, StockEngine))
     tokens = setting.steps * setting.micro_batches * setting.micro_batch * setting.sequence_length
     for number in range(-1, setting.repeats):  # -1 warms up
-        for each in (ours, theirs) if number % 2 == 0 else (theirs, ours):
-            each.run(setting.steps)
+        for item in (ours, theirs) if number % 2 == 0 else (theirs, ours):
+            item.run(setting.steps)
         if number >= 0 and dist.get_rank() == 0:
             print(
                 f"pp {pp}, {precision}, recompute {recompute}, repetition {number + 1}: tokens/s: "
@@ -269,9 +269,9 @@ def _compare(setting: Setting, pp: int, precision: str, recompute: str) -> Compa
                 file=sys.stderr,
                 flush=True,
             )
-    for each in (ours, theirs):
-        each.engine.close()
-        del each.seconds[0], each.processor[0]
+    for contender in (ours, theirs):
+        contender.engine.close()
+        del contender.seconds[0], contender.processor[0]
     ratios = [slow / fast for fast, slow in zip(ours.seconds, theirs.seconds, strict=True)]
     work = [more / less for less, more in zip(ours.processor, theirs.processor, strict=True)]
     return Comparison(

@@ -1,6 +1,6 @@
 """Saving while training goes on: the state is copied into main memory, and a thread writes the copy.
 
-Training stands still for the copy alone. The thread takes the same path as a save that is waited for
+Training stops for the copy alone. The thread takes the same path as a save that is waited for
 (:func:`megaloop.checkpoint.writer.save_checkpoint`), and talks to the threads of the other ranks over a process group of
 its own: what it exchanges with them never meets what training exchanges.
 """
@@ -38,8 +38,8 @@ class HostCopy:
 
     def prepare(self, pieces: Iterable[StatePiece]) -> None:
         """Begin to take the memory that a copy of ``pieces`` needs; returns at once."""
-        written = [each for each in pieces if each.writes]
-        size, pinned = _offsets(written)[-1], any(each.data.is_cuda for each in written)
+        written = [piece for piece in pieces if piece.writes]
+        size, pinned = _offsets(written)[-1], any(state_piece.data.is_cuda for state_piece in written)
         self._wait()
         if self._buffer is not None and self._buffer.numel() == size:
             return
@@ -49,17 +49,17 @@ class HostCopy:
 
     def copy(self, pieces: Iterable[StatePiece]) -> list[StatePiece]:
         """The pieces that this rank writes, with their values in main memory; valid until the next call."""
-        written = [each for each in pieces if each.writes]
+        written = [piece for piece in pieces if piece.writes]
         self.prepare(written)
         self._wait()
         assert self._buffer is not None
         copies = []
-        for each, start in zip(written, _offsets(written), strict=False):
-            size = each.data.numel() * each.data.element_size()
-            values = self._buffer[start : start + size].view(each.data.dtype).view(each.data.shape)
-            values.copy_(each.data, non_blocking=True)
-            copies.append(replace(each, data=values))
-        if any(each.data.is_cuda for each in written):
+        for item, start in zip(written, _offsets(written), strict=False):
+            size = item.data.numel() * item.data.element_size()
+            values = self._buffer[start : start + size].view(item.data.dtype).view(item.data.shape)
+            values.copy_(item.data, non_blocking=True)
+            copies.append(replace(item, data=values))
+        if any(state_piece.data.is_cuda for state_piece in written):
             torch.cuda.synchronize()
         return copies
 
@@ -76,8 +76,8 @@ class HostCopy:
 def _offsets(pieces: list[StatePiece]) -> list[int]:
     """Where each piece begins in the copy, and where the last one ends, in bytes."""
     offsets = [0]
-    for each in pieces:
-        size = each.data.numel() * each.data.element_size()
+    for piece in pieces:
+        size = piece.data.numel() * piece.data.element_size()
         offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
     return offsets
 

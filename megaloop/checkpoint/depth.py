@@ -17,7 +17,7 @@ from megaloop.checkpoint.manifest import GrowthEntry
 from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import resolve_checkpoint
 from megaloop.checkpoint.writer import CheckpointInfo, LazyPiece, save_checkpoint
-from megaloop.depth import DepthPlan, DepthSpec, Growth, InsertAt, Operator, grow, respell, unloop, untie
+from megaloop.depth import DepthPlan, DepthSpec, Growth, InsertAt, Operator, grow, reorder, unloop, untie
 from megaloop.depth.flops import parameters
 from megaloop.errors import MegaloopError
 from megaloop.layout.pieces import Box, Piece
@@ -109,14 +109,14 @@ def grow_checkpoint(
         if plan.loop is not None and not depth.is_looped:
             raise MegaloopError(
                 f"growth: checkpoint {source.path} is looped, {plan.notation}; say which loop the grown one has, for example "
-                f"--depth {plan.loop.start + block}-{plan.loop.block}x{plan.loop.times}-{plan.depth - plan.loop.stop}"
+                f"--depth {plan.loop.start + block}-{plan.loop.block}x{plan.loop.iterations}-{plan.depth - plan.loop.stop}"
             )
         grown = grow(unloop(plan), operator, depth.layers, block, insert_at=insert_at)
         if not grown.lineage:
             raise MegaloopError(
                 f"growth: checkpoint {source.path} has {depth.layers} layers already; choose a deeper target"
             )
-        after = respell(grown.plan, depth, plan.style)
+        after = reorder(grown.plan, depth, plan.style)
         return Growth(after, grown.lineage, new_loop=after.is_looped and not plan.is_looped)
 
     info, size = _rewrite(checkpoint, out, deepen, moments, on_bytes, GrowthEntry(operator=operator))
@@ -163,7 +163,7 @@ def loop_checkpoint(
         before = plan.notation
         if depth is None:
             return untie(plan)
-        after = respell(plan, depth, replace(plan.style, **changes))
+        after = reorder(plan, depth, replace(plan.style, **changes))
         if after == plan:
             raise MegaloopError(f"loop: checkpoint {source.path} is {plan.notation} already; choose another depth")
         if plan.is_looped and after.is_looped and after.style != plan.style:
@@ -217,7 +217,7 @@ def _rewrite(
             config=manifest.config,
             growth=entry,
         )
-        total, done = sum(each.bytes for each in pieces), 0
+        total, done = sum(item.bytes for item in pieces), 0
 
         def count(piece: LazyPiece) -> Tensor:
             nonlocal done
@@ -226,7 +226,7 @@ def _rewrite(
             tell("writing", done, total)
             return values
 
-        counted = [LazyPiece(each.kind, each.piece, each.dtype, partial(count, each)) for each in pieces]
+        counted = [LazyPiece(item.state_name, item.piece, item.dtype, partial(count, item)) for item in pieces]
         saved = save_checkpoint(out, counted, info, tokenizer=source.tokenizer)
     return info, saved.bytes
 
@@ -236,14 +236,14 @@ def _pieces(source: Checkpoint, growth: Growth, moments: Moments) -> Iterator[La
     model, rows = source.manifest.model, source.manifest.vocab_size
     fresh = InitialValues(model, source.manifest.run.seed, growth.plan, rows)
     state = GrownState(source, growth, fresh, moments)
-    for kind, stored in source.manifest.tensors.items():
+    for state_name, stored in source.manifest.tensors.items():
         dtype = getattr(torch, next(iter(stored.values())).dtype)
         for name, spec in parameter_specs(model, growth.plan, rows).items():
             piece = Piece(name, spec.shape, Box.whole(spec.shape))
-            yield LazyPiece(kind, piece, dtype, partial(_read, state, kind, piece, dtype))
+            yield LazyPiece(state_name, piece, dtype, partial(_read, state, state_name, piece, dtype))
 
 
-def _read(state: GrownState, kind: str, piece: Piece, dtype: torch.dtype) -> Tensor:
+def _read(state: GrownState, state_name: str, piece: Piece, dtype: torch.dtype) -> Tensor:
     """The values of a tensor; zeros where it starts without any (moments)."""
-    values = state.read_piece(kind, piece)
+    values = state.read_piece(state_name, piece)
     return torch.zeros(piece.shape, dtype=dtype) if values is None else values.to(dtype)

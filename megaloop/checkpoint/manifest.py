@@ -204,12 +204,12 @@ class _Content(Entry):
             raise ValueError(problem)
         for named in self.tensors.values():
             for name, entry in named.items():
-                for each in entry.pieces:
-                    if each.file not in room:
-                        raise ValueError(f"{printable(each.file)} is not among its files")
-                    if self.tokenizer and each.file == self.tokenizer.file:
-                        raise ValueError(f"{printable(each.file)} is said to hold both the tokenizer and tensors")
-                    room[each.file] -= each.piece(name, tuple(entry.shape)).numel * ITEM_BYTES[entry.dtype]
+                for piece in entry.pieces:
+                    if piece.file not in room:
+                        raise ValueError(f"{printable(piece.file)} is not among its files")
+                    if self.tokenizer and piece.file == self.tokenizer.file:
+                        raise ValueError(f"{printable(piece.file)} is said to hold both the tokenizer and tensors")
+                    room[piece.file] -= piece.piece(name, tuple(entry.shape)).numel * ITEM_BYTES[entry.dtype]
         for path, left in room.items():
             if left < 0:
                 raise ValueError(f"{printable(path)} is too small for what it should hold")
@@ -271,12 +271,12 @@ class _FirstManifest(_Content):
 def find_problem(tensors: dict[str, dict[str, TensorEntry]]) -> str | None:
     """What is wrong with the pieces: not every value of every tensor there exactly once; None if all is well."""
     names: set[str] = set().union(*tensors.values())
-    for kind, named in tensors.items():
+    for state_name, named in tensors.items():
         if missing := sorted(names - set(named)):
-            return f"{printable(kind)} of {printable(missing[0])} is missing"
+            return f"{printable(state_name)} of {printable(missing[0])} is missing"
         for name, entry in named.items():
             if problem := _tensor_problem(name, entry):
-                return f"{printable(kind)} of {printable(name)}: {problem}"
+                return f"{printable(state_name)} of {printable(name)}: {problem}"
     return None
 
 
@@ -286,14 +286,14 @@ def _tensor_problem(name: str, entry: TensorEntry) -> str | None:
     if len(entry.shape) > _MOST_DIMENSIONS:
         return f"{len(entry.shape)} dimensions, expected at most {_MOST_DIMENSIONS}"
     ranges: dict[Box, list[tuple[int, int]]] = defaultdict(list)
-    for each in entry.pieces:
-        box = each.piece(name, tuple(entry.shape)).box
+    for piece in entry.pieces:
+        box = piece.piece(name, tuple(entry.shape)).box
         if not len(box.offset) == len(box.shape) == len(entry.shape) or any(
             begin + size > whole for begin, size, whole in zip(box.offset, box.shape, entry.shape, strict=True)
         ):
-            where = f"a piece at {each.offset} of shape {each.shape} does not lie in shape {entry.shape}"
+            where = f"a piece at {piece.offset} of shape {piece.shape} does not lie in shape {entry.shape}"
             return printable(where)
-        held = each.flat or (0, box.numel)
+        held = piece.flat or (0, box.numel)
         if not held[0] < held[1] <= box.numel:
             return f"a piece of values {held[0]} to {held[1]} does not lie in its box of {box.numel}"
         ranges[box].append(held)
@@ -394,7 +394,7 @@ def _check_checksum(directory: Path, text: bytes, expected: str) -> None:
 
 def _unknown_decoder(error: ValidationError) -> str | None:
     """What cannot be built, where that is all that is wrong; None: something else is."""
-    causes = [each.get("ctx", {}).get("error") for each in error.errors()]
+    causes = [item.get("ctx", {}).get("error") for item in error.errors()]
     if not all(isinstance(cause, _UnknownDecoder) for cause in causes):
         return None
     return str(causes[-1])  # the model's, where the plan is wrong as well
@@ -403,7 +403,7 @@ def _unknown_decoder(error: ValidationError) -> str | None:
 def _first(error: ValidationError) -> str:
     """The first thing that is wrong, and where; a decoder that is not known only where nothing else is."""
     errors: list[Mapping[str, Any]] = [*error.errors()]
-    first = min(errors, key=lambda each: isinstance(each.get("ctx", {}).get("error"), _UnknownDecoder))
+    first = min(errors, key=lambda item: isinstance(item.get("ctx", {}).get("error"), _UnknownDecoder))
     where = printable(".".join(map(str, first["loc"])) or "content")
     return printable(" ".join(f"{where}: {first['msg'].removeprefix('Value error, ')}".split()), 500)
 

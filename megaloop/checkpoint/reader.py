@@ -83,37 +83,37 @@ class Checkpoint:
             _check_file(self.path, entry, "checksums", partial(_advance, on_bytes, done, total))
             done += entry.bytes
 
-    def check_values(self, kinds: Collection[str] | None = None, share: int = 0, of: int = 1) -> None:
+    def check_values(self, state_names: Collection[str] | None = None, share: int = 0, of: int = 1) -> None:
         """Read every stored piece: its file describes it as the manifest does, and all its numbers are finite.
 
         Args:
-            kinds: of state; None: all.
+            state_names: of state; None: all.
             share, of: only of every ``of``-th file, as :meth:`verify`.
 
         Raises:
             MegaloopError: names the tensor that holds a NaN or an infinity.
         """
         files = {entry.path for entry in self.manifest.files[share::of]}
-        for kind, named in self.manifest.tensors.items():
-            if kinds is not None and kind not in kinds:
+        for state_name, named in self.manifest.tensors.items():
+            if state_names is not None and state_name not in state_names:
                 continue
             for name, entry in named.items():
                 for piece in entry.pieces:
                     if piece.file in files and not _all_finite(self._stored(piece, entry.dtype)):
                         raise MegaloopError(
-                            f"checkpoint {self.path}: {printable(kind)} of {printable(name)} holds numbers that are not finite; "
+                            f"checkpoint {self.path}: {printable(state_name)} of {printable(name)} holds numbers that are not finite; "
                             "nothing can be learnt or written with it: use another checkpoint"
                         )
 
     def check_tensors(self, specs: Mapping[str, ParameterSpec]) -> None:
         """Raise MegaloopError unless the checkpoint holds exactly the parameters of ``specs``, in their shapes."""
-        for kind in self.manifest.tensors:
-            found = {name: self.shape(kind, name) for name in self.names(kind)}
+        for state_name in self.manifest.tensors:
+            found = {name: self.shape(state_name, name) for name in self.names(state_name)}
             for name in sorted(specs.keys() | found.keys()):
                 expected = specs[name].shape if name in specs else None
                 if found.get(name) != expected:
                     raise MegaloopError(
-                        f"checkpoint {self.path}: {printable(kind)} of {printable(name)} is "
+                        f"checkpoint {self.path}: {printable(state_name)} of {printable(name)} is "
                         f"{printable(found.get(name, 'not there'))}, "
                         f"its plan asks for {expected or 'no such tensor'}; use another checkpoint"
                     )
@@ -129,44 +129,44 @@ class Checkpoint:
         if entry is None:
             return None
         if not self._tokenizer_checked:
-            _check_file(self.path, next(each for each in self.manifest.files if each.path == entry.file), "checksums")
+            _check_file(self.path, next(file for file in self.manifest.files if file.path == entry.file), "checksums")
             self._tokenizer_checked = True
         return self.path / entry.file
 
-    def names(self, kind: str) -> list[str]:
+    def names(self, state_name: str) -> list[str]:
         """Names of the tensors of a kind, in the order in which they were saved; empty if there are none."""
-        return list(self.manifest.tensors.get(kind, {}))
+        return list(self.manifest.tensors.get(state_name, {}))
 
-    def shape(self, kind: str, name: str) -> tuple[int, ...]:
-        return tuple(self._entry(kind, name).shape)
+    def shape(self, state_name: str, name: str) -> tuple[int, ...]:
+        return tuple(self._entry(state_name, name).shape)
 
-    def read(self, kind: str, name: str, box: Box | None = None) -> Tensor:
+    def read(self, state_name: str, name: str, box: Box | None = None) -> Tensor:
         """A box of a tensor (the whole by default), in the stored dtype, on the CPU.
 
         Takes the memory of the box and of one stored piece.
         """
-        entry = self._entry(kind, name)
+        entry = self._entry(state_name, name)
         whole = tuple(entry.shape)
         box = box or Box.whole(whole)
         out = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
-        filled = sum(self._copy(each, entry.dtype, each.piece(name, whole), box, out) for each in entry.pieces)
+        filled = sum(self._copy(piece, entry.dtype, piece.piece(name, whole), box, out) for piece in entry.pieces)
         if filled != box.numel:
             raise MegaloopError(
-                f"checkpoint {self.path}: {printable(kind)} {printable(name)} holds {filled} of {box.numel} values asked for "
+                f"checkpoint {self.path}: {printable(state_name)} {printable(name)} holds {filled} of {box.numel} values asked for "
                 f"(at {box.offset}, of shape {box.shape}); it is damaged"
             )
         return out
 
-    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
+    def read_piece(self, state_name: str, piece: Piece) -> Tensor | None:
         """A piece's values: shaped like its box, or flat; None where the checkpoint holds no such tensor."""
-        if piece.name not in self.manifest.tensors.get(kind, {}):
+        if piece.name not in self.manifest.tensors.get(state_name, {}):
             return None
         if piece.flat is None:
-            return self.read(kind, piece.name, piece.box)
+            return self.read(state_name, piece.name, piece.box)
         start, stop = piece.flat
-        out = torch.empty(stop - start, dtype=getattr(torch, self._entry(kind, piece.name).dtype))
+        out = torch.empty(stop - start, dtype=getattr(torch, self._entry(state_name, piece.name).dtype))
         for part, at in piece.rectangles():
-            out[at - start : at - start + part.numel] = self.read(kind, piece.name, part).view(-1)
+            out[at - start : at - start + part.numel] = self.read(state_name, piece.name, part).view(-1)
         return out
 
     def _copy(self, entry: PieceEntry, dtype: str, piece: Piece, box: Box, out: Tensor) -> int:
@@ -213,11 +213,13 @@ class Checkpoint:
             what = printable(" ".join(str(error).split()))
             raise MegaloopError(f"checkpoint {self.path}: {printable(entry.file)} is damaged ({what})") from None
 
-    def _entry(self, kind: str, name: str) -> TensorEntry:
+    def _entry(self, state_name: str, name: str) -> TensorEntry:
         try:
-            return self.manifest.tensors[kind][name]
+            return self.manifest.tensors[state_name][name]
         except KeyError:
-            raise MegaloopError(f"checkpoint {self.path}: holds no {printable(kind)} of {printable(name)}") from None
+            raise MegaloopError(
+                f"checkpoint {self.path}: holds no {printable(state_name)} of {printable(name)}"
+            ) from None
 
     def close(self) -> None:
         """Close its files."""
@@ -268,9 +270,9 @@ def _check_file(
     except RuntimeError as error:  # so pathlib reports a circle of links
         raise DamagedCheckpoint(f"{what} cannot be read ({error}); use another checkpoint") from None
     except OSError as error:
-        # a disk that gives its bytes back no more is damage; one that may not be read is for its owner to mend
-        kind = DamagedCheckpoint if error.errno in (errno.EIO, errno.ENOTDIR, errno.ELOOP) else MegaloopError
-        raise kind(f"{what} cannot be read ({error.strerror}); use another checkpoint") from None
+        # a disk that gives its bytes back no more is damage; one that may not be read is for its owner to fix
+        state_name = DamagedCheckpoint if error.errno in (errno.EIO, errno.ENOTDIR, errno.ELOOP) else MegaloopError
+        raise state_name(f"{what} cannot be read ({error.strerror}); use another checkpoint") from None
 
 
 def file_checksum(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:

@@ -39,7 +39,9 @@ class RecordedData:
         if not isinstance(data, dict):
             return cls(None, (), False)
         length, sources = data.get("sequence_length"), data.get("sources")
-        paths = [each.get("path") for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+        paths = (
+            [source.get("path") for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+        )
         return cls(
             sequence_length=length if type(length) is int and 0 < length < 1 << 31 else None,
             paths=tuple(Path(path) for path in paths if isinstance(path, str) and "\0" not in path),
@@ -59,7 +61,7 @@ def with_recorded(state: RunState, config: Mapping[str, Any]) -> RunState:
             cooldown_sample=known.cooldown_sample,
             sources=tuple(
                 SourceState(train=None, validation=None, stable=stable, cooldown=cooldown)
-                for stable, cooldown in (each.weights for each in known.data.sources)
+                for stable, cooldown in (source.weights for source in known.data.sources)
             ),
         )
     except (ValueError, ArithmeticError, MegaloopError):  # pydantic's errors are ValueErrors

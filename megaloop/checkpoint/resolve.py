@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, which is the newest, which may go, and which were set aside as damaged."""
+"""Which checkpoints a run has, which is the newest, which may go, and which were quarantined as damaged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = [
     "is_step_name",
     "list_checkpoints",
     "list_damaged",
-    "list_torn",
+    "list_incomplete",
     "prune",
+    "quarantine",
     "remove_checkpoint",
     "resolve_checkpoint",
-    "set_aside",
     "step_name",
     "step_of",
 ]
@@ -43,24 +43,24 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a run's checkpoint, set aside or not."""
+    """The step in the name of a run's checkpoint, quarantined or not."""
     match = _NAME.fullmatch(path.name.removesuffix(DAMAGED))
     assert match is not None
     return int(match[1])
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The whole checkpoints (those with a manifest) of ``RUN/checkpoints``, oldest first."""
+    """The complete checkpoints (those with a manifest) of ``RUN/checkpoints``, oldest first."""
     return [path for path in _list(directory) if (path / MANIFEST).is_file()]
 
 
-def list_torn(directory: Path) -> list[Path]:
+def list_incomplete(directory: Path) -> list[Path]:
     """Those that have lost their manifest: by damage, or because deleting them was interrupted; oldest first."""
     return [path for path in _list(directory) if not (path / MANIFEST).is_file()]
 
 
 def list_damaged(directory: Path) -> list[Path]:
-    """Those that :func:`set_aside` has renamed, oldest first."""
+    """Those that :func:`quarantine` has renamed, oldest first."""
     return _list(directory, DAMAGED)
 
 
@@ -74,7 +74,7 @@ def _list(directory: Path, suffix: str = "") -> list[Path]:
     return sorted((path for path in named if is_step_name(path.name.removesuffix(suffix))), key=step_of)
 
 
-def set_aside(path: Path) -> Path:
+def quarantine(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is passed over from now on but may still be looked at."""
     aside = path.with_name(path.name + DAMAGED)
     try:
@@ -83,12 +83,12 @@ def set_aside(path: Path) -> Path:
         return path.rename(aside)
     except OSError as error:
         raise MegaloopError(
-            f"damaged checkpoint {path} cannot be set aside as {aside.name}: {error.strerror}"
+            f"damaged checkpoint {path} cannot be quarantined as {aside.name}: {error.strerror}"
         ) from None
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint's directory, from itself, from its run, or from the run's ``checkpoints`` (the newest whole one).
+    """A checkpoint's directory, from itself, from its run, or from the run's ``checkpoints`` (the newest complete one).
 
     Raises:
         MegaloopError: there is none.
@@ -105,14 +105,14 @@ def resolve_checkpoint(path: Path) -> Path:
         if whole:
             return whole[-1]
     raise MegaloopError(
-        f"no whole checkpoint in {path}: expected a checkpoint (a directory with {MANIFEST}) or a run that has saved one"
+        f"no complete checkpoint in {path}: expected a checkpoint (a directory with {MANIFEST}) or a run that has saved one"
     )
 
 
 def prune(directory: Path, keep: int, every: int = 0) -> list[Path]:
     """Delete all but the newest ``keep`` (at least 1) checkpoints of ``RUN/checkpoints``; returns what was deleted.
 
-    What was set aside as damaged goes too, once there is a newer checkpoint, and what is left of deletions that were
+    What was quarantined as damaged goes too, once there is a newer checkpoint, and what is left of deletions that were
     interrupted: older ones without a manifest.
 
     Args:
@@ -126,7 +126,7 @@ def prune(directory: Path, keep: int, every: int = 0) -> list[Path]:
     whole = list_checkpoints(directory)
     gone = [path for path in whole[:-keep] if not (every and step_of(path) % every == 0)]
     gone += [path for path in list_damaged(directory) if whole and step_of(whole[-1]) >= step_of(path)]
-    gone += [path for path in list_torn(directory) if whole and step_of(whole[-1]) > step_of(path)]
+    gone += [path for path in list_incomplete(directory) if whole and step_of(whole[-1]) > step_of(path)]
     for path in gone:
         try:
             remove_checkpoint(path)

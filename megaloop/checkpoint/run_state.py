@@ -121,6 +121,6 @@ class RunState(Entry):
         depth = plan.notation
         if self.depths and self.depths[-1].depth == depth:
             return self
-        before = tuple(each for each in self.depths if each.step < self.step)
+        before = tuple(item for item in self.depths if item.step < self.step)
         entry = DepthState(step=self.step, layers=plan.layers, depth=depth, grown=grown)
         return self.model_copy(update={"depths": (*before, entry)})

@@ -53,15 +53,15 @@ def write_tensors(path: Path, tensors: Iterable[LazyTensor], about: str = "") ->
         OSError: the disk is full, or fails.
         ValueError: a dtype other than those of :data:`DTYPE_CODES`, or a tensor that is not what it said.
     """
-    ordered = sorted(tensors, key=lambda each: -each.dtype.itemsize)  # keeps every tensor aligned to its items
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # keeps every tensor aligned to its items
     header = _header(ordered, {"format": "pt", **({"megaloop": about} if about else {})})
     digest, size = xxhash.xxh3_128(header), len(header)
     with path.open("wb") as file:
         file.write(header)
-        for each in ordered:
-            values = each.read().detach()
-            if tuple(values.shape) != each.shape or values.dtype != each.dtype:
-                raise ValueError(f"{each.name} is {values.dtype} {tuple(values.shape)}, announced as {each.shape}")
+        for run in ordered:
+            values = run.read().detach()
+            if tuple(values.shape) != run.shape or values.dtype != run.dtype:
+                raise ValueError(f"{run.name} is {values.dtype} {tuple(values.shape)}, announced as {run.shape}")
             content = _content(values)
             for start in range(0, len(content), _BLOCK):
                 block = content[start : start + _BLOCK]
@@ -84,15 +84,15 @@ def _header(tensors: list[LazyTensor], metadata: dict[str, str]) -> bytes:
     """The file up to the first tensor's bytes."""
     entries: dict[str, object] = {"__metadata__": metadata}
     at = 0
-    for each in tensors:
-        dtype = str(each.dtype).removeprefix("torch.")
+    for tensor in tensors:
+        dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in DTYPE_CODES:
-            raise ValueError(f"{each.name} is {dtype}; only {' and '.join(DTYPE_CODES)} can be written")
-        if each.name in entries:
-            raise ValueError(f"two tensors are called {each.name}")
-        offsets = [at, at + each.bytes]
-        entries[each.name] = {"dtype": DTYPE_CODES[dtype], "shape": list(each.shape), "data_offsets": offsets}
-        at += each.bytes
+            raise ValueError(f"{tensor.name} is {dtype}; only {' and '.join(DTYPE_CODES)} can be written")
+        if tensor.name in entries:
+            raise ValueError(f"two tensors are called {tensor.name}")
+        offsets = [at, at + tensor.bytes]
+        entries[tensor.name] = {"dtype": DTYPE_CODES[dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at += tensor.bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

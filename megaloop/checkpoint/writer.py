@@ -1,4 +1,4 @@
-"""Saving a checkpoint: every rank writes what it owns, the manifest comes last, and only a whole one exists."""
+"""Saving a checkpoint: every rank writes what it owns, the manifest comes last, and only a complete one exists."""
 
 from __future__ import annotations
 
@@ -72,19 +72,19 @@ class LazyPiece:
     """A piece that is read when its turn comes to be written.
 
     Attributes:
-        kind, piece: as in :class:`megaloop.layout.pieces.StatePiece`.
+        state_name, piece: as in :class:`megaloop.layout.pieces.StatePiece`.
         dtype: of the values.
         read: gives them, shaped like the box, or flat for a fragment.
     """
 
-    kind: str
+    state_name: str
     piece: Piece
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
     @classmethod
     def of(cls, state: StatePiece) -> Self:
-        return cls(state.kind, state.piece, state.data.dtype, lambda: state.data)
+        return cls(state.state_name, state.piece, state.data.dtype, lambda: state.data)
 
     @property
     def bytes(self) -> int:
@@ -141,16 +141,16 @@ def save_checkpoint(
     rank = dist.get_rank() if dist.is_initialized() else 0
     partial = _beside(directory, "partial")
     try:
-        _together(directory, lambda: _begin(directory, partial) if rank == 0 else None, group)
-        indices = _together(directory, lambda: _write_rank(partial, pieces, rank), group)
-        manifest = _together(
+        _collective(directory, lambda: _begin(directory, partial) if rank == 0 else None, group)
+        indices = _collective(directory, lambda: _write_rank(partial, pieces, rank), group)
+        manifest = _collective(
             directory, lambda: _finish(partial, directory, indices, info, tokenizer) if rank == 0 else None, group
         )
     except Exception:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _together(directory, lambda: then() if rank == 0 else None, group, "saved, but older ones are in the way")
+    _collective(directory, lambda: then() if rank == 0 else None, group, "saved, but older ones are in the way")
     return SaveResult(directory, manifest[0], time.perf_counter() - began)
 
 
@@ -162,7 +162,7 @@ class _Failure:
     expected: bool
 
 
-def _together(
+def _collective(
     directory: Path, work: Callable[[], Any], group: dist.ProcessGroup | None, outcome: str = "not saved"
 ) -> list[Any]:
     """Run ``work`` on every rank; its results by rank, or the same error on all of them."""
@@ -177,16 +177,16 @@ def _together(
     except Exception as error:  # a mistake of ours: the other ranks wait, and must hear of it
         result, cause = _Failure(f"{type(error).__name__}: {error}", False), error
     outcomes = gather_objects(result, group)
-    for rank, each in enumerate(outcomes):
-        if isinstance(each, _Failure) and not each.expected:
-            raise RuntimeError(f"checkpoint {directory} {outcome}: rank {rank}: {each.text}") from cause
-    failed = {rank: each.text for rank, each in enumerate(outcomes) if isinstance(each, _Failure)}
+    for rank, item in enumerate(outcomes):
+        if isinstance(item, _Failure) and not item.expected:
+            raise RuntimeError(f"checkpoint {directory} {outcome}: rank {rank}: {item.text}") from cause
+    failed = {rank: item.text for rank, item in enumerate(outcomes) if isinstance(item, _Failure)}
     if failed:
         whole = list_checkpoints(directory.parent)
-        last = f"the last whole checkpoint is {whole[-1].name}" if whole else "there is no earlier checkpoint"
+        last = f"the last complete checkpoint is {whole[-1].name}" if whole else "there is no earlier checkpoint"
         raise MegaloopError(
             f"checkpoint {directory} {outcome}: {next(iter(failed.values()))} ({_ranks(list(failed))}); {last}; "
-            "make room or mend the permissions, then go on with --resume"
+            "make room or fix the permissions, then go on with --resume"
         ) from cause
     return outcomes
 
@@ -215,19 +215,19 @@ def _write_rank(partial: Path, pieces: Iterable[StatePiece | LazyPiece], rank: i
     """Write this rank's two files and describe them."""
     groups: dict[str, dict[str, LazyTensor]] = {"model": {}, "optim": {}}
     tensors = []
-    for each in pieces:
-        if isinstance(each, StatePiece):
-            if not each.writes:
+    for item in pieces:
+        if isinstance(item, StatePiece):
+            if not item.writes:
                 continue
-            each = LazyPiece.of(each)
-        if each.piece.numel == 0:
+            item = LazyPiece.of(item)
+        if item.piece.numel == 0:
             continue
-        piece = each.piece
-        group = "model" if each.kind == "model" else "optim"
-        key = piece.name if group == "model" else f"{each.kind}/{piece.name}"
+        piece = item.piece
+        group = "model" if item.state_name == "model" else "optim"
+        key = piece.name if group == "model" else f"{item.state_name}/{piece.name}"
         if key in groups[group]:  # a rank may hold several pieces of a tensor
             key = f"{key}#{len(groups[group])}"
-        groups[group][key] = LazyTensor(key, each.shape, each.dtype, each.read)
+        groups[group][key] = LazyTensor(key, item.shape, item.dtype, item.read)
         entry = PieceEntry(
             file=f"{group}/rank-{rank:05d}.safetensors",
             key=key,
@@ -235,8 +235,8 @@ def _write_rank(partial: Path, pieces: Iterable[StatePiece | LazyPiece], rank: i
             shape=list(piece.box.shape),
             flat=piece.flat,
         )
-        dtype = str(each.dtype).removeprefix("torch.")
-        tensors.append((each.kind, piece.name, list(piece.shape), dtype, entry))
+        dtype = str(item.dtype).removeprefix("torch.")
+        tensors.append((item.state_name, piece.name, list(piece.shape), dtype, entry))
     files = []
     for group, values in groups.items():
         if values:
@@ -251,12 +251,12 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
     files = [entry for entries, _ in indices for entry in entries]
     tensors: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for _, described in indices:
-        for kind, name, shape, dtype, piece in described:
-            entry = tensors[kind].setdefault(name, TensorEntry(shape=shape, dtype=dtype, pieces=[]))
+        for state_name, name, shape, dtype, piece in described:
+            entry = tensors[state_name].setdefault(name, TensorEntry(shape=shape, dtype=dtype, pieces=[]))
             entry.pieces.append(piece)
             if (entry.shape, entry.dtype) != (shape, dtype):
                 raise RuntimeError(
-                    f"ranks disagree about {kind} of {name}: {entry.shape} {entry.dtype}, {shape} {dtype}"
+                    f"ranks disagree about {state_name} of {name}: {entry.shape} {entry.dtype}, {shape} {dtype}"
                 )
     if problem := find_problem(tensors):
         raise RuntimeError(f"the ranks' pieces do not make up a checkpoint: {problem}")
@@ -285,11 +285,11 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
     replace_file(partial / MANIFEST, text)
     for folder in (partial / "model", partial / "optim", partial):
         fsync_path(folder)
-    _give_name(partial, directory)
+    _publish(partial, directory)
     return sum(entry.bytes for entry in files) + len(text)
 
 
-def _give_name(partial: Path, directory: Path) -> None:
+def _publish(partial: Path, directory: Path) -> None:
     """Rename ``partial`` to ``directory``. What had that name keeps existing until the new one has it."""
     old = _beside(directory, "replaced")
     if old.exists():

@@ -185,8 +185,8 @@ def bench_schedule_command(
 
     setting = Setting(
         shape, depth, micro_batches, micro_batch, sequence_length, steps, repeats,
-        tuple(each.value for each in precision or Precision),
-        tuple(each.value for each in recompute or (Recompute.none, Recompute.full)),
+        tuple(item.value for item in precision or Precision),
+        tuple(item.value for item in recompute or (Recompute.none, Recompute.full)),
     )  # fmt: skip
 
     def start(directory: Path, count: int) -> None:

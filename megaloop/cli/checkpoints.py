@@ -79,7 +79,9 @@ def loop(
     changes = {"injection": injection, "residual_scale": residual_scale, "norm": norm}
     chosen: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
     if chosen and untie:
-        raise MegaloopError(f"loop: --{next(iter(chosen)).replace('_', '-')} is of loops, and --untie ends them")
+        raise MegaloopError(
+            f"loop: --{next(iter(chosen)).replace('_', '-')} applies only to loops, and --untie removes them"
+        )
     with byte_progress() as show:
         result = loop_checkpoint(checkpoint, out, read_depth(depth), changes=chosen, moments=moments, on_bytes=show)
     show_result(result, json)

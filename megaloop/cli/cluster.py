@@ -77,7 +77,9 @@ def submit(
     template: Annotated[Path | None, typer.Option(metavar="FILE", help="Another template of the job script.")] = None,
     chain: Annotated[
         str | None,
-        typer.Option(metavar="N,N,...", help="A job per growth stage, with so many nodes each, one after the other."),
+        typer.Option(
+            metavar="N,N,...", help="A job per growth stage, with that number of nodes each, one after the other."
+        ),
     ] = None,
     signal_before: Annotated[
         int,
@@ -171,7 +173,7 @@ def _stages(config: Config, chain: str | None, nodes: int | None, tasks: int) ->
         raise MegaloopError(
             f"--chain {printable(chain, 60)}: expected a number of nodes for each growth stage, for example 1,1,2"
         )
-    counts = [int(each) for each in chain.split(",")]
+    counts = [int(item) for item in chain.split(",")]
     if len(counts) != len(config.stages):
         have = ", ".join(f"{stage.plan.layers} layers until step {stage.stop}" for stage in config.stages)
         raise MegaloopError(
@@ -224,8 +226,8 @@ def _record_jobs(path: Path, stages: list[_Stage]) -> None:
     with path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
-        torn = file.read(1) not in (b"", b"\n")  # a line that a full disk cut off must not swallow the next
-        file.write((b"\n" if torn else b"") + lines.encode())
+        incomplete = file.read(1) not in (b"", b"\n")  # a line that a full disk cut off must not swallow the next
+        file.write((b"\n" if incomplete else b"") + lines.encode())
 
 
 def _slurm(program: str, *arguments: str) -> str:
@@ -272,7 +274,7 @@ def _states(jobs: list[int]) -> dict[int, dict[str, str]]:
 def _jobs(run: Path) -> dict[int, dict[str, Any]]:
     """The newest jobs that were submitted for a run, by their number, oldest first.
 
-    The file may be torn or edited, and a number of it reaches ``scancel``: what is no job's number is passed over.
+    The file may be incomplete or edited, and a number of it reaches ``scancel``: what is no job's number is skipped.
     """
     jobs: dict[int, dict[str, Any]] = {}
     for record in read_records(run / _JOBS):
@@ -319,7 +321,7 @@ def status(run: Run, json: Json = False) -> None:
         found.restarts += event in ("requeue", "restart")
         if job in last and event is not None:
             last[job] = event
-    found.jobs = [{**each, **states[job], "last": last[job]} for job, each in jobs.items()]
+    found.jobs = [{**item, **states[job], "last": last[job]} for job, item in jobs.items()]
     found.steps = load_config(run / SUBMITTED).train.steps
     records = last_records(run, 50)
     if records:

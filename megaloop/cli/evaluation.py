@@ -121,7 +121,7 @@ def evaluate_command(
 def numbers(option: str, text: str, least: int) -> list[int]:
     """Whole numbers of at least ``least`` that a comma separates, or MegaloopError in the option's name."""
     found = [parse_whole(part.strip()) for part in text.split(",") if part.strip()]
-    whole = [each for each in found if each is not None and each >= least]
+    whole = [result for result in found if result is not None and result >= least]
     if not whole or len(whole) < len(found):
         raise MegaloopError(
             f"{option} {printable(text, 60)}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
@@ -130,7 +130,7 @@ def numbers(option: str, text: str, least: int) -> list[int]:
 
 
 def _on_ranks(ranks: int) -> None:
-    """Start this very command on so many ranks."""
+    """Start this command on that number of ranks."""
     import tempfile
 
     from launchers import local
@@ -180,23 +180,23 @@ def _print_records(records: list[Record], as_json: bool) -> None:
         table.add_column(name, justify="left" if name == "task" else "right")
     for name in ("accuracy", "exact match", "chance", "loss", "bits/byte"):
         table.add_column(name, justify="right")
-    for each in values:
-        if "loss" in each:
-            bits = each.get("bits_per_byte")
+    for value in values:
+        if "loss" in value:
+            bits = value.get("bits_per_byte")
             table.add_row(
-                Text(printable(f"held out of {each['data']}")),
-                Text(printable(each["depth"])),
+                Text(printable(f"held out of {value['data']}")),
+                Text(printable(value["depth"])),
                 *[""] * 4,
-                _with_error(each["loss"], each.get("loss_stderr"), 4),
+                _with_error(value["loss"], value.get("loss_stderr"), 4),
                 "-" if bits is None else f"{bits:.4f}",
             )
             continue
         table.add_row(
-            Text(printable(each["task"])),
-            Text(printable(each["depth"])),
-            str(each["shots"]),
-            *(_percent(each.get(name), each.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
-            f"{100 * each.get('chance', 1 / CANDIDATES):.0f} %",
+            Text(printable(value["task"])),
+            Text(printable(value["depth"])),
+            str(value["shots"]),
+            *(_percent(value.get(name), value.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
+            f"{100 * value.get('chance', 1 / CANDIDATES):.0f} %",
         )
     SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
 

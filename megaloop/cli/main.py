@@ -66,7 +66,7 @@ def _one_kind_of_error() -> Iterator[None]:
 app = typer.Typer(
     name="megaloop",
     cls=_Commands,
-    help="Distributed pretraining of language models whose depth is alive.",
+    help="Distributed pretraining of language models whose depth changes while they train.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -100,7 +100,7 @@ for _name, _command in _COMMANDS:
 def main() -> None:
     """Run the command line; every way out has its exit code.
 
-    0 done · 1 a bug or a rank that died · 2 an error the user can mend, or wrong usage · 75 a signal ended the run, which
+    0 done · 1 a bug or a rank that died · 2 an error the user can fix, or wrong usage · 75 a signal ended the run, which
     has saved and wants to be continued · 130 Ctrl-C, after which a run has saved as well.
     """
     for stream in (sys.stdout, sys.stderr):

@@ -69,7 +69,7 @@ def print_report(made: Report, file: Path | None, as_json: bool) -> None:
         "primitives",
     ):
         table.add_column(Text(name), justify="right" if name else "left", no_wrap=True)
-    means = {each["group"]: each["accuracy"] for each in made.primitives if each["task"] == "mean"}
+    means = {primitive["group"]: primitive["accuracy"] for primitive in made.primitives if primitive["task"] == "mean"}
     for row in made.savings:
         mean = means.get(row["group"])
         table.add_row(

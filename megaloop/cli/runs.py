@@ -50,7 +50,7 @@ def checkpoints(
     json: Json = False,
 ) -> None:
     """List a run's checkpoints; verify them, or delete the older ones. Exit code 2 if one is damaged."""
-    from megaloop.checkpoint import list_checkpoints, list_damaged, list_torn
+    from megaloop.checkpoint import list_checkpoints, list_damaged, list_incomplete
 
     if keep is not None and not prune:
         raise MegaloopError("--keep says how many --prune leaves; add --prune")
@@ -59,8 +59,8 @@ def checkpoints(
         raise MegaloopError(f"{run}: no run with checkpoints; expected a directory with checkpoints/ in it")
     gone = _prune(run, keep) if prune else []
     rows = [_describe(path, verify) for path in list_checkpoints(directory)]
-    rows += [_Row(path.name, "no manifest", _step(path)) for path in list_torn(directory)]
-    rows += [_Row(path.name, "set aside", _step(path)) for path in list_damaged(directory)]
+    rows += [_Row(path.name, "no manifest", _step(path)) for path in list_incomplete(directory)]
+    rows += [_Row(path.name, "quarantined", _step(path)) for path in list_damaged(directory)]
     rows.sort(key=lambda row: row.step)
     if json:
         values = {"checkpoints": [asdict(row) for row in rows], "deleted": [path.name for path in gone]}
@@ -72,7 +72,7 @@ def checkpoints(
 
 
 def doctor(run: Run, json: Json = False) -> None:
-    """Say what happened to a run: restarts, lost steps, slow ranks, skipped steps, disk, stages, gaps. It may be alive."""
+    """Say what happened to a run: restarts, lost steps, slow ranks, skipped steps, disk, stages, gaps. It may be running."""
     from megaloop.runs.doctor import examine
 
     found = examine(run)
@@ -82,11 +82,13 @@ def doctor(run: Run, json: Json = False) -> None:
     console = SafeConsole()
     console.print(f"{printable(run, 1000)}: {found.state}, {found.steps} steps", soft_wrap=True, style="bold")
     styles = {"good": "green", "note": "default", "warning": "bold red"}
-    width = max((len(each.topic) for each in found.findings), default=0)
-    for each in sorted(found.findings, key=lambda each: ("warning", "note", "good").index(each.level)):
-        line = Text.assemble((f"  {each.level:<8}", styles[each.level]), f"{each.topic:<{width}}  {each.text}")
+    width = max((len(finding.topic) for finding in found.findings), default=0)
+    for finding in sorted(found.findings, key=lambda finding: ("warning", "note", "good").index(finding.level)):
+        line = Text.assemble(
+            (f"  {finding.level:<8}", styles[finding.level]), f"{finding.topic:<{width}}  {finding.text}"
+        )
         console.print(line, soft_wrap=True)
-    if not any(each.level == "warning" for each in found.findings):
+    if not any(finding.level == "warning" for finding in found.findings):
         console.print("  nothing to worry about")
 
 
@@ -118,7 +120,7 @@ def _step(path: Path) -> int:
 
 
 def _prune(run: Path, keep: int | None) -> list[Path]:
-    """Delete what the run's own configuration does not keep; not while it is alive, as it does so itself.
+    """Delete what the run's own configuration does not keep; not while it is running, as it does so itself.
 
     The newest checkpoint is read first: where it is damaged, an older one may be all that a resume could go on from.
     """
@@ -133,7 +135,7 @@ def _prune(run: Path, keep: int | None) -> list[Path]:
             if row.problem is not None:
                 raise MegaloopError(
                     f"{printable(run, 1000)}: the newest checkpoint, {newest.name}, is damaged ({row.problem}), so nothing was deleted; "
-                    "see which are whole with --verify; --resume goes on from the newest of them"
+                    "see which are complete with --verify; --resume goes on from the newest of them"
                 )
         return prune(run / "checkpoints", keep or policy.keep, policy.keep_every)
 

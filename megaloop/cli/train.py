@@ -44,7 +44,7 @@ def train(
     ] = None,
     allow: AllowOption = None,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Start the ranks again, resuming, so often when one of them dies.")
+        int, typer.Option(min=0, help="Start the ranks again, resuming, at most this often when one of them dies.")
     ] = 0,
 ) -> None:
     """Train a model; starts its own local ranks unless a launcher (torchrun, Slurm) already did.
@@ -97,7 +97,7 @@ def configuration_of(path: Path, overrides: list[str]) -> Config:
             f"{path}: a directory without {CONFIG}, so no run has begun in it; expected a YAML file or a run's directory"
         )
     configuration = load_config(path / CONFIG, overrides)
-    if any(each.partition("=")[0].strip() == "run_dir" for each in overrides) or (
+    if any(override.partition("=")[0].strip() == "run_dir" for override in overrides) or (
         configuration.directory.resolve() == path.resolve()
     ):
         return configuration

@@ -51,7 +51,7 @@ def _check_fine_tuning(config: Config) -> None:
     if data.format == "tokens":
         for name in ("prompt_field", "answer_field", "tokenizer", "validation_fraction"):
             if getattr(data, name) != default[name].default:
-                raise MegaloopError(f"data.{name} is of data.format sft; set that, or leave it out")
+                raise MegaloopError(f"data.{name} applies only to data.format sft; set that, or leave it out")
     elif data.tokenizer is None and config.init is None:
         raise MegaloopError(
             "data.format sft: no tokenizer; begin with a checkpoint that has one (init=CKPT), or set data.tokenizer"
@@ -84,15 +84,15 @@ def _check_loops(config: Config) -> None:
             if loop != LoopConfig():
                 raise MegaloopError(f"loop: depth {plan} is more than one loop, which has no options")
             continue
-        times = plan.loop.times
-        if loop.backprop is not None and loop.backprop > times:
+        iterations = plan.loop.iterations
+        if loop.backprop is not None and loop.backprop > iterations:
             raise MegaloopError(
-                f"loop.backprop {loop.backprop} is more than the {times} times that {plan.notation} loops; "
-                f"choose at most {times}, or leave it out"
+                f"loop.backprop {loop.backprop} is more than the {iterations} times that {plan.notation} loops; "
+                f"choose at most {iterations}, or leave it out"
             )
-        if not loop.min_count <= times <= (loop.max_count or times):
+        if not loop.min_count <= iterations <= (loop.max_count or iterations):
             raise MegaloopError(
-                f"loop: min_count {loop.min_count} and max_count {loop.max_count} exclude the {times} times, the mean, "
+                f"loop: min_count {loop.min_count} and max_count {loop.max_count} exclude the {iterations} times, the mean, "
                 f"that {plan.notation} loops"
             )
     if loop.backprop is not None and loop.injection == "none":
@@ -146,7 +146,7 @@ def _check_growth(config: Config, growth: GrowthConfig) -> None:
             f"growth: to {late[0].plan.layers} layers at step {late[0].first_step}, but the cooldown begins at step "
             f"{begin} (schedule.cooldown {config.schedule.cooldown:g}); end the growth earlier (growth.end, or the list of stages)"
         )
-    counts = [each.layers for each in growth.topology]
+    counts = [item.layers for item in growth.topology]
     if counts != sorted(set(counts)):
         raise MegaloopError(
             f"growth.topology: layers {', '.join(map(str, counts))}; each must be more than the one before"

@@ -46,12 +46,12 @@ class DataConfig(Section):
     format: Literal["tokens", "sft"] = "tokens"
     """tokens: shards made by ``megaloop prep``; sft: jsonl of prompts and answers, of which the answers are learnt."""
     prompt_field: str = "prompt"
-    """Of sft: the field that holds the prompt."""
+    """sft only: the field that holds the prompt."""
     answer_field: str = "answer"
-    """Of sft: the field that holds the answer."""
+    """sft only: the field that holds the answer."""
     tokenizer: Path | None = None
-    """Of sft: sentencepiece model; empty: that of the checkpoint in ``init``."""
+    """sft only: sentencepiece model; empty: that of the checkpoint in ``init``."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Of sft: share of the examples that are held out, chosen by a hash of their text; at least one."""
+    """sft only: share of the examples that are held out, chosen by a hash of their text; at least one."""
     prefetch: int = Field(default=4, ge=0)
     """Micro-batches read ahead in the background."""

@@ -110,11 +110,11 @@ class Config(Section):
             seed=self.seed,
         )
 
-    def loop_times(self, plan: DepthPlan, step: int) -> int | None:
+    def loop_iterations(self, plan: DepthPlan, step: int) -> int | None:
         """How often a plan's loop runs in a step, counted from 0; None where the plan itself says it."""
         if plan.loop is None or (self.loop.count == "fixed" and self.loop.ramp == 0):
             return None
-        return self.loop_counts.of(plan.loop.times).at(step)
+        return self.loop_counts.of(plan.loop.iterations).at(step)
 
     @property
     def plan(self) -> DepthPlan:
@@ -140,7 +140,7 @@ class Config(Section):
 
     def parallel_at(self, layers: int) -> tuple[int, int, int | None, str]:
         """(pp, tp, dp or None, the section that says so) at a number of layers."""
-        reached = [each for each in (self.growth.topology if self.growth else ()) if each.layers <= layers]
+        reached = [item for item in (self.growth.topology if self.growth else ()) if item.layers <= layers]
         if not reached:
             return self.parallel.pp, self.parallel.tp, self.parallel.dp, "parallel"
         index, entry = len(reached) - 1, reached[-1]

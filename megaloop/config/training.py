@@ -143,13 +143,13 @@ class FaultsConfig(Section):
     max_skipped: int = Field(default=10, ge=0)
     """Steps in a row without a finite gradient (each is skipped) that roll the run back; 0: never."""
     spike_deviations: float = Field(default=8.0, ge=0)
-    """A loss so many deviations above the median of the window is a spike; 0: none is."""
+    """A loss this many deviations above the median of the window is a spike; 0: none is."""
     spike_window: PositiveInt = 100
     """Losses by which a spike is measured."""
     spike_rollback: bool = False
     """Roll back at a spike; otherwise it is only recorded."""
     margin: int = Field(default=0, ge=0)
-    """Steps before the first bad one whose samples are passed over with it, after rolling back."""
+    """Steps before the first bad one whose samples are excluded with it, after rolling back."""
     max_rollbacks: int = Field(default=3, ge=0)
     """Rolling back more often ends the run."""
     step_limit: float = Field(default=1500.0, ge=0)

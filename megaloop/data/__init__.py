@@ -1,7 +1,7 @@
 """Reading token shards in a global order that no topology changes."""
 
 from megaloop.data.dataset import DataSet, Sample
-from megaloop.data.excluded import Holes, past_holes
+from megaloop.data.excluded import ExcludedSamples, past_excluded
 from megaloop.data.loader import (
     BatchLoader,
     MicroBatch,
@@ -18,7 +18,7 @@ from megaloop.tokenizer.sentencepiece import Tokenizer
 __all__ = [
     "BatchLoader",
     "DataSet",
-    "Holes",
+    "ExcludedSamples",
     "MicroBatch",
     "Sample",
     "SampleOrder",
@@ -29,7 +29,7 @@ __all__ = [
     "held_out_batch",
     "held_out_places",
     "open_sources",
-    "past_holes",
+    "past_excluded",
     "usable_validation",
     "validation_batches",
 ]

@@ -105,13 +105,13 @@ class Sample:
         tokens: sequence_length + 1 token ids.
         starts: positions among the first sequence_length at which a document begins, ascending.
         bytes: UTF-8 bytes of text that the predicted tokens (all but the first) stand for.
-        learnt: which of the predicted tokens count, bool [sequence_length]; None: all of them.
+        loss_mask: which of the predicted tokens count, bool [sequence_length]; None: all of them.
     """
 
     tokens: NDArray[np.int64]
     starts: NDArray[np.int32]
     bytes: int
-    learnt: NDArray[np.bool_] | None = None
+    loss_mask: NDArray[np.bool_] | None = None
 
 
 def _is_name(name: object) -> bool:

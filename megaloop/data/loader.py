@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megaloop.data.dataset import DataSet, Sample, Split
-from megaloop.data.excluded import Holes, past_holes
+from megaloop.data.excluded import ExcludedSamples, past_excluded
 from megaloop.data.order import SampleOrder
 from megaloop.data.sft import FineTuningSet, FineTuningSplit
 from megaloop.errors import MegaloopError
@@ -91,7 +91,7 @@ class BatchLoader:
         dp_rank, dp_size: this rank's slice of each global batch.
         start_sample: the first global sample of the first step.
         prefetch: micro-batches to read ahead; 0: read when asked.
-        holes: samples that no global batch takes.
+        excluded: samples that no global batch takes.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class BatchLoader:
         dp_size: int = 1,
         start_sample: int = 0,
         prefetch: int = 4,
-        holes: Holes = (),
+        excluded: ExcludedSamples = (),
     ):
         self._splits = [dataset.split("train") for dataset in datasets]
         self._order = order
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._numbers = _slices(start_sample, global_batch, micro_batch, dp_rank, dp_size, holes)
+        self._numbers = _slices(start_sample, global_batch, micro_batch, dp_rank, dp_size, excluded)
         self._stop = threading.Event()
         self._queue: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=max(prefetch, 1))
         self._thread: threading.Thread | None = None
@@ -134,12 +134,12 @@ class BatchLoader:
 
     def _read(self, start: int, numbers: list[int]) -> MicroBatch:
         samples = [self._splits[source].sample(index) for source, index in map(self._order, numbers)]
-        if samples[0].learnt is None:
+        if samples[0].loss_mask is None:
             return _collate(samples, numbers)
         # what counts in the whole global batch: every rank works it out by itself, from the order
         places = map(self._order, range(start, start + self._global_batch))
-        learnt = sum(_learnt(self._splits[source], index) for source, index in places)
-        return _collate(samples, numbers, self._global_batch // self._micro_batch / max(learnt, 1))
+        loss_mask = sum(_targets_of(self._splits[source], index) for source, index in places)
+        return _collate(samples, numbers, self._global_batch // self._micro_batch / max(loss_mask, 1))
 
     def _read_ahead(self) -> None:
         item: MicroBatch | BaseException
@@ -210,10 +210,10 @@ def held_out_batch(places: Places, numbers: Sequence[int], batches: int = 1) -> 
             is the mean over all targets that count.
     """
     read = [places[number][0].sample(places[number][1]) for number in numbers]
-    if read[0].learnt is None:
+    if read[0].loss_mask is None:
         return _collate(read, list(numbers))
-    learnt = sum(_learnt(split, index) for split, index in places)
-    return _collate(read, list(numbers), batches / max(learnt, 1))
+    loss_mask = sum(_targets_of(split, index) for split, index in places)
+    return _collate(read, list(numbers), batches / max(loss_mask, 1))
 
 
 def bits_per_byte(loss: float, tokens: int, size: int) -> float:
@@ -226,9 +226,9 @@ def bits_per_byte(loss: float, tokens: int, size: int) -> float:
     return loss * (tokens / max(size, 1) / math.log(2))
 
 
-def _learnt(split: Split | FineTuningSplit, index: int) -> int:
+def _targets_of(split: Split | FineTuningSplit, index: int) -> int:
     """Tokens of a sample that count; of shards, where all do, without reading it: 0."""
-    return split.learnt(index) if isinstance(split, FineTuningSplit) else 0
+    return split.loss_mask(index) if isinstance(split, FineTuningSplit) else 0
 
 
 def usable_validation(
@@ -253,12 +253,12 @@ def usable_validation(
 
 
 def _slices(
-    start: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, holes: Holes = ()
+    start: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, excluded: ExcludedSamples = ()
 ) -> Iterator[tuple[int, list[int]]]:
     """(first sample of the global batch, global sample numbers) of one rank's micro-batches."""
     share = global_batch // dp_size
     while True:
-        start = past_holes(start, global_batch, holes)
+        start = past_excluded(start, global_batch, excluded)
         first = start + dp_rank * share
         for offset in range(0, share, micro_batch):
             yield start, list(range(first + offset, first + offset + micro_batch))
@@ -283,5 +283,5 @@ def _collate(samples: Sequence[Sample], numbers: list[int], weight: float = 0.0)
 
 
 def _weights(samples: Sequence[Sample], weight: float) -> Tensor | None:
-    learnt = [sample.learnt for sample in samples if sample.learnt is not None]
-    return torch.from_numpy(np.stack(learnt).astype(np.float32)) * weight if learnt else None
+    loss_mask = [sample.loss_mask for sample in samples if sample.loss_mask is not None]
+    return torch.from_numpy(np.stack(loss_mask).astype(np.float32)) * weight if loss_mask else None

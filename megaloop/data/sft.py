@@ -28,7 +28,7 @@ from megaloop.tokenizer.sentencepiece import Tokenizer, file_sha256
 __all__ = ["FineTuningSet", "FineTuningSplit"]
 
 _SHARD = 256
-"""Samples are shuffled in blocks of a few times so many."""
+"""Samples are shuffled in blocks of a few times this many."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FineTuningSplit:
 
     def __init__(self, packed: Sequence[Sequence[_Example]], sequence_length: int, end: int):
         self._samples = [_sample(examples, sequence_length, end) for examples in packed]
-        self._learnt = [int(sample.learnt.sum()) for sample in self._samples if sample.learnt is not None]
+        self._learnt = [int(sample.loss_mask.sum()) for sample in self._samples if sample.loss_mask is not None]
         self.documents = sum(map(len, packed))
         count = len(self._samples)
         self.shard_sizes = [min(_SHARD, count - first) for first in range(0, count, _SHARD)]
@@ -67,13 +67,13 @@ class FineTuningSplit:
         digest = hashlib.sha256()
         for sample in self._samples:
             digest.update(sample.tokens.astype("<i8").tobytes())
-            digest.update(b"" if sample.learnt is None else sample.learnt.tobytes())
+            digest.update(b"" if sample.loss_mask is None else sample.loss_mask.tobytes())
         return digest.hexdigest()
 
     def sample(self, index: int) -> Sample:
         return self._samples[index]
 
-    def learnt(self, index: int) -> int:
+    def loss_mask(self, index: int) -> int:
         """Tokens of a sample that are learnt."""
         return self._learnt[index]
 
@@ -114,13 +114,13 @@ class FineTuningSet:
                 "give more, or raise data.sequence_length"
             )
         limit = max(int(config.validation_fraction * 2**64), min(number for number, _ in hashed))
-        for number, each in hashed:
-            examples["validation" if number <= limit else "train"].append((number, each))
+        for number, item in hashed:
+            examples["validation" if number <= limit else "train"].append((number, item))
         if not examples["train"]:
             raise MegaloopError(f"data {path}: all examples are held out; lower data.validation_fraction")
         self._splits = {
             name: FineTuningSplit(
-                list(_packed([each for _, each in found], config.sequence_length)),
+                list(_packed([item for _, item in found], config.sequence_length)),
                 config.sequence_length,
                 opened.eos_id,
             )
@@ -137,10 +137,10 @@ class FineTuningSet:
     def describe(self) -> str:
         """What there is to train on."""
         train = self._splits["train"]
-        learnt = sum(train.learnt(index) for index in range(len(train)))
+        loss_mask = sum(train.loss_mask(index) for index in range(len(train)))
         left = f", {self.left_out:,} longer than a sample left out" if self.left_out else ""
         return (
-            f"{train.documents:,} examples, {learnt:,} tokens of answers, "
+            f"{train.documents:,} examples, {loss_mask:,} tokens of answers, "
             f"{len(train):,} samples of {self.sequence_length}{left}"
         )
 
@@ -200,14 +200,14 @@ def _packed(examples: Sequence[_Example], length: int) -> Iterator[list[_Example
 
 def _sample(examples: Sequence[_Example], length: int, end: int) -> Sample:
     tokens = np.full(length + 1, end, dtype=np.int64)
-    learnt = np.zeros(length, dtype=np.bool_)
+    loss_mask = np.zeros(length, dtype=np.bool_)
     starts, at = [], 1
     for example in examples:
         starts.append(at)
         tokens[at : at + len(example)] = [*example.prompt, *example.answer]
-        learnt[at - 1 + len(example.prompt) : at - 1 + len(example)] = True  # place i predicts token i + 1
+        loss_mask[at - 1 + len(example.prompt) : at - 1 + len(example)] = True  # place i predicts token i + 1
         at += len(example)
     if at < length:
         starts.append(at)  # the padding is a document of its own
     kept = [start for start in starts if start < length]
-    return Sample(tokens, np.array(kept, dtype=np.int32), sum(example.bytes for example in examples), learnt)
+    return Sample(tokens, np.array(kept, dtype=np.int32), sum(example.bytes for example in examples), loss_mask)

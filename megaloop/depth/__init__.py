@@ -2,8 +2,8 @@
 
 from megaloop.depth.counts import LoopCounts
 from megaloop.depth.growth import Growth, InsertAt, Operator, before_growth, grow
-from megaloop.depth.loops import Execution, at_depth, loop, respell, unloop, untie
-from megaloop.depth.plan import DepthPlan, Loop, LoopStyle, Use
+from megaloop.depth.loops import Execution, at_depth, loop, reorder, unloop, untie
+from megaloop.depth.plan import DepthPlan, LayerCall, Loop, LoopStyle
 from megaloop.depth.schedule import GrowthStage, RunFlops, growth_stages, run_flops, stage_at, stages_between
 from megaloop.depth.spec import DepthSpec
 
@@ -14,18 +14,18 @@ __all__ = [
     "Growth",
     "GrowthStage",
     "InsertAt",
+    "LayerCall",
     "Loop",
     "LoopCounts",
     "LoopStyle",
     "Operator",
     "RunFlops",
-    "Use",
     "at_depth",
     "before_growth",
     "grow",
     "growth_stages",
     "loop",
-    "respell",
+    "reorder",
     "run_flops",
     "stage_at",
     "stages_between",

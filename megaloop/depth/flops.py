@@ -67,7 +67,7 @@ def flops_per_token(
     *,
     vocab_size: int | None = None,
     recompute: Literal["none", "full", "selective"] = "none",
-    times: int | None = None,
+    iterations: int | None = None,
     backprop: int | None = None,
 ) -> Flops:
     """FLOPs of training on one token of a sequence; a looped layer counts each time it runs.
@@ -78,8 +78,8 @@ def flops_per_token(
         recompute: activation checkpointing. ``full`` runs every layer's forward pass once more, up to the MLP's
             last product, whose result no gradient needs (``torch.utils.checkpoint`` stops early there);
             ``selective`` keeps all matrix products and so recomputes nothing that counts.
-        times: how often the loop runs; default: as the plan says.
-        backprop: only the last so many times of the loop have a backward pass; default: all.
+        iterations: how often the loop runs; default: as the plan says.
+        backprop: only the last this many iterations of the loop have a backward pass; default: all.
     """
     layer = layer_flops(shape, sequence_length)
     head = head_flops(shape, _vocabulary(shape, vocab_size))
@@ -87,10 +87,10 @@ def flops_per_token(
     if loop is None:
         forward, live = plan.depth * layer + head, plan.depth
         return Flops(forward, 2 * forward, _recomputed(live, layer, shape, recompute))
-    count = loop.times if times is None else times
+    count = loop.iterations if iterations is None else iterations
     frozen = 0 if backprop is None else max(count - backprop, 0)
     adapter = 4 * shape.hidden_size**2 if plan.style.injection == "concat" else 0
-    outside = plan.depth - loop.block * loop.times
+    outside = plan.depth - loop.block * loop.iterations
     once = loop.block * layer + adapter
     forward, skipped = outside * layer + count * once + head, frozen * once
     live = outside + loop.block * (count - frozen)

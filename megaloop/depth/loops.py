@@ -12,27 +12,27 @@ from dataclasses import dataclass
 from typing import Self
 
 from megaloop.depth.growth import Growth
-from megaloop.depth.plan import DepthPlan, LoopStyle, Use
+from megaloop.depth.plan import DepthPlan, LayerCall, LoopStyle
 from megaloop.depth.spec import DepthSpec
 from megaloop.errors import MegaloopError
 
-__all__ = ["Execution", "at_depth", "loop", "loop_layers", "respell", "unloop", "untie"]
+__all__ = ["Execution", "at_depth", "loop", "loop_layers", "reorder", "unloop", "untie"]
 
 
-def loop(plan: DepthPlan, start: int, stop: int, times: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
-    """Run the layers at positions [start, stop) ``times`` times.
+def loop(plan: DepthPlan, start: int, stop: int, iterations: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
+    """Run the layers at positions [start, stop) ``iterations`` times.
 
     Raises:
         MegaloopError: the plan is looped already, or has no such positions.
     """
     if plan.is_looped:
         raise MegaloopError(f"loop: plan {plan} is looped already; unloop it first")
-    if not 0 <= start < stop <= plan.depth or times < 1:
+    if not 0 <= start < stop <= plan.depth or iterations < 1:
         raise MegaloopError(
-            f"loop: layers {start} to {stop} (exclusive), {times} times, of a plan of {plan.depth}; there are no such layers"
+            f"loop: layers {start} to {stop} (exclusive), {iterations} times, of a plan of {plan.depth}; there are no such layers"
         )
-    order = (*plan.order[:start], *plan.order[start:stop] * times, *plan.order[stop:])
-    return DepthPlan(order, plan.lineage, style if times > 1 else LoopStyle())
+    order = (*plan.order[:start], *plan.order[start:stop] * iterations, *plan.order[stop:])
+    return DepthPlan(order, plan.lineage, style if iterations > 1 else LoopStyle())
 
 
 def unloop(plan: DepthPlan) -> DepthPlan:
@@ -40,16 +40,16 @@ def unloop(plan: DepthPlan) -> DepthPlan:
     return DepthPlan(plan.ids, plan.lineage)
 
 
-def loop_layers(plan: DepthPlan, ids: Iterable[int], times: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
-    """Run those layers of an unlooped plan that are among ``ids`` ``times`` times; as it is, if none are.
+def loop_layers(plan: DepthPlan, ids: Iterable[int], iterations: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
+    """Run those layers of an unlooped plan that are among ``ids`` ``iterations`` times; as it is, if none are.
 
     They must be neighbours in the plan.
     """
     positions = [position for position, layer_id in enumerate(plan.order) if layer_id in set(ids)]
-    return loop(plan, positions[0], positions[-1] + 1, times, style) if positions else plan
+    return loop(plan, positions[0], positions[-1] + 1, iterations, style) if positions else plan
 
 
-def respell(plan: DepthPlan, depth: DepthSpec, style: LoopStyle = LoopStyle()) -> DepthPlan:
+def reorder(plan: DepthPlan, depth: DepthSpec, style: LoopStyle = LoopStyle()) -> DepthPlan:
     """The same layers, with ids and lineage, in the order that ``depth`` spells: ``10-4x2-10`` of 24 layers.
 
     Raises:
@@ -99,16 +99,16 @@ class Execution:
 
     Attributes:
         depth: how many layers it has, and in which order they run.
-        uses: the executions of its layers, in order: what a decoder is given to run.
+        calls: the executions of its layers, in order: what a decoder is given to run.
     """
 
     depth: DepthSpec
-    uses: tuple[Use, ...]
+    calls: tuple[LayerCall, ...]
 
     @classmethod
     def as_trained(cls, plan: DepthPlan) -> Self:
         """As its plan says."""
-        return cls(DepthSpec.of(plan), plan.uses())
+        return cls(DepthSpec.of(plan), plan.calls())
 
 
 def at_depth(plan: DepthPlan, depth: DepthSpec) -> Execution:
@@ -121,14 +121,14 @@ def at_depth(plan: DepthPlan, depth: DepthSpec) -> Execution:
         MegaloopError: ``depth`` has other layers, or moves a loop that has to stay.
     """
     if plan.style == LoopStyle() or plan.loop is None:
-        return Execution.as_trained(respell(plan, depth))
+        return Execution.as_trained(reorder(plan, depth))
     loop, asked = plan.loop, depth.loop
     if asked is None or (asked.start, asked.block, depth.layers) != (loop.start, loop.block, plan.layers):
         raise MegaloopError(
             f"depth {depth}: the loop of {plan.notation} was trained with an injection, a norm or scaled residuals and "
             f"stays where it is; choose {loop.start}-{loop.block}xTIMES-{plan.depth - loop.stop}"
         )
-    return Execution(depth, plan.uses(asked.times))
+    return Execution(depth, plan.calls(asked.iterations))
 
 
 def _example(layers: int) -> str:

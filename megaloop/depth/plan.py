@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from megaloop.errors import MegaloopError
 from megaloop.text import quoted
 
-__all__ = ["DepthPlan", "Injection", "Loop", "LoopStyle", "ResidualScale", "Use", "spelled_loop"]
+__all__ = ["DepthPlan", "Injection", "LayerCall", "Loop", "LoopStyle", "ResidualScale", "spelled_loop"]
 
 Injection = Literal["none", "add", "concat"]
 ResidualScale = Literal["none", "1/k"]
@@ -59,41 +59,41 @@ class Loop:
     Attributes:
         start: position of the looped layers' first use.
         block: how many they are.
-        times: how often they run.
+        iterations: how often they run.
     """
 
     start: int
     block: int
-    times: int
+    iterations: int
 
     @property
     def stop(self) -> int:
         """The first position behind the loop."""
-        return self.start + self.block * self.times
+        return self.start + self.block * self.iterations
 
 
 @dataclass(frozen=True)
-class Use:
+class LayerCall:
     """One execution of a layer.
 
     Attributes:
         layer_id: which.
         time: of the loop, counted from 0; None outside of it.
-        begins, ends: it is the first, the last layer of that time.
-        times: how often that loop runs; None outside of it.
+        is_first, is_last: it is the first, the last layer of that time.
+        iterations: how often that loop runs; None outside of it.
     """
 
     layer_id: int
     time: int | None = None
-    begins: bool = False
-    ends: bool = False
-    times: int | None = None
+    is_first: bool = False
+    is_last: bool = False
+    iterations: int | None = None
 
     def is_frozen(self, backprop: int | None) -> bool:
         """No gradient passes through: it belongs to a time of the loop before the last ``backprop`` ones (None: to none)."""
-        if backprop is None or self.time is None or self.times is None:
+        if backprop is None or self.time is None or self.iterations is None:
             return False
-        return self.time < self.times - backprop
+        return self.time < self.iterations - backprop
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class DepthPlan:
         for layer_id in self.lineage:
             self.ancestors(layer_id)
         if self.style != LoopStyle() and self.loop is None:
-            raise MegaloopError(f"depth: {self} has not one loop, which {self.style} could describe")
+            raise MegaloopError(f"depth: {self} must contain exactly one loop, which {self.style} describes")
 
     def __hash__(self) -> int:
         return hash((self.order, tuple(self.lineage.items()), self.style))
@@ -162,16 +162,18 @@ class DepthPlan:
         )
 
     @classmethod
-    def looped(cls, before: int, block: int, times: int, after: int) -> DepthPlan:
+    def looped(cls, before: int, block: int, iterations: int, after: int) -> DepthPlan:
         """Loop(e-Lxk-d): what ``e-Lxk-d`` reads as.
 
         Raises:
             MegaloopError: no layer in the loop, or no time; deeper than any model.
         """
-        text = f"{before}-{block}x{times}-{after}"
-        if block == 0 or times == 0:
-            raise MegaloopError(f"depth: {quoted(text)} loops {block} layers {times} times; both must be at least 1")
-        return _from_counts(before, block, times, after, text)
+        text = f"{before}-{block}x{iterations}-{after}"
+        if block == 0 or iterations == 0:
+            raise MegaloopError(
+                f"depth: {quoted(text)} loops {block} layers {iterations} times; both must be at least 1"
+            )
+        return _from_counts(before, block, iterations, after, text)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -200,33 +202,35 @@ class DepthPlan:
     @cached_property
     def loop(self) -> Loop | None:
         """The plan's one loop; None for a plan without loops, or with another pattern of repetition."""
-        start, block, times = _find_loop(self.order)
-        return Loop(start, block, times) if times > 1 else None
+        start, block, iterations = _find_loop(self.order)
+        return Loop(start, block, iterations) if iterations > 1 else None
 
-    def uses(self, times: int | None = None) -> tuple[Use, ...]:
+    def calls(self, iterations: int | None = None) -> tuple[LayerCall, ...]:
         """The executions of layers, in order.
 
         Args:
-            times: how often the loop runs; default: as often as the plan says.
+            iterations: how often the loop runs; default: as often as the plan says.
 
         Raises:
-            MegaloopError: ``times`` of a plan that has not one loop, or less than once.
+            MegaloopError: ``iterations`` of a plan that does not contain exactly one loop, or less than once.
         """
         loop = self.loop
         if loop is None:
-            if times is not None:
-                raise MegaloopError(f"depth: {self} has not one loop; how often it runs cannot be chosen")
-            return tuple(map(Use, self.order))
-        count = loop.times if times is None else times
+            if iterations is not None:
+                raise MegaloopError(
+                    f"depth: {self} must contain exactly one loop; only then can its iterations be chosen"
+                )
+            return tuple(map(LayerCall, self.order))
+        count = loop.iterations if iterations is None else iterations
         if count < 1:
             raise MegaloopError(f"depth: a loop runs at least once; found {count} times")
         block = self.order[loop.start : loop.start + loop.block]
         looped = (
-            Use(layer_id, time, index == 0, index == loop.block - 1, count)
+            LayerCall(layer_id, time, index == 0, index == loop.block - 1, count)
             for time in range(count)
             for index, layer_id in enumerate(block)
         )
-        return (*map(Use, self.order[: loop.start]), *looped, *map(Use, self.order[loop.stop :]))
+        return (*map(LayerCall, self.order[: loop.start]), *looped, *map(LayerCall, self.order[loop.stop :]))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order)
@@ -274,11 +278,11 @@ def spelled_loop(depth: str) -> tuple[int, int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3]), int(match[4])) if match else None
 
 
-def _from_counts(before: int, block: int, times: int, after: int, text: str) -> DepthPlan:
-    if before + block * times + after > _MAX_DEPTH:
+def _from_counts(before: int, block: int, iterations: int, after: int, text: str) -> DepthPlan:
+    if before + block * iterations + after > _MAX_DEPTH:
         raise MegaloopError(f"depth: {quoted(text)} is deeper than {_MAX_DEPTH} layers")
     loop = tuple(range(before, before + block))
-    return DepthPlan((*range(before), *loop * times, *range(before + block, before + block + after)))
+    return DepthPlan((*range(before), *loop * iterations, *range(before + block, before + block + after)))
 
 
 def _read_groups(text: str) -> Iterator[int]:
@@ -290,21 +294,25 @@ def _read_groups(text: str) -> Iterator[int]:
             raise MegaloopError(
                 f"depth: {quoted(match[0])} is no list of layer ids; expected something like (0,1,4)"
             ) from None
-        times = int(match[2] or 1)
-        if times * len(ids) > _MAX_DEPTH:
+        iterations = int(match[2] or 1)
+        if iterations * len(ids) > _MAX_DEPTH:
             raise MegaloopError(f"depth: {quoted(match[0])} is deeper than {_MAX_DEPTH} layers")
-        yield from ids * times
+        yield from ids * iterations
 
 
 def _text(order: tuple[int, ...]) -> str:
     """The shortest of the three notations that reads back as ``order``."""
     if order == tuple(range(len(order))):
         return str(len(order))
-    before, block, times = _find_loop(order)
+    before, block, iterations = _find_loop(order)
     layers = tuple(dict.fromkeys(order))
-    if times > 1 and layers == tuple(range(len(layers))):
-        return f"{before}-{block}x{times}-{len(order) - before - block * times}"
-    groups = [(order[:before], 1), (order[before : before + block], times), (order[before + block * times :], 1)]
+    if iterations > 1 and layers == tuple(range(len(layers))):
+        return f"{before}-{block}x{iterations}-{len(order) - before - block * iterations}"
+    groups = [
+        (order[:before], 1),
+        (order[before : before + block], iterations),
+        (order[before + block * iterations :], 1),
+    ]
     return "".join(f"({','.join(map(str, ids))})" + (f"x{count}" if count > 1 else "") for ids, count in groups if ids)
 
 
@@ -317,12 +325,12 @@ def _find_loop(order: tuple[int, ...]) -> tuple[int, int, int]:
             continue
         start = first_use[layer_id]
         block = position - start
-        times = 1
+        iterations = 1
         loop = order[start:position]
-        while order[start + times * block : start + (times + 1) * block] == loop:
-            times += 1
-        rest = order[:start] + loop + order[start + times * block :]
+        while order[start + iterations * block : start + (iterations + 1) * block] == loop:
+            iterations += 1
+        rest = order[:start] + loop + order[start + iterations * block :]
         if len(set(rest)) == len(rest):
-            return start, block, times
+            return start, block, iterations
         break
     return len(order), 0, 1

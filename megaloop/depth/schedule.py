@@ -10,7 +10,7 @@ from itertools import accumulate
 from megaloop.depth.counts import LoopCounts
 from megaloop.depth.flops import DecoderShape, flops_per_token
 from megaloop.depth.growth import Growth, InsertAt, Operator, grow
-from megaloop.depth.loops import loop_layers, respell, untie
+from megaloop.depth.loops import loop_layers, reorder, untie
 from megaloop.depth.plan import DepthPlan, LoopStyle
 from megaloop.depth.spec import DepthSpec
 from megaloop.errors import MegaloopError
@@ -93,7 +93,7 @@ def loop_stages(stages: Sequence[GrowthStage], depth: DepthSpec, style: LoopStyl
 
     So a looped model grows: growth acts on the layers, and what grows inside the loop's place is looped.
     """
-    last = respell(stages[-1].plan, depth, style)
+    last = reorder(stages[-1].plan, depth, style)
     if not last.is_looped:
         return tuple(stages)
     if last.loop is None:
@@ -105,7 +105,7 @@ def loop_stages(stages: Sequence[GrowthStage], depth: DepthSpec, style: LoopStyl
     ids = last.order[last.loop.start : last.loop.start + last.loop.block]
     looped: list[GrowthStage] = []
     for stage in stages:
-        plan = loop_layers(stage.plan, ids, last.loop.times, style)
+        plan = loop_layers(stage.plan, ids, last.loop.iterations, style)
         new_loop = bool(looped) and plan.is_looped and not looped[-1].plan.is_looped
         growth = Growth(plan, stage.growth.lineage, new_loop)
         looped.append(GrowthStage(stage.first_step, stage.steps, plan, growth))
@@ -145,7 +145,7 @@ def with_events(
         if event.depth is None:
             growth = untie(last.plan)
         else:
-            growth = Growth.reordered(last.plan, respell(last.plan, event.depth, style))
+            growth = Growth.reordered(last.plan, reorder(last.plan, event.depth, style))
             if growth.plan == last.plan:
                 raise MegaloopError(f"depth_events: at step {event.step} the depth is {event.depth} already")
         made[-1] = GrowthStage(last.first_step, event.step - last.first_step, last.plan, last.growth, last.event)
@@ -172,7 +172,7 @@ def proportional_steps(schedule: str, stages: int, total_steps: int, end: float)
         schedule: ``prop-1``, ``prop-2``, ``prop-0.5``; ``prop-0`` makes all equal.
 
     Raises:
-        MegaloopError: another word, or too few steps for so many stages.
+        MegaloopError: another word, or too few steps for that number of stages.
     """
     match = _PROPORTIONAL.fullmatch(schedule)
     if match is None:
@@ -253,9 +253,9 @@ def run_flops(
         backprop: as :func:`megaloop.depth.flops.flops_per_token`.
     """
 
-    def cost(plan: DepthPlan, times: int | None = None) -> int:
+    def cost(plan: DepthPlan, iterations: int | None = None) -> int:
         flops = flops_per_token(
-            plan, shape, sequence_length, vocab_size=vocab_size, times=times, backprop=backprop
+            plan, shape, sequence_length, vocab_size=vocab_size, iterations=iterations, backprop=backprop
         )  # fmt: skip
         return flops.total * tokens_per_step
 
@@ -264,8 +264,8 @@ def run_flops(
         if stage.plan.loop is None or counts is None:
             costs.append(cost(stage.plan) * stage.steps)
             continue
-        drawn = counts.of(stage.plan.loop.times).drawn(stage.first_step, stage.stop)
-        costs.append(sum(cost(stage.plan, times) * steps for times, steps in drawn.items()))
+        drawn = counts.of(stage.plan.loop.iterations).drawn(stage.first_step, stage.stop)
+        costs.append(sum(cost(stage.plan, iterations) * steps for iterations, steps in drawn.items()))
     full = cost(full_depth(stages))
     return RunFlops(tuple(costs), full * sum(stage.steps for stage in stages), round(sum(costs) / full))
 

@@ -15,7 +15,7 @@ class DepthSpec:
     """How many layers there are and in which order they run: by places, whatever ids the layers of a model have.
 
     What a configuration, a command line or a record says of depth is read into this, and this is what travels;
-    :func:`megaloop.depth.respell` puts the layers of a plan into its order. Two are equal if their texts are.
+    :func:`megaloop.depth.reorder` puts the layers of a plan into its order. Two are equal if their texts are.
 
     Attributes:
         text: as it was written: ``24``, ``4-4x4-4``. Configurations and records hold it.
@@ -45,10 +45,10 @@ class DepthSpec:
         return cls(plan.notation, DepthPlan(tuple(places[layer_id] for layer_id in plan.order)), plan.loop)
 
     @classmethod
-    def looped(cls, before: int, block: int, times: int, after: int) -> Self:
-        """``before`` layers, a ``block`` of them ``times`` times, then ``after`` layers."""
-        plan = DepthPlan.looped(before, block, times, after)
-        return cls(f"{before}-{block}x{times}-{after}", plan, Loop(before, block, times))
+    def looped(cls, before: int, block: int, iterations: int, after: int) -> Self:
+        """``before`` layers, a ``block`` of them ``iterations`` times, then ``after`` layers."""
+        plan = DepthPlan.looped(before, block, iterations, after)
+        return cls(f"{before}-{block}x{iterations}-{after}", plan, Loop(before, block, iterations))
 
     @property
     def layers(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, MicroBatch, Tokenizer, bits_per_byte, held_out_batch, held_out_places
-from megaloop.depth import DepthPlan, DepthSpec, Execution, Use, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, Execution, LayerCall, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
 from megaloop.evaluation.scoring import Question, score
@@ -91,8 +91,8 @@ def _depth(plan: DepthPlan, loops: int | None, block: Block | None) -> _Depth:
         own = Block(trained.start, trained.start + trained.block)
         if block is not None and block != own:
             raise MegaloopError(f"--block {block}: the model was trained with a loop over {own}; leave --block out")
-        if loops is None or loops == trained.times:
-            return _Depth(trained.times, Execution.as_trained(plan), own)
+        if loops is None or loops == trained.iterations:
+            return _Depth(trained.iterations, Execution.as_trained(plan), own)
         block = own
     elif loops in (None, 1):
         return _Depth(1, Execution.as_trained(plan), None)
@@ -147,7 +147,7 @@ def evaluate(
     """
     primitives = tasks_named([name for name in tasks if name != VALIDATION]) if set(tasks) != {VALIDATION} else []
     model, checkpoint = load_decoder(path, precision=precision)
-    depths = [_depth(model.plan, each, block) for each in loops]
+    depths = [_depth(model.plan, loop, block) for loop in loops]
     work = _Work(
         model, checkpoint, precision, seed, examples, samples, _remembered(checkpoint, out), again, on_step or _silent
     )
@@ -299,11 +299,13 @@ class _Work:
         beginning = before_document(self._open_tokenizer(), self._model.config.document_masking) + encode(task.header)
         for shot in shots(task, count, self._seed, number):
             beginning += encode(shot.query) + encode(shot.answer) + encode("\n")
-        asked = [Question(encode(each.query), [encode(answer) for answer in each.candidates]) for each in block]
-        results = score(self._model, beginning, asked, uses=depth.execution.uses, vocab_size=self._vocab_size)
+        asked = [
+            Question(encode(example.query), [encode(answer) for answer in example.candidates]) for example in block
+        ]
+        results = score(self._model, beginning, asked, calls=depth.execution.calls, vocab_size=self._vocab_size)
         return [
-            (result.best == each.correct, result.greedy[each.correct])
-            for result, each in zip(results, block, strict=True)
+            (result.best == item.correct, result.greedy[item.correct])
+            for result, item in zip(results, block, strict=True)
         ]
 
     def _validation(self, depth: _Depth, dataset: DataSet, subject: Subject) -> dict[str, Any]:
@@ -313,7 +315,7 @@ class _Work:
 
         def losses(_: int, numbers: Sequence[int]) -> tuple[list[float], int, int]:
             read = held_out_batch(places, numbers)
-            return _sample_losses(self._model, read, depth.execution.uses), read.tokens, read.bytes
+            return _sample_losses(self._model, read, depth.execution.calls), read.tokens, read.bytes
 
         found = self._shared(_label(subject), batches, losses)
         each = [loss for part, _, _ in found for loss in part]
@@ -333,7 +335,7 @@ class _Work:
             self._on_step(label, number, len(parts))
             own[number] = run(number, parts[number])
         self._on_step(label, len(parts), len(parts))
-        results = {number: result for each in gather_objects(own) for number, result in each.items()}
+        results = {number: result for item in gather_objects(own) for number, result in item.items()}
         return [results[number] for number in range(len(parts))]
 
     def _open_tokenizer(self) -> Tokenizer:
@@ -354,12 +356,12 @@ class _Work:
 
 
 @torch.inference_mode()
-def _sample_losses(model: Decoder, batch: MicroBatch, uses: Sequence[Use]) -> list[float]:
+def _sample_losses(model: Decoder, batch: MicroBatch, calls: Sequence[LayerCall]) -> list[float]:
     """The loss of each sample of a micro-batch, nats per token: by what training's own loss is made of."""
     inputs, targets = batch.for_model(model.config.document_masking)
     assert isinstance(targets, Tensor), "shards have no weights"
     x = inputs if isinstance(inputs, tuple) else (inputs,)
-    logits_BSV = model(*(each.to(model.device) for each in x), uses=uses)
+    logits_BSV = model(*(item.to(model.device) for item in x), calls=calls)
     targets_BS = targets.to(model.device)
     rows = (slice(row, row + 1) for row in range(len(targets_BS)))
     return [float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp)) for row in rows]

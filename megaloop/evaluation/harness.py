@@ -14,7 +14,7 @@ import torch
 
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import Tokenizer
-from megaloop.depth import Use
+from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import Block, with_loops
 from megaloop.evaluation.scoring import Question, score
@@ -41,12 +41,12 @@ class HarnessModel(TemplateLM):
         model: in evaluation mode.
         tokenizer: its own.
         max_length: tokens of context and continuation together; longer contexts lose their beginning.
-        uses: the executions of layers; default: as trained.
+        calls: the executions of layers; default: as trained.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, max_length: int, uses: Sequence[Use] | None = None):
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, max_length: int, calls: Sequence[LayerCall] | None = None):
         super().__init__()
-        self._uses = uses
+        self._uses = calls
         self._decoder, self._tokens, self.max_length = model, tokenizer, max_length
         self.batch_sizes: dict[str, int] = {}
 
@@ -61,10 +61,10 @@ class HarnessModel(TemplateLM):
     ) -> HarnessModel:
         """The model of a checkpoint, or of a run's newest; loops as :func:`megaloop.evaluation.evaluate.with_loops`."""
         model, checkpoint = load_decoder(path, precision=precision)
-        uses = with_loops(model.plan, loops, block).uses
+        calls = with_loops(model.plan, loops, block).calls
         if checkpoint.tokenizer is None:
             raise MegaloopError(f"checkpoint {checkpoint.path} holds no tokenizer.model; lm-eval asks in text")
-        return cls(model, Tokenizer.load(checkpoint.tokenizer), _context_length(checkpoint), uses)
+        return cls(model, Tokenizer.load(checkpoint.tokenizer), _context_length(checkpoint), calls)
 
     @property
     def eot_token_id(self) -> int:
@@ -90,7 +90,7 @@ class HarnessModel(TemplateLM):
         questions = [Question(list(seen), [part for _, part in own]) for seen, own in rows.items()]
         results = [(0.0, True)] * len(requests)  # of an empty continuation
         if questions:
-            scores = score(self._decoder, [], questions, uses=self._uses, vocab_size=self._tokens.vocab_size)
+            scores = score(self._decoder, [], questions, calls=self._uses, vocab_size=self._tokens.vocab_size)
             for scored, own in zip(scores, rows.values(), strict=True):
                 for (index, _part), likelihood, greedy in zip(own, scored.log_likelihoods, scored.greedy, strict=True):
                     before, all_greedy = results[index]
@@ -145,7 +145,7 @@ class HarnessModel(TemplateLM):
         produced: list[int] = []
         made = ""
         arguments = (limit, temperature, 0, 1.0, generator, self._tokens.vocab_size)
-        for token in generate_tokens(self._decoder, context, *arguments, end_id=self.eot_token_id, uses=self._uses):
+        for token in generate_tokens(self._decoder, context, *arguments, end_id=self.eot_token_id, calls=self._uses):
             if token == self._tokens.eos_id:
                 break
             produced.append(token)

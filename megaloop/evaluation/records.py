@@ -115,7 +115,7 @@ def clustered(values: Sequence[float], clusters: Sequence[int]) -> Measured:
     count = len(sums)
     if count < 2:
         return Measured(mean, math.nan)
-    variance = math.fsum(each**2 for each in sums.values()) * count / (count - 1)
+    variance = math.fsum(item**2 for item in sums.values()) * count / (count - 1)
     return Measured(mean, math.sqrt(variance) / len(values))
 
 
@@ -130,7 +130,7 @@ def append_record(path: Path, record: Record) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             if file.tell() and not _ends_a_line(path):
-                line = b"\n" + line  # after a line that was torn
+                line = b"\n" + line  # after a line that was cut off
             file.write(line)
             fsync_file(file)
     except OSError as error:
@@ -144,7 +144,7 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def read_records(path: Path) -> dict[Subject, Record]:
-    """The last record of each subject; lines that are no whole records are passed over, so that their subject is measured anew."""
+    """The last record of each subject; lines that are no whole records are skipped, so that their subject is measured anew."""
     found = (_record(values) for values in records.read_records(path))
     return {record.subject: record for record in found if record is not None}
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaloop.depth import Use
+from megaloop.depth import LayerCall
 from megaloop.model import Decoder
 from megaloop.model.layers import AttentionContext, KeyValueCache, rotary_tables
 
@@ -69,7 +69,7 @@ def score(
     beginning: list[int],
     questions: Sequence[Question],
     *,
-    uses: Sequence[Use] | None = None,
+    calls: Sequence[LayerCall] | None = None,
     vocab_size: int | None = None,
     batch_tokens: int | None = None,
 ) -> list[Scores]:
@@ -77,22 +77,22 @@ def score(
 
     Args:
         beginning: what they share; nothing, where each brings its own.
-        uses: the executions of layers; default: as trained.
+        calls: the executions of layers; default: as trained.
         vocab_size: the tokenizer's tokens; greedy decoding never chooses rows of the embedding beyond them.
-        batch_tokens: so many tokens, padding included, go through the model together; default: what suits the device.
+        batch_tokens: at most this many tokens, padding included, go through the model together; default: what suits the device.
     """
     batch_tokens = batch_tokens or _ROW_TOKENS.get(model.device.type, _OTHER_ROW_TOKENS)
-    uses = model.plan.uses() if uses is None else uses
-    caches = model.new_caches(1, len(beginning), uses)
+    calls = model.plan.calls() if calls is None else calls
+    caches = model.new_caches(1, len(beginning), calls)
     if beginning:
-        model.run(torch.tensor([beginning], device=model.device), uses, caches=caches, first=True, last=False)
+        model.run(torch.tensor([beginning], device=model.device), calls, caches=caches, first=True, last=False)
     tables = _tables(model, len(beginning) + max(question.length for question in questions))
     scores: list[Scores | None] = [None] * len(questions)
     for batch in _batches(questions, batch_tokens):
         chosen = [questions[index] for index in batch]
-        for index, result in zip(batch, _score_batch(model, uses, caches, chosen, tables, vocab_size), strict=True):
+        for index, result in zip(batch, _score_batch(model, calls, caches, chosen, tables, vocab_size), strict=True):
             scores[index] = result
-    return [each for each in scores if each is not None]
+    return [item for item in scores if item is not None]
 
 
 def _batches(questions: Sequence[Question], tokens: int) -> Iterator[list[int]]:
@@ -116,7 +116,7 @@ def _tables(model: Decoder, length: int) -> tuple[Tensor, Tensor]:
 
 def _score_batch(
     model: Decoder,
-    uses: Sequence[Use],
+    calls: Sequence[LayerCall],
     caches: Sequence[KeyValueCache],
     questions: Sequence[Question],
     tables: tuple[Tensor, Tensor],
@@ -152,7 +152,7 @@ def _score_batch(
     cos_B1Sh, sin_B1Sh = (table[positions_BS].unsqueeze(1) for table in tables)
     hidden_BSD = model.run(
         tokens_BS.to(device),
-        uses,
+        calls,
         caches=[cache.copied(batch, length) for cache in caches],
         first=True,
         last=False,

@@ -106,7 +106,7 @@ def tasks_named(names: Sequence[str]) -> list[Task]:
             f"eval: unknown task {shown!r}; choose from {', '.join(TASKS)}, or primitives for all; "
             f"tasks of EleutherAI's lm-eval go to --harness {shown}"
         )
-    chosen = [each for name in names for each in (TASKS if name == "primitives" else [name])]
+    chosen = [task for name in names for task in (TASKS if name == "primitives" else [name])]
     return [TASKS[name] for name in dict.fromkeys(chosen or TASKS)]
 
 

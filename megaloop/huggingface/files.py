@@ -39,7 +39,7 @@ def open_weights(source: Path, stack: ExitStack) -> dict[str, Any]:
         try:
             opened = stack.enter_context(safe_open(path, framework="pt"))
         except FileNotFoundError:
-            raise MegaloopError(f"{source}: {path.name} is missing; the directory is not whole") from None
+            raise MegaloopError(f"{source}: {path.name} is missing; the directory is not complete") from None
         except (SafetensorError, OSError) as error:
             raise MegaloopError(f"{path}: damaged, or no safetensors file ({error})") from None
         for name in opened.keys():  # noqa: SIM118 - it is no dict
@@ -75,13 +75,13 @@ def write_weights(tensors: Iterable[LazyTensor], folder: Path) -> tuple[int, int
     """
     parts: list[list[LazyTensor]] = [[]]
     filled = 0
-    for each in tensors:
-        if parts[-1] and filled + each.bytes > FILE_BYTES:
+    for tensor in tensors:
+        if parts[-1] and filled + tensor.bytes > FILE_BYTES:
             parts.append([])
             filled = 0
-        parts[-1].append(each)
-        filled += each.bytes
-    total = sum(each.bytes for part in parts for each in part)
+        parts[-1].append(tensor)
+        filled += tensor.bytes
+    total = sum(item.bytes for part in parts for item in part)
     if len(parts) == 1:
         write_tensors(folder / _SINGLE, parts[0])
         return 1, total
@@ -89,7 +89,7 @@ def write_weights(tensors: Iterable[LazyTensor], folder: Path) -> tuple[int, int
     for number, part in enumerate(parts, start=1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         write_tensors(folder / name, part)
-        weight_map |= {each.name: name for each in part}
+        weight_map |= {item.name: name for item in part}
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return len(parts), total
 

@@ -19,7 +19,7 @@ from megaloop.checkpoint.run_state import RunState
 from megaloop.checkpoint.tensor_file import LazyTensor
 from megaloop.checkpoint.writer import CheckpointInfo, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, DepthSpec, Use, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, LayerCall, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.files import OutputDirectory, open_weights, read_json, write_json, write_weights
 from megaloop.huggingface.tokenizer import write_tokenizer
@@ -96,24 +96,24 @@ def export_huggingface(
                 f"checkpoint {source.path}: its loop has an injection or a norm, which a Llama decoder has no place for; "
                 "only loops of plain composition (and residual_scale) can be exported"
             )
-        uses = plan.uses() if depth is None else at_depth(plan, depth).uses
+        calls = plan.calls() if depth is None else at_depth(plan, depth).calls
         name = dtype or manifest.precision
-        kind = "master" if name == "fp32" and source.names("master") else "model"
+        state_name = "master" if name == "fp32" and source.names("master") else "model"
         length = manifest.data.sequence_length or _DEFAULT_LENGTH
         for ours, spec in parameter_specs(model, plan, manifest.vocab_size).items():
-            if (found := source.shape(kind, ours)) != spec.shape:
+            if (found := source.shape(state_name, ours)) != spec.shape:
                 raise MegaloopError(
-                    f"checkpoint {source.path}: {kind} of {ours} is {found}, its model makes it {spec.shape}"
+                    f"checkpoint {source.path}: {state_name} of {ours} is {found}, its model makes it {spec.shape}"
                 )
-        scales = _scales(plan, uses)
+        scales = _scales(plan, calls)
         tensors = [
             LazyTensor(
                 theirs,
-                source.shape(kind, ours),
+                source.shape(state_name, ours),
                 training_dtype(name),
-                partial(_read, source, kind, ours, name, scales.get(theirs, 1)),
+                partial(_read, source, state_name, ours, name, scales.get(theirs, 1)),
             )
-            for theirs, ours in _exported_names(uses, model.tied_embeddings)
+            for theirs, ours in _exported_names(calls, model.tied_embeddings)
         ]
         files, size = write_weights(tensors, folder)
         tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
@@ -123,25 +123,25 @@ def export_huggingface(
 
             tokenizer = Tokenizer.load(source.tokenizer)
             tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_json(folder / "config.json", _their_config(model, len(uses), name, length) | tokens)
+        write_json(folder / "config.json", _their_config(model, len(calls), name, length) | tokens)
         write_json(folder / "generation_config.json", tokens)
-    count = sum(prod(each.shape) for each in tensors)
+    count = sum(prod(tensor.shape) for tensor in tensors)
     return ExportSummary(str(out), manifest.step, count, size, name, files)
 
 
-def _read(source: Checkpoint, kind: str, name: str, dtype: str, divisor: int) -> Tensor:
-    values = source.read(kind, name)
+def _read(source: Checkpoint, state_name: str, name: str, dtype: str, divisor: int) -> Tensor:
+    values = source.read(state_name, name)
     return (values / divisor if divisor > 1 else values).to(training_dtype(dtype))
 
 
-def _scales(plan: DepthPlan, uses: Sequence[Use]) -> dict[str, int]:
+def _scales(plan: DepthPlan, calls: Sequence[LayerCall]) -> dict[str, int]:
     """By their names, what the matrices that write to the residual stream are divided by in looped layers."""
     if plan.style.residual_scale == "none":
         return {}
     return {
-        f"model.layers.{position}.{_LAYER[name]}.weight": use.times
-        for position, use in enumerate(uses)
-        if use.times is not None
+        f"model.layers.{position}.{_LAYER[name]}.weight": call.iterations
+        for position, call in enumerate(calls)
+        if call.iterations is not None
         for name in ("attention.wo", "mlp.w_down")
     }
 
@@ -183,7 +183,7 @@ def _read_weights(
 ) -> list[tuple[Piece, Tensor]]:
     """Every parameter with its values, mapped from the files; refuses what does not fit by name."""
     specs = parameter_specs(model, plan, model.vocab_size or 0)
-    wanted = dict(_exported_names(plan.uses(), model.tied_embeddings))
+    wanted = dict(_exported_names(plan.calls(), model.tied_embeddings))
     ignored = {"lm_head.weight"} if model.tied_embeddings else set()
     unknown = [name for name in sorted(stored.keys() - wanted.keys() - ignored) if not name.endswith(".inv_freq")]
     if unknown:
@@ -191,7 +191,7 @@ def _read_weights(
     weights = []
     for theirs, ours in wanted.items():
         if theirs not in stored:
-            raise MegaloopError(f"{source}: tensor {theirs} is missing; the directory is not whole")
+            raise MegaloopError(f"{source}: tensor {theirs} is missing; the directory is not complete")
         described = stored[theirs].get_slice(theirs)
         shape, dtype = specs[ours].shape, described.get_dtype()
         if tuple(described.get_shape()) != shape:
@@ -210,12 +210,12 @@ def _read_weights(
 # --- names and settings ---
 
 
-def _exported_names(uses: Sequence[Use], tied: bool) -> Iterator[tuple[str, str]]:
+def _exported_names(calls: Sequence[LayerCall], tied: bool) -> Iterator[tuple[str, str]]:
     """(their name, our name) of every tensor; a looped layer occurs once per use."""
     yield _ENDS["embedding.weight"], "embedding.weight"
-    for position, use in enumerate(uses):
+    for position, call in enumerate(calls):
         for ours, theirs in _LAYER.items():
-            yield f"model.layers.{position}.{theirs}.weight", f"layers.{use.layer_id}.{ours}.weight"
+            yield f"model.layers.{position}.{theirs}.weight", f"layers.{call.layer_id}.{ours}.weight"
     yield _ENDS["norm.weight"], "norm.weight"
     if not tied:
         yield _ENDS["head.weight"], "head.weight"

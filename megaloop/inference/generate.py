@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megaloop.depth import DepthSpec, Use, at_depth
+from megaloop.depth import DepthSpec, LayerCall, at_depth
 from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
@@ -66,7 +66,7 @@ def generate_text(
         MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without ``</s>``.
     """
     model, opened = load_decoder(checkpoint, precision=precision)
-    uses = None if depth is None else at_depth(model.plan, depth).uses
+    calls = None if depth is None else at_depth(model.plan, depth).calls
     if opened.tokenizer is None:
         raise MegaloopError(f"checkpoint {opened.path} holds no tokenizer.model; it can't turn text into tokens")
     tokenizer = Tokenizer.load(opened.tokenizer)
@@ -79,7 +79,7 @@ def generate_text(
     shown = tokenizer.decode(ids)
     stopped: Literal["end", "length"] = "length"
     sampling = (temperature, top_k, top_p, generator, tokenizer.vocab_size)
-    for token in generate_tokens(model, ids, max_tokens, *sampling, end_id=tokenizer.eos_id, uses=uses):
+    for token in generate_tokens(model, ids, max_tokens, *sampling, end_id=tokenizer.eos_id, calls=calls):
         produced.append(token)
         if token == tokenizer.eos_id:
             stopped = "end"
@@ -105,7 +105,7 @@ def generate_tokens(
     vocab_size: int | None = None,
     *,
     end_id: int = -1,
-    uses: Sequence[Use] | None = None,
+    calls: Sequence[LayerCall] | None = None,
 ) -> Iterator[int]:
     """Token ids after ``prompt``, one by one; each new token costs one pass over itself alone.
 
@@ -113,21 +113,21 @@ def generate_tokens(
         prompt: may be empty where ``end_id`` is given: a new document begins.
         vocab_size: the tokenizer's tokens; rows of the embedding beyond them are padding and are never chosen.
         end_id: what ends a document, and so stands before the next.
-        uses: the executions of layers; default: as trained.
+        calls: the executions of layers; default: as trained.
     """
     choose = partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     if prompt:
-        yield from _continue(model, prompt, max_tokens, vocab_size, choose, uses)
+        yield from _continue(model, prompt, max_tokens, vocab_size, choose, calls)
         return
     # in training, the first token of a document is what follows the end of another
-    document = _continue(model, [end_id], max_tokens, vocab_size, choose, uses)
+    document = _continue(model, [end_id], max_tokens, vocab_size, choose, calls)
     if not model.config.document_masking:
         yield from document
         return
     # and the tokens after it do not look back to that end
     token = next(document)
     yield token
-    yield from _continue(model, [token], max_tokens - 1, vocab_size, choose, uses)
+    yield from _continue(model, [token], max_tokens - 1, vocab_size, choose, calls)
 
 
 def before_document(tokenizer: Tokenizer, document_masking: bool) -> list[int]:
@@ -145,13 +145,13 @@ def _continue(
     max_tokens: int,
     vocab_size: int | None,
     choose: Callable[[Tensor], int],
-    uses: Sequence[Use] | None,
+    calls: Sequence[LayerCall] | None,
 ) -> Iterator[int]:
-    uses = model.plan.uses() if uses is None else uses
-    caches = model.new_caches(1, len(prompt) + max_tokens, uses)
+    calls = model.plan.calls() if calls is None else calls
+    caches = model.new_caches(1, len(prompt) + max_tokens, calls)
     tokens_BS = torch.tensor([prompt], device=model.device)
     for _ in range(max_tokens):
-        logits_V = model(tokens_BS, caches=caches, uses=uses)[0, -1, :vocab_size].float()
+        logits_V = model(tokens_BS, caches=caches, calls=calls)[0, -1, :vocab_size].float()
         token = choose(logits_V)
         yield token
         tokens_BS = torch.tensor([[token]], device=model.device)

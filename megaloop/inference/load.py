@@ -30,16 +30,16 @@ def load_decoder(
         The decoder in evaluation mode, and the opened checkpoint.
 
     Raises:
-        MegaloopError: no whole checkpoint there, or one that is damaged (the file is named) or holds NaN.
+        MegaloopError: no complete checkpoint there, or one that is damaged (the file is named) or holds NaN.
     """
     checkpoint = Checkpoint.open(resolve_checkpoint(path), verify="checksums")
     manifest = checkpoint.manifest
     config, rows = manifest.model, manifest.vocab_size
-    kind = "master" if precision == "fp32" and checkpoint.names("master") else "model"
+    state_name = "master" if precision == "fp32" and checkpoint.names("master") else "model"
     checkpoint.check_tensors(parameter_specs(config, manifest.plan, rows))
-    checkpoint.check_values([kind])
+    checkpoint.check_values([state_name])
     device = device or local_device()
     dtype = training_dtype(precision)
     model = Decoder(config, rows, manifest.plan, kernels=choose_kernels(device, dtype)).to(device, dtype)
-    model.fill(lambda name, spec: checkpoint.read(kind, name))
+    model.fill(lambda name, spec: checkpoint.read(state_name, name))
     return model.eval(), checkpoint

@@ -16,7 +16,7 @@ from megaloop.layout.topology import Topology
 
 __all__ = [
     "LayerCosts",
-    "Slices",
+    "StageMap",
     "estimated_costs",
     "owned_layers",
     "partition",
@@ -26,7 +26,7 @@ __all__ = [
     "split_rounds",
 ]
 
-Slices = tuple[tuple[tuple[int, int], ...], ...]
+StageMap = tuple[tuple[tuple[int, int], ...], ...]
 """For each round, for each pipeline rank: the [start, stop) positions of the plan that it runs (it may be empty)."""
 
 
@@ -86,7 +86,7 @@ def partition(plan: DepthPlan, stages: int, costs: LayerCosts) -> tuple[tuple[in
     return tuple(pairwise(cuts))
 
 
-def slice_rounds(plan: DepthPlan, ranks: int, rounds: int, micro_batches: int, costs: LayerCosts) -> Slices:
+def slice_rounds(plan: DepthPlan, ranks: int, rounds: int, micro_batches: int, costs: LayerCosts) -> StageMap:
     """Which rank runs which positions of a plan in which round, every layer always on the rank that owns it.
 
     A plan that runs each layer once is cut into ``rounds`` x ``ranks`` slices of even cost. Of a loop e-Lxk-d each part
@@ -106,7 +106,7 @@ def slice_rounds(plan: DepthPlan, ranks: int, rounds: int, micro_batches: int, c
     return tuple(cuts[first : first + ranks] for first in range(0, ranks * rounds, ranks))
 
 
-def split_rounds(config: Config, plan: DepthPlan, topology: Topology, vocab_size: int) -> Slices:
+def split_rounds(config: Config, plan: DepthPlan, topology: Topology, vocab_size: int) -> StageMap:
     """Which pipeline rank runs which positions of the plan in which round, by measured or estimated costs."""
     costs = (
         LayerCosts(*config.parallel.layer_costs)
@@ -117,35 +117,35 @@ def split_rounds(config: Config, plan: DepthPlan, topology: Topology, vocab_size
     return slice_rounds(plan, topology.pp, config.parallel.rounds, micro_batches, costs)
 
 
-def slices_for(plan: DepthPlan, slices: Slices, times: int) -> Slices:
-    """The slices of the same layers on the same ranks, for a loop that runs ``times`` times."""
+def slices_for(plan: DepthPlan, slices: StageMap, iterations: int) -> StageMap:
+    """The slices of the same layers on the same ranks, for a loop that runs ``iterations`` times."""
     loop, ranks = plan.loop, len(slices[0])
-    if loop is None or times == loop.times:
+    if loop is None or iterations == loop.iterations:
         return slices
     if ranks == 1:
-        return (((0, plan.depth + loop.block * (times - loop.times)),),)
+        return (((0, plan.depth + loop.block * (iterations - loop.iterations)),),)
     before, looped, behind = _owned_counts(plan, loop, slices)
-    return _fold(before, looped, behind, times)
+    return _fold(before, looped, behind, iterations)
 
 
-def _owned_counts(plan: DepthPlan, loop: Loop, slices: Slices) -> tuple[tuple[int, ...], ...]:
+def _owned_counts(plan: DepthPlan, loop: Loop, slices: StageMap) -> tuple[tuple[int, ...], ...]:
     """How many layers of each part (before the loop, in it, behind it) each rank owns."""
     bounds = ((0, loop.start), (loop.start, loop.start + loop.block), (loop.stop, plan.depth))
     return tuple(
         tuple(
-            sum(max(min(stop, high) - max(start, low), 0) for start, stop in (each[rank] for each in slices))
+            sum(max(min(stop, high) - max(start, low), 0) for start, stop in (slice_[rank] for slice_ in slices))
             for rank in range(len(slices[0]))
         )
         for low, high in bounds
     )
 
 
-def _fold(before: Sequence[int], loop: Sequence[int], behind: Sequence[int], times: int) -> Slices:
+def _fold(before: Sequence[int], loop: Sequence[int], behind: Sequence[int], iterations: int) -> StageMap:
     """Slices from the number of layers that ranks own of each part: a new round begins where the next layer's rank is lower."""
     ranks = len(loop)
     rounds: list[list[tuple[int, int]]] = [[]]
     at, current = 0, 0
-    for part in (before, *[loop] * times, behind):
+    for part in (before, *[loop] * iterations, behind):
         for rank, count in enumerate(part):
             if count == 0:
                 continue
@@ -169,7 +169,7 @@ _TRIED = 8
 
 
 @lru_cache(maxsize=256)
-def _spread_loop(plan: DepthPlan, ranks: int, micro_batches: int, costs: LayerCosts) -> Slices:
+def _spread_loop(plan: DepthPlan, ranks: int, micro_batches: int, costs: LayerCosts) -> StageMap:
     """The way to spread a loop whose step is shortest; the first such one, so that every rank finds the same."""
     loop = plan.loop
     if loop is None:
@@ -181,9 +181,9 @@ def _spread_loop(plan: DepthPlan, ranks: int, micro_batches: int, costs: LayerCo
         raise MegaloopError(f"{ranks} pipeline ranks for {plan.layers} layers; each needs at least one")
     few = min(max(micro_batches, ranks), 4 * ranks)  # more would only repeat the steady state
     spreads = dict.fromkeys(_spreads(loop, plan.depth, ranks, costs))
-    slices = [_fold(*spread, loop.times) for spread in spreads]
-    likely = sorted(slices, key=lambda each: _estimate(each, few, costs))[:_TRIED]
-    return min(likely, key=lambda each: (_seconds(each, few, costs), len(each)))
+    slices = [_fold(*spread, loop.iterations) for spread in spreads]
+    likely = sorted(slices, key=lambda slice_: _estimate(slice_, few, costs))[:_TRIED]
+    return min(likely, key=lambda candidate: (_seconds(candidate, few, costs), len(candidate)))
 
 
 _Spread = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -206,7 +206,7 @@ def _spreads(loop: Loop, depth: int, ranks: int, costs: LayerCosts) -> Iterator[
             idle = ranks - width
             if idle > before + behind:
                 continue  # a rank would own nothing
-            work = list(_work(((0,) * ranks, looped, (0,) * ranks), loop.times, costs))
+            work = list(_work(((0,) * ranks, looped, (0,) * ranks), loop.iterations, costs))
             count = [0] * ranks
             for _ in range(
                 before + behind
@@ -216,12 +216,12 @@ def _spreads(loop: Loop, depth: int, ranks: int, costs: LayerCosts) -> Iterator[
                 work[rank] += costs.layer
             left: list[int] = []
             right: list[int] = []
-            for each in count:
-                left.append(min(each, before - sum(left)))
-                right.append(each - left[-1])
+            for item in count:
+                left.append(min(item, before - sum(left)))
+                right.append(item - left[-1])
             yield tuple(left), looped, tuple(right)
             mixed = _share(count, before)
-            yield mixed, looped, tuple(each - own for each, own in zip(count, mixed, strict=True))
+            yield mixed, looped, tuple(item - own for item, own in zip(count, mixed, strict=True))
             yield _share([1] * ranks, before), looped, _share([1] * ranks, behind)
 
 
@@ -233,21 +233,21 @@ def _share(weights: Sequence[int], layers: int) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in pairwise(stops))
 
 
-def _work(spread: _Spread, times: int, costs: LayerCosts) -> Iterator[float]:
+def _work(spread: _Spread, iterations: int, costs: LayerCosts) -> Iterator[float]:
     """What each rank does in a forward pass."""
     last = len(spread[0]) - 1
     for rank, (before, looped, behind) in enumerate(zip(*spread, strict=True)):
         ends = (costs.embedding if rank == 0 else 0.0) + (costs.head if rank == last else 0.0)
-        yield (before + looped * times + behind) * costs.layer + ends
+        yield (before + looped * iterations + behind) * costs.layer + ends
 
 
-def _estimate(slices: Slices, micro_batches: int, costs: LayerCosts) -> float:
+def _estimate(slices: StageMap, micro_batches: int, costs: LayerCosts) -> float:
     """About how long a step takes: the busiest rank's work, and the pipeline filled with its longest slice."""
     seconds = pass_costs(slices, costs)
     return micro_batches * max(map(sum, zip(*seconds, strict=True))) + (len(slices[0]) - 1) * max(map(max, seconds))
 
 
-def _seconds(slices: Slices, micro_batches: int, costs: LayerCosts) -> float:
+def _seconds(slices: StageMap, micro_batches: int, costs: LayerCosts) -> float:
     """How long a step takes; infinite where a rank owns no layer."""
     if any(all(start == stop for start, stop in own) for own in zip(*slices, strict=True)):
         return float("inf")
@@ -255,17 +255,17 @@ def _seconds(slices: Slices, micro_batches: int, costs: LayerCosts) -> float:
     spans = Rounds(len(slices[0]), micro_batches, len(slices)).timeline(
         lambda rank, work: (seconds[work.round][rank] + _HOP * costs.layer) * (2.0 if work.backward else 1.0)
     )
-    return max(each[-1].stop for each in spans)
+    return max(span[-1].stop for span in spans)
 
 
-def pass_costs(slices: Slices, costs: LayerCosts) -> tuple[tuple[float, ...], ...]:
+def pass_costs(slices: StageMap, costs: LayerCosts) -> tuple[tuple[float, ...], ...]:
     """Time of a micro-batch's forward pass, by round and rank, the embedding and the head included."""
-    seconds = [[(stop - start) * costs.layer for start, stop in each] for each in slices]
+    seconds = [[(stop - start) * costs.layer for start, stop in slice_] for slice_ in slices]
     seconds[0][0] += costs.embedding
     seconds[-1][-1] += costs.head
     return tuple(map(tuple, seconds))
 
 
-def owned_layers(plan: DepthPlan, slices: Slices, rank: int) -> tuple[int, ...]:
+def owned_layers(plan: DepthPlan, slices: StageMap, rank: int) -> tuple[int, ...]:
     """Ids of the layers that a pipeline rank holds, in the order in which it first runs them."""
-    return tuple(dict.fromkeys(layer_id for each in slices for layer_id in plan.order[slice(*each[rank])]))
+    return tuple(dict.fromkeys(layer_id for slice_ in slices for layer_id in plan.order[slice(*slice_[rank])]))

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KINDS", "Box", "Piece", "StatePiece"]
+__all__ = ["STATE_NAMES", "Box", "Piece", "StatePiece"]
 
-KINDS = ("model", "master", "exp_avg", "exp_avg_sq")
+STATE_NAMES = ("model", "master", "exp_avg", "exp_avg_sq")
 """The kinds of state a parameter has: its training copy, the fp32 master, Adam's two moments."""
 
 
@@ -128,13 +128,13 @@ class StatePiece:
     """A piece with its values, as one rank holds it.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        state_name: one of :data:`STATE_NAMES`.
         piece: which part of which tensor.
         data: the values: shaped like the box, or one-dimensional for a flat fragment.
         writes: this rank is the one that saves this piece (of several that hold the same).
     """
 
-    kind: str
+    state_name: str
     piece: Piece
     data: Tensor
     writes: bool = True

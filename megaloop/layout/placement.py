@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megaloop.depth import DepthPlan
-from megaloop.layout.partition import Slices, owned_layers
-from megaloop.layout.pieces import KINDS, Box, Piece
+from megaloop.layout.partition import StageMap, owned_layers
+from megaloop.layout.pieces import STATE_NAMES, Box, Piece
 from megaloop.layout.topology import Coordinate, Topology
 from megaloop.model.parameters import LOOP_ADAPTER, LOOP_NORM, ParameterSpec, loop_ends
 
@@ -36,7 +36,7 @@ class Placement:
 
     plan: DepthPlan
     topology: Topology
-    slices: Slices
+    slices: StageMap
     holders: Mapping[tuple[str, str], tuple[Holder, ...]]
 
     @classmethod
@@ -45,7 +45,7 @@ class Placement:
         specs: Mapping[str, ParameterSpec],
         plan: DepthPlan,
         topology: Topology,
-        slices: Slices,
+        slices: StageMap,
     ) -> Placement:
         """The placement that DeepSpeed's ZeRO-1 makes of a plan on a topology.
 
@@ -69,19 +69,19 @@ class Placement:
                             Piece(name, spec.shape, box, flat),
                             tuple(topology.rank(Coordinate(pp, dp, tp)) for tp in alike),
                         )
-                        for kind in KINDS[1:]:
-                            holders[kind, name].append(holder)
-        return cls(plan, topology, slices, {slot: tuple(each) for slot, each in holders.items()})
+                        for state_name in STATE_NAMES[1:]:
+                            holders[state_name, name].append(holder)
+        return cls(plan, topology, slices, {slot: tuple(item) for slot, item in holders.items()})
 
     def held_by(self, rank: int) -> Iterator[tuple[str, Piece]]:
         """(kind, piece) of everything that a rank holds."""
-        for (kind, _), holders in self.holders.items():
+        for (state_name, _), holders in self.holders.items():
             for holder in holders:
                 if rank in holder.ranks:
-                    yield kind, holder.piece
+                    yield state_name, holder.piece
 
 
-def stage_parameters(specs: Mapping[str, ParameterSpec], plan: DepthPlan, slices: Slices, pp: int) -> list[str]:
+def stage_parameters(specs: Mapping[str, ParameterSpec], plan: DepthPlan, slices: StageMap, pp: int) -> list[str]:
     """Names of a pipeline stage's parameters, in the order in which it holds them."""
     first, last = pp == 0, pp == len(slices[0]) - 1
     tied = "head.weight" not in specs
@@ -108,7 +108,7 @@ def local_box(spec: ParameterSpec, tp_rank: int, tp_size: int) -> Box:
 
 
 SHARE_UNIT = 16
-"""ZeRO's shares are multiples of so many elements; the engine tells DeepSpeed."""
+"""ZeRO's shares are multiples of this many elements; the engine tells DeepSpeed."""
 
 
 def zero_share(elements: int, dp: int) -> int:

@@ -20,11 +20,11 @@ from functools import cached_property
 
 from megaloop.errors import MegaloopError
 
-__all__ = ["Pass", "Rounds", "Span"]
+__all__ = ["Action", "Rounds", "Span"]
 
 
 @dataclass(frozen=True)
-class Pass:
+class Action:
     """A micro-batch's way through one rank's slice of one round, forward or backward."""
 
     backward: bool
@@ -36,7 +36,7 @@ class Pass:
 class Span:
     """A pass with the time from which and until which it runs."""
 
-    work: Pass
+    work: Action
     start: float
     stop: float
 
@@ -88,7 +88,7 @@ class Rounds:
         short = replace(self, micro_batches=fewer * size + (larger > 0))
         return short if short.groups[0] == size + (larger > 0) else self
 
-    def passes(self, rank: int) -> tuple[Pass, ...]:
+    def passes(self, rank: int) -> tuple[Action, ...]:
         """What a rank does, in order: forward passes to warm up, then one forward and one backward in turn, then the rest."""
         forward, backward = tuple(self._sorted(False)), tuple(self._sorted(True))
         if self.forward_only:
@@ -98,37 +98,37 @@ class Rounds:
             warm_up = 2 * warm_up + (self.rounds - 1) * self.groups[0]
         warm_up = min(warm_up, len(forward))
         steady = len(forward) - warm_up
-        turns = [each for pair in zip(forward[warm_up:], backward[:steady], strict=True) for each in pair]
+        turns = [item for pair in zip(forward[warm_up:], backward[:steady], strict=True) for item in pair]
         return (*forward[:warm_up], *turns, *backward[steady:])
 
-    def _sorted(self, backward: bool) -> Iterator[Pass]:
+    def _sorted(self, backward: bool) -> Iterator[Action]:
         """All passes of one direction in the order in which every rank does them: by group, round, micro-batch."""
         first = 0
         for size in self.groups:
             for number in range(self.rounds):
                 for micro_batch in range(first, first + size):
-                    yield Pass(backward, self.rounds - 1 - number if backward else number, micro_batch)
+                    yield Action(backward, self.rounds - 1 - number if backward else number, micro_batch)
             first += size
 
-    def needs(self, rank: int, work: Pass) -> tuple[int, Pass] | None:
+    def needs(self, rank: int, work: Action) -> tuple[int, Action] | None:
         """Whose result a pass needs: (rank, pass), or None for the first of all."""
         last = self.ranks - 1
         if not work.backward:
             if rank > 0:
                 return rank - 1, work
-            return None if work.round == 0 else (last, Pass(False, work.round - 1, work.micro_batch))
+            return None if work.round == 0 else (last, Action(False, work.round - 1, work.micro_batch))
         if rank < last:
             return rank + 1, work
         if work.round == self.rounds - 1:
-            return last, Pass(False, work.round, work.micro_batch)
-        return 0, Pass(True, work.round + 1, work.micro_batch)
+            return last, Action(False, work.round, work.micro_batch)
+        return 0, Action(True, work.round + 1, work.micro_batch)
 
     @property
     def bubble(self) -> float:
         """Fraction of a step that a rank waits, where all slices take equally long."""
         return (self.ranks - 1) / (self.micro_batches * self.rounds + self.ranks - 1)
 
-    def timeline(self, seconds: Callable[[int, Pass], float]) -> tuple[tuple[Span, ...], ...]:
+    def timeline(self, seconds: Callable[[int, Action], float]) -> tuple[tuple[Span, ...], ...]:
         """When each rank does what, if messages take no time.
 
         Args:
@@ -139,7 +139,7 @@ class Rounds:
         """
         orders = [self.passes(rank) for rank in range(self.ranks)]
         spans: list[list[Span]] = [[] for _ in orders]
-        done: dict[tuple[int, Pass], float] = {}
+        done: dict[tuple[int, Action], float] = {}
         waiting = list(range(self.ranks))
         while waiting:
             moved = False

@@ -20,7 +20,7 @@ __all__ = ["GrownState", "InitialValues", "StateSource"]
 class StateSource(Protocol):
     """Where values come from: a checkpoint, or the initial values of a seed."""
 
-    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
+    def read_piece(self, state_name: str, piece: Piece) -> Tensor | None:
         """Values of a piece (fp32 or the stored dtype; shaped like the box, or flat), or None: there are none."""
         ...
 
@@ -42,8 +42,8 @@ class InitialValues:
     def _specs(self) -> dict[str, ParameterSpec]:
         return parameter_specs(self.model, self.plan, self.vocab_size)
 
-    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
-        if kind not in ("model", "master"):
+    def read_piece(self, state_name: str, piece: Piece) -> Tensor | None:
+        if state_name not in ("model", "master"):
             return None
         values = initial_values(piece.name, self._specs[piece.name], self.seed, piece.box.offset, piece.box.shape)
         return values if piece.flat is None else values.reshape(-1)[slice(*piece.flat)]
@@ -65,10 +65,10 @@ class GrownState:
     fresh: StateSource
     moments: Moments = "copy"
 
-    def read_piece(self, kind: str, piece: Piece) -> Tensor | None:
+    def read_piece(self, state_name: str, piece: Piece) -> Tensor | None:
         name = grown_from(piece.name, self.growth)
         if name is None:
-            return self.fresh.read_piece(kind, piece)
-        if takes_zeros(kind, piece.name, name, self.moments):
+            return self.fresh.read_piece(state_name, piece)
+        if takes_zeros(state_name, piece.name, name, self.moments):
             return None
-        return self.source.read_piece(kind, replace(piece, name=name))
+        return self.source.read_piece(state_name, replace(piece, name=name))

@@ -33,14 +33,14 @@ class Transfer:
     """A region of a tensor of the plan before that goes from one rank to another.
 
     Attributes:
-        kind: one of :data:`megaloop.layout.pieces.KINDS`.
+        state_name: one of :data:`megaloop.layout.pieces.STATE_NAMES`.
         name: the tensor.
         box: the region of it.
         source, target: ranks.
         bytes: its size.
     """
 
-    kind: str
+    state_name: str
     name: str
     box: Box
     source: int
@@ -62,22 +62,22 @@ class Reshard:
 
     def received(self) -> tuple[int, ...]:
         """Bytes that each rank receives."""
-        return self._sum(lambda each: each.target)
+        return self._sum(lambda transfer: transfer.target)
 
     def sent(self) -> tuple[int, ...]:
         """Bytes that each rank sends."""
-        return self._sum(lambda each: each.source)
+        return self._sum(lambda transfer: transfer.source)
 
     def _sum(self, rank: Callable[[Transfer], int]) -> tuple[int, ...]:
         total = [0] * len(self.in_place)
-        for each in self.transfers:
-            total[rank(each)] += each.bytes
+        for transfer in self.transfers:
+            total[rank(transfer)] += transfer.bytes
         return tuple(total)
 
 
-def takes_zeros(kind: str, name: str, source: str, moments: Moments) -> bool:
+def takes_zeros(state_name: str, name: str, source: str, moments: Moments) -> bool:
     """Whether a parameter's state of this kind starts from zeros: the moments of a copied layer, where asked for."""
-    return moments == "zero" and name != source and kind in ("exp_avg", "exp_avg_sq")
+    return moments == "zero" and name != source and state_name in ("exp_avg", "exp_avg_sq")
 
 
 def transfers(
@@ -97,9 +97,9 @@ def transfers(
     load = [0] * world
     in_place = [0] * world
     planned: list[Transfer] = []
-    for (kind, source), needed in _needs(new, growth, moments).items():
-        size = weight_bytes if kind == "model" else 4
-        holders = old.holders[kind, source]
+    for (state_name, source), needed in _needs(new, growth, moments).items():
+        size = weight_bytes if state_name == "model" else 4
+        holders = old.holders[state_name, source]
         held: dict[int, list[Piece]] = defaultdict(list)
         for holder in holders:
             for rank in holder.ranks:
@@ -114,7 +114,7 @@ def transfers(
             in_place[rank] += size * (wanted - sum(box.numel for box in missing))
             for box in missing:
                 for part, sender in _senders(box, rectangles, load):
-                    planned.append(Transfer(kind, source, part, sender, rank, size * part.numel))
+                    planned.append(Transfer(state_name, source, part, sender, rank, size * part.numel))
                     load[sender] += planned[-1].bytes
     return Reshard(tuple(planned), tuple(in_place))
 
@@ -122,11 +122,11 @@ def transfers(
 def _needs(new: Placement, growth: Growth, moments: Moments) -> dict[_Slot, dict[int, list[Piece]]]:
     """By (kind, tensor of the plan before): which pieces of it each rank needs, in the new placement's order."""
     needs: dict[_Slot, dict[int, list[Piece]]] = {}
-    for (kind, name), holders in new.holders.items():
+    for (state_name, name), holders in new.holders.items():
         source = grown_from(name, growth)
-        if source is None or takes_zeros(kind, name, source, moments):
+        if source is None or takes_zeros(state_name, name, source, moments):
             continue
-        slot = needs.setdefault((kind, source), {})
+        slot = needs.setdefault((state_name, source), {})
         for holder in holders:
             piece = Piece(source, holder.piece.shape, holder.piece.box, holder.piece.flat)
             for rank in holder.ranks:
@@ -165,6 +165,6 @@ def _senders(
         ]
         if not candidates:
             raise RuntimeError(f"no rank holds {region}")
-        (_, sender), part = min(candidates, key=lambda each: (*each[0], each[1].offset))
+        (_, sender), part = min(candidates, key=lambda candidate: (*candidate[0], candidate[1].offset))
         yield part, sender
         left.extend(region.minus(part))

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, Use
+from megaloop.depth import DepthPlan, LayerCall
 from megaloop.model.kernels import Kernels
 from megaloop.model.layers import AttentionContext, DecoderLayer, KeyValueCache, LoopAdapter, RMSNorm, rotary_tables
 from megaloop.model.parameters import initial_values, loop_ends, parameter_specs
 from megaloop.model.tensor_parallel import ColumnParallelLinear, TensorParallel, VocabParallelEmbedding
 
-__all__ = ["Decoder", "DecoderStage", "LoopEntry", "Recompute"]
+__all__ = ["Decoder", "DecoderStage", "LoopInput", "Recompute"]
 
 Recompute = Literal["none", "full", "selective"]
 
 
 @dataclass
-class LoopEntry:
+class LoopInput:
     """The state with which a micro-batch entered the loop, kept for the times that inject it.
 
     Attributes:
@@ -57,8 +57,8 @@ class DecoderStage(nn.Module):
         recompute: activation checkpointing per layer.
 
     Attributes:
-        times: how often the loop runs from now on; None: as often as the plan says.
-        backprop: gradients pass only through the last so many times of the loop; None: through all.
+        iterations: how often the loop runs from now on; None: as often as the plan says.
+        backprop: gradients pass only through the last this many iterations of the loop; None: through all.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class DecoderStage(nn.Module):
         self.first, self.last = first, last
         self.tp = tp or TensorParallel()
         self.recompute = recompute
-        self.times: int | None = None
+        self.iterations: int | None = None
         self.backprop: int | None = None
         kernels = kernels or Kernels()
         self.use_flash = kernels.attention == "flash-attn"
@@ -115,29 +115,29 @@ class DecoderStage(nn.Module):
         x: Tensor,
         documents_BS: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
-        uses: Sequence[Use] | None = None,
+        calls: Sequence[LayerCall] | None = None,
     ) -> Tensor:
         """Token ids [B, S] (first stage) or activations [B, S, D] to activations or logits [B, S, V].
 
         Args:
             documents_BS: index of each token's document within its sample; attention stays inside documents.
             caches: one per executed layer, for generation; x then holds the tokens after the cached ones.
-            uses: the whole model's executions of layers; default: those of the plan, its loop ``times`` times.
+            calls: the whole model's executions of layers; default: those of the plan, its loop ``iterations`` times.
         """
-        uses = self.plan.uses(self.times) if uses is None else uses
-        own = [use for use in uses if str(use.layer_id) in self.layers]
+        calls = self.plan.calls(self.iterations) if calls is None else calls
+        own = [call for call in calls if str(call.layer_id) in self.layers]
         return self.run(x, own, documents_BS, caches, first=self.first, last=self.last)
 
     def run(
         self,
         x: Tensor,
-        uses: Sequence[Use],
+        calls: Sequence[LayerCall],
         documents_BS: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
         *,
         first: bool,
         last: bool,
-        entry: LoopEntry | None = None,
+        entry: LoopInput | None = None,
         context: AttentionContext | None = None,
     ) -> Tensor:
         """Some uses of the stage's layers, after the embedding if ``first``, before norm and head if ``last``.
@@ -151,19 +151,19 @@ class DecoderStage(nn.Module):
             context = self._context(length, caches[0].length if caches else 0, documents_BS, x.device)
         if first:
             x = self.embedding(x)
-        entry = entry or LoopEntry()
+        entry = entry or LoopInput()
         scaled = self.plan.style.residual_scale != "none"
-        for index, use in enumerate(uses):
-            if use.begins and use.time == 0 and self.plan.style.injection != "none":
+        for index, call in enumerate(calls):
+            if call.is_first and call.time == 0 and self.plan.style.injection != "none":
                 entry.state = x
-            with torch.no_grad() if use.is_frozen(self.backprop) else nullcontext():
-                if use.begins:
-                    x = self._inject(x, use, entry)
-                layer, cache = self.layers[str(use.layer_id)], caches[index] if caches else None
+            with torch.no_grad() if call.is_frozen(self.backprop) else nullcontext():
+                if call.is_first:
+                    x = self._inject(x, call, entry)
+                layer, cache = self.layers[str(call.layer_id)], caches[index] if caches else None
                 recompute = self.recompute if torch.is_grad_enabled() else "none"
-                scale = 1.0 / use.times if scaled and use.times is not None else 1.0
+                scale = 1.0 / call.iterations if scaled and call.iterations is not None else 1.0
                 x = self._run_layer(layer, x, context, cache, scale, recompute)
-                if use.ends and self.plan.style.norm:
+                if call.is_last and self.plan.style.norm:
                     x = self.loop["norm"](x)
         return self.logits(x) if last else x
 
@@ -171,10 +171,10 @@ class DecoderStage(nn.Module):
         """Norm and head of the last stage: what a residual stream [B, S, D] predicts, [B, S, V]."""
         return self._logits(self.norm(x_BSD))
 
-    def _inject(self, x: Tensor, use: Use, entry: LoopEntry) -> Tensor:
+    def _inject(self, x: Tensor, call: LayerCall, entry: LoopInput) -> Tensor:
         """The state with which a time of the loop begins."""
         injection = self.plan.style.injection
-        if injection == "none" or (injection == "add" and use.time == 0):
+        if injection == "none" or (injection == "add" and call.time == 0):
             return x
         assert entry.state is not None
         if injection == "add":
@@ -243,13 +243,13 @@ class Decoder(DecoderStage):
         for name, parameter in self.named_parameters():
             parameter.copy_(read(name, specs[name]))
 
-    def new_caches(self, batch: int, max_length: int, uses: Sequence[Use] | None = None) -> list[KeyValueCache]:
-        """Empty key-value caches, one per executed layer; ``uses`` as :meth:`forward`."""
+    def new_caches(self, batch: int, max_length: int, calls: Sequence[LayerCall] | None = None) -> list[KeyValueCache]:
+        """Empty key-value caches, one per executed layer; ``calls`` as :meth:`forward`."""
         parameter = next(self.parameters())
         kv_heads, head_size = self.config.num_kv_heads // self.tp.size, self.config.head_size
         return [
             KeyValueCache(batch, kv_heads, max_length, head_size, parameter.dtype, parameter.device)
-            for _ in (self.plan.uses(self.times) if uses is None else uses)
+            for _ in (self.plan.calls(self.iterations) if calls is None else calls)
         ]
 
 

@@ -134,10 +134,10 @@ class TrainingEngine:
 
     def _check_placement(self) -> None:
         """What the engine holds is what the planner thinks: otherwise resharding would mix up values."""
-        found = {(each.kind, each.piece) for each in self.pieces()}
+        found = {(item.state_name, item.piece) for item in self.pieces()}
         planned = set(self.placement.held_by(dist.get_rank()))
         if found != planned:
-            differing = sorted({f"{kind} of {piece.name}" for kind, piece in found ^ planned})
+            differing = sorted({f"{state_name} of {piece.name}" for state_name, piece in found ^ planned})
             raise RuntimeError(f"DeepSpeed holds {differing[0]} and {len(differing) - 1} more otherwise than planned")
 
     def _build(self) -> PipelinedDecoder:
@@ -195,14 +195,14 @@ class TrainingEngine:
         """This rank reads micro-batches: it holds an end of the pipeline."""
         return self.coordinate.pp in (0, self.topology.pp - 1)
 
-    def train_step(self, batches: Iterator[Batch], lr: float, times: int | None = None) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], lr: float, iterations: int | None = None) -> StepResult:
         """One optimizer step over ``micro_batches`` items of ``batches`` (ignored where ``needs_data`` is False).
 
         Args:
-            times: how often the loop runs, the same on every rank; None: as often as the plan says.
+            iterations: how often the loop runs, the same on every rank; None: as often as the plan says.
         """
         stage = self._module.stage
-        stage.times, stage.backprop = times, self.config.loop.backprop
+        stage.iterations, stage.backprop = iterations, self.config.loop.backprop
         self.stopwatch.reset()
         self._engine.set_lr(lr)
         loss = self._rounds.train(batches, self.micro_batches)
@@ -210,7 +210,7 @@ class TrainingEngine:
 
     def evaluate(self, batches: Iterable[Batch], count: int) -> float:
         """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank, at the plan's depth; no gradients."""
-        self._module.stage.times = None
+        self._module.stage.iterations = None
         return float(self._rounds.evaluate(iter(batches), count))
 
     def pieces(self) -> list[StatePiece]:

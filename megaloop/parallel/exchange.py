@@ -46,21 +46,21 @@ def exchange(
     Returns:
         The most bytes that were in buffers at one time.
     """
-    sources = _regions((each.kind, each.piece.name, each) for each in old)
+    sources = _regions((state_piece.state_name, state_piece.piece.name, state_piece) for state_piece in old)
     targets: list[tuple[str, str, StatePiece]] = []
-    for each in new:
-        name = each.piece.name
+    for state_piece in new:
+        name = state_piece.piece.name
         source = grown_from(name, growth)
         if source is None:
-            values = fresh.read_piece(each.kind, each.piece)
+            values = fresh.read_piece(state_piece.state_name, state_piece.piece)
             if values is None:
-                each.data.zero_()
+                state_piece.data.zero_()
             else:
-                each.data.copy_(values.view(each.data.shape))
-        elif takes_zeros(each.kind, name, source, moments):
-            each.data.zero_()
+                state_piece.data.copy_(values.view(state_piece.data.shape))
+        elif takes_zeros(state_piece.state_name, name, source, moments):
+            state_piece.data.zero_()
         else:
-            targets.append((each.kind, source, each))
+            targets.append((state_piece.state_name, source, state_piece))
     wanted = _regions(targets)
     for slot, regions in wanted.items():
         for box, values in regions:
@@ -71,8 +71,8 @@ def exchange(
 
 def _regions(pieces: Iterable[tuple[str, str, StatePiece]]) -> _Regions:
     found: _Regions = defaultdict(list)
-    for kind, name, piece in pieces:
-        found[kind, name].extend(piece.regions())
+    for state_name, name, piece in pieces:
+        found[state_name, name].extend(piece.regions())
     return found
 
 
@@ -92,24 +92,24 @@ class _Incoming:
 
 def _run(transfers: tuple[Transfer, ...], sources: _Regions, wanted: _Regions) -> int:
     rank = dist.get_rank()
-    limit = max((each.bytes for each in transfers), default=0)
+    limit = max((transfer.bytes for transfer in transfers), default=0)
     peak = 0
-    for window in _windows((each for each in transfers if rank in (each.source, each.target)), limit):
+    for window in _windows((transfer for transfer in transfers if rank in (transfer.source, transfer.target)), limit):
         operations, incoming = [], []
-        for each in window:
-            if each.source == rank:
-                buffer = _outgoing(each, sources)
-                operations.append(dist.P2POp(dist.isend, buffer, each.target))
+        for transfer in window:
+            if transfer.source == rank:
+                buffer = _outgoing(transfer, sources)
+                operations.append(dist.P2POp(dist.isend, buffer, transfer.target))
             else:
-                like = wanted[each.kind, each.name][0][1]
-                buffer = torch.empty(each.box.shape, dtype=like.dtype, device=like.device)
-                incoming.append(_Incoming(each, buffer))
-                operations.append(dist.P2POp(dist.irecv, buffer, each.source))
-        peak = max(peak, sum(each.bytes for each in window))
+                like = wanted[transfer.state_name, transfer.name][0][1]
+                buffer = torch.empty(transfer.box.shape, dtype=like.dtype, device=like.device)
+                incoming.append(_Incoming(transfer, buffer))
+                operations.append(dist.P2POp(dist.irecv, buffer, transfer.source))
+        peak = max(peak, sum(value.bytes for value in window))
         for request in dist.batch_isend_irecv(operations):
             request.wait()
         for arrived in incoming:
-            slot = (arrived.transfer.kind, arrived.transfer.name)
+            slot = (arrived.transfer.state_name, arrived.transfer.name)
             for box, values in wanted[slot]:
                 _copy(arrived.transfer.box, arrived.buffer, box, values)
     return peak
@@ -119,19 +119,21 @@ def _windows(transfers: Iterable[Transfer], limit: int) -> Iterator[list[Transfe
     """Consecutive transfers, as many at a time as ``limit`` bytes allow."""
     window: list[Transfer] = []
     size = 0
-    for each in transfers:
-        if window and size + each.bytes > limit:
+    for transfer in transfers:
+        if window and size + transfer.bytes > limit:
             yield window
             window, size = [], 0
-        window.append(each)
-        size += each.bytes
+        window.append(transfer)
+        size += transfer.bytes
     if window:
         yield window
 
 
 def _outgoing(transfer: Transfer, sources: _Regions) -> Tensor:
     """The values to send: a view where they lie together, else a copy."""
-    for box, values in sources[transfer.kind, transfer.name]:
+    for box, values in sources[transfer.state_name, transfer.name]:
         if box.intersect(transfer.box) == transfer.box:
             return values[transfer.box.within(box)].contiguous()
-    raise RuntimeError(f"this rank does not hold {transfer.kind} {transfer.name} {transfer.box}, which it is to send")
+    raise RuntimeError(
+        f"this rank does not hold {transfer.state_name} {transfer.name} {transfer.box}, which it is to send"
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
-from megaloop.layout.partition import Slices, owned_layers
+from megaloop.layout.partition import StageMap, owned_layers
 from megaloop.layout.topology import Topology
 from megaloop.model import DecoderStage, Kernels, Labels, TensorParallel, vocab_parallel_cross_entropy
 from megaloop.model.decoder import Recompute
@@ -42,7 +42,7 @@ class PipelinedDecoder(StageModule):
         vocab_size: int,
         plan: DepthPlan,
         topology: Topology,
-        slices: Slices,
+        slices: StageMap,
         *,
         sequence_parallel: bool = False,
         kernels: Kernels | None = None,
@@ -59,7 +59,7 @@ class PipelinedDecoder(StageModule):
             )  # fmt: skip
             return self.stage, self.stage.embedding if config.tied_embeddings and (first or last) else None
 
-        layers = [len(each) for each in owned]
+        layers = [len(item) for item in owned]
         super().__init__(topology, layers, build, self._finite_loss, tied=config.tied_embeddings)
 
     def _finite_loss(self, logits_BSV: Tensor, labels: Labels) -> Tensor:

@@ -30,7 +30,7 @@ def differing_replicas(pieces: Iterable[StatePiece]) -> list[str]:
     moments likewise. Fragments that overlap only in part (the two ends' ZeRO fragments of the tied
     embedding) are cut at every rank's boundaries and compared cut by cut.
     """
-    mine = {(each.kind, each.piece.name, each.piece.box.offset): each for each in pieces}
+    mine = {(item.state_name, item.piece.name, item.piece.box.offset): item for item in pieces}
     bounds: dict[_Key, set[int]] = defaultdict(set)
     for held in gather_objects({key: _range(piece) for key, piece in mine.items()}):
         for key, (start, stop) in held.items():
@@ -46,7 +46,7 @@ def differing_replicas(pieces: Iterable[StatePiece]) -> list[str]:
     for held_digests in gather_objects(digests):
         for cut, digest in held_digests.items():
             seen[cut].add(digest)
-    return sorted({f"{kind} {name}" for ((kind, name, _), _), found in seen.items() if len(found) > 1})
+    return sorted({f"{state_name} {name}" for ((state_name, name, _), _), found in seen.items() if len(found) > 1})
 
 
 def _range(piece: StatePiece) -> tuple[int, int]:

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaloop.depth import DepthPlan
-from megaloop.layout.partition import Slices
-from megaloop.layout.rounds import Pass
+from megaloop.layout.partition import StageMap
+from megaloop.layout.rounds import Action
 from megaloop.layout.topology import Coordinate, Topology
-from megaloop.layout.work import RankWork
+from megaloop.layout.work import RankSchedule
 from megaloop.model import Labels
-from megaloop.model.decoder import LoopEntry
+from megaloop.model.decoder import LoopInput
 from megaloop.parallel.step_engine import Batch, StepEngine
 from megaloop.parallel.stopwatch import Stopwatch
 
@@ -69,7 +69,7 @@ class RoundsEngine:
         engine: StepEngine,
         module: PipelinedDecoder,
         plan: DepthPlan,
-        slices: Slices,
+        slices: StageMap,
         topology: Topology,
         at: Coordinate,
         activation: tuple[int, ...],
@@ -119,12 +119,12 @@ class _Step:
     def __init__(self, engine: RoundsEngine, batches: Iterator[Batch], micro_batches: int):
         self._e, self._stage = engine, engine._module.stage
         self._micro_batches = micro_batches
-        self._work = RankWork.of(
+        self._work = RankSchedule.of(
             engine._plan,
             engine._slices,
             engine._rank,
             micro_batches,
-            times=self._stage.times,
+            iterations=self._stage.iterations,
             backprop=self._stage.backprop,
             forward_only=not torch.is_grad_enabled(),
         )
@@ -136,7 +136,7 @@ class _Step:
         self._documents: dict[int, Tensor] = {}
         # of each micro-batch, what entered the loop: as it came about, and as later rounds take it, on the rank that injects
         self._entered: dict[int, tuple[Tensor, Tensor]] = {}
-        self._arriving: dict[tuple[Pass, str], _Message] = {}
+        self._arriving: dict[tuple[Action, str], _Message] = {}
         self._sent: deque[_Message] = deque()
         self._awaited = {
             backward: deque(
@@ -176,7 +176,7 @@ class _Step:
                 dist.irecv(indices, e._members[source], group=channel), indices
             )
 
-    def _receive(self, work: Pass) -> Tensor:
+    def _receive(self, work: Action) -> Tensor:
         message = self._arriving.pop((work, "values"))
         message.request.wait()
         if (work, "documents") in self._arriving:
@@ -205,9 +205,9 @@ class _Step:
             self._taken += 1
         return self._batches[number] if self._e._rank == self._e._ranks - 1 else self._batches.pop(number)
 
-    def _forward(self, work: Pass) -> None:
+    def _forward(self, work: Action) -> None:
         e = self._e
-        if self._work.begins(work):
+        if self._work.is_first(work):
             inputs, _ = self._batch(work.micro_batch)
             if isinstance(inputs, tuple):
                 inputs, documents = inputs
@@ -215,7 +215,7 @@ class _Step:
             x = inputs.to(e._device)
         else:
             x = self._receive(work)
-        if self._work.relays(work):
+        if self._work.is_passthrough(work):
             out = x
         else:
             with e._stopwatch:
@@ -226,46 +226,48 @@ class _Step:
         if e._documents is not None and work.round == 0 and e._rank < e._ranks - 1:
             self._send(self._documents[work.micro_batch], backward=False)
 
-    def _compute(self, work: Pass, x: Tensor) -> Tensor:
+    def _compute(self, work: Action, x: Tensor) -> Tensor:
         """Run the slice; its loss, if it ends with it."""
         e, number, key = self._e, work.micro_batch, (work.round, work.micro_batch)
-        learns = torch.is_grad_enabled() and self._work.learns(work)
-        begins, ends = self._work.begins(work), self._work.ends(work)
-        if not begins:
-            x.requires_grad_(learns)
-        entry = LoopEntry(self._entered[number][1] if number in self._entered else None)
-        with torch.set_grad_enabled(learns):
-            uses = self._work.uses_of(work)
-            out: Tensor = self._stage.run(x, uses, self._documents.get(number), first=begins, last=ends, entry=entry)
+        has_backward = torch.is_grad_enabled() and self._work.has_backward(work)
+        is_first, is_last = self._work.is_first(work), self._work.is_last(work)
+        if not is_first:
+            x.requires_grad_(has_backward)
+        entry = LoopInput(self._entered[number][1] if number in self._entered else None)
+        with torch.set_grad_enabled(has_backward):
+            calls = self._work.calls_of(work)
+            out: Tensor = self._stage.run(
+                x, calls, self._documents.get(number), first=is_first, last=is_last, entry=entry
+            )
             if self._work.enters_loop(work):
                 assert entry.state is not None
                 self._entered[number] = entry.state, entry.state.detach().requires_grad_(torch.is_grad_enabled())
-            if self._work.leaves_loop(work) and not learns:
+            if self._work.leaves_loop(work) and not has_backward:
                 self._entered.pop(number, None)  # in validation there is no backward pass that would do it
-            if ends:
+            if is_last:
                 labels = _moved(self._batch(number)[1], e._device)
                 del self._batches[number]
                 out = e._module.loss_fn(out, labels)
                 self.total += out.detach().float()
-        if learns:
+        if has_backward:
             self._inputs[key], self._outputs[key] = x, out
         return out
 
-    def _backward(self, work: Pass) -> None:
+    def _backward(self, work: Action) -> None:
         gradient = self._receive(work) if self._work.receives(work) else None
-        if not self._work.relays(work):
+        if not self._work.is_passthrough(work):
             with self._e._stopwatch:
                 gradient = self._differentiate(work, gradient).grad
         if self._work.sends(work):
             assert gradient is not None
             self._send(gradient, backward=True)
 
-    def _differentiate(self, work: Pass, gradient: Tensor | None) -> Tensor:
+    def _differentiate(self, work: Action, gradient: Tensor | None) -> Tensor:
         """Run the slice backward; its input, which has the gradient."""
         key = (work.round, work.micro_batch)
         x, out = self._inputs.pop(key), self._outputs.pop(key)
         roots: list[tuple[Tensor, Tensor | None]] = []
-        if self._work.ends(work):
+        if self._work.is_last(work):
             roots.append((out / self._micro_batches, None))
         elif gradient is not None:
             roots.append((out, gradient))
@@ -273,7 +275,7 @@ class _Step:
             made, taken = self._entered.pop(work.micro_batch)
             if taken.grad is not None:
                 roots.append((made, taken.grad))
-        self._e._engine.backward([root for root, _ in roots], [each for _, each in roots])
+        self._e._engine.backward([root for root, _ in roots], [item for _, item in roots])
         return x
 
 

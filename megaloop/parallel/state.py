@@ -49,17 +49,17 @@ class LocalParameter:
     moments: dict[str, Tensor]
     duplicate: bool
 
-    def piece(self, kind: str) -> Piece:
-        """The piece of ``kind`` that this rank holds."""
-        if kind == "model":
+    def piece(self, state_name: str) -> Piece:
+        """The piece of ``state_name`` that this rank holds."""
+        if state_name == "model":
             return self.box_piece
         return Piece(self.box_piece.name, self.box_piece.shape, self.box_piece.box, self.fragment)
 
-    def values(self, kind: str) -> Tensor | None:
-        """This rank's values of ``kind``, a view; None where it holds none."""
-        if kind == "model":
+    def values(self, state_name: str) -> Tensor | None:
+        """This rank's values of ``state_name``, a view; None where it holds none."""
+        if state_name == "model":
             return self.parameter.data
-        return self.master if kind == "master" else self.moments.get(kind)
+        return self.master if state_name == "master" else self.moments.get(state_name)
 
 
 def prime_moments(adam: torch.optim.Optimizer, step: int) -> None:
@@ -110,10 +110,10 @@ def state_pieces(
         load[writer] += local.box_piece.numel
         unique = not local.duplicate and (specs[local.name].shard_dim is not None or at.tp == 0)
         pieces.append(StatePiece("model", local.box_piece, local.parameter.data, unique and writer == at.dp))
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
-            values = local.values(kind)
+        for state_name in ("master", "exp_avg", "exp_avg_sq"):
+            values = local.values(state_name)
             if values is not None:
-                pieces.append(StatePiece(kind, local.piece(kind), values, unique))
+                pieces.append(StatePiece(state_name, local.piece(state_name), values, unique))
     return pieces
 
 
@@ -138,8 +138,8 @@ def write_state(parameters: list[LocalParameter], source: StateSource, group: di
             continue
         start, stop = local.fragment
         local.master.copy_(whole.reshape(-1)[start:stop])
-        for kind, values in local.moments.items():
-            fragment = source.read_piece(kind, local.piece(kind))
+        for state_name, values in local.moments.items():
+            fragment = source.read_piece(state_name, local.piece(state_name))
             if fragment is None:
                 values.zero_()
             else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megaloop.config import Config
 from megaloop.depth import DepthPlan
-from megaloop.layout.partition import Slices, owned_layers, slices_for
+from megaloop.layout.partition import StageMap, owned_layers, slices_for
 from megaloop.layout.placement import local_box, stage_parameters, zero_share
 from megaloop.layout.rounds import Rounds
 from megaloop.layout.topology import Topology
@@ -64,7 +64,7 @@ def rank_budgets(
     specs: Mapping[str, ParameterSpec],
     plan: DepthPlan,
     topology: Topology,
-    slices: Slices,
+    slices: StageMap,
 ) -> tuple[RankBudget, ...]:
     """What a rank of each pipeline stage holds during training.
 
@@ -89,7 +89,7 @@ def _rank_budget(
     specs: Mapping[str, ParameterSpec],
     plan: DepthPlan,
     topology: Topology,
-    slices: Slices,
+    slices: StageMap,
     pp: int,
 ) -> RankBudget:
     sizes = {name: local_box(specs[name], 0, topology.tp).numel for name in stage_parameters(specs, plan, slices, pp)}
@@ -111,15 +111,17 @@ def _rank_budget(
     )
 
 
-def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Slices, pp: int, vocab_size: int) -> int:
+def _activations(
+    config: Config, plan: DepthPlan, topology: Topology, slices: StageMap, pp: int, vocab_size: int
+) -> int:
     """Bytes of activations at their most: all slices in flight, and the backward pass of one at work.
 
     A loop that runs differently often is counted at its most.
     """
-    times = None if plan.loop is None else config.loop_counts.of(plan.loop.times).largest
-    if times is not None:
-        slices = slices_for(plan, slices, times)
-    uses = plan.uses(times)
+    iterations = None if plan.loop is None else config.loop_counts.of(plan.loop.iterations).largest
+    if iterations is not None:
+        slices = slices_for(plan, slices, iterations)
+    calls = plan.calls(iterations)
     length = config.data.sequence_length
     tokens = config.train.micro_batch * length
     micro_batches = config.train.micro_batches(topology.dp)
@@ -130,15 +132,15 @@ def _activations(config: Config, plan: DepthPlan, topology: Topology, slices: Sl
 
     def kept(number: int) -> int:
         """Of one micro-batch, from its forward pass through the rank's slice of a round to its backward pass."""
-        begins, ends = pp == 0 and number == 0, last and number == len(slices) - 1
-        live = [use for use in uses[slice(*slices[number][pp])] if not use.is_frozen(config.loop.backprop)]
-        size = len(live) * layer.kept + (8 * tokens if begins else stream)  # token ids are 8 bytes
-        for use in live:  # a loop's adapter keeps both of its inputs, its norm keeps one
-            size += 2 * stream * (use.begins and plan.style.injection == "concat")
-            size += stream * (use.ends and plan.style.norm)
+        is_first, is_last = pp == 0 and number == 0, last and number == len(slices) - 1
+        live = [call for call in calls[slice(*slices[number][pp])] if not call.is_frozen(config.loop.backprop)]
+        size = len(live) * layer.kept + (8 * tokens if is_first else stream)  # token ids are 8 bytes
+        for call in live:  # a loop's adapter keeps both of its inputs, its norm keeps one
+            size += 2 * stream * (call.is_first and plan.style.injection == "concat")
+            size += stream * (call.is_last and plan.style.norm)
         if config.train.recompute != "none" and mask_bytes(config):
             size += tokens * length  # the boolean mask waits for the layers to run again
-        return size + (head.kept + 8 * tokens if ends else stream)  # and the targets; or the output
+        return size + (head.kept + 8 * tokens if is_last else stream)  # and the targets; or the output
 
     held = most = 0
     sizes = [kept(number) for number in range(len(slices))]

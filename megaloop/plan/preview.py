@@ -17,7 +17,7 @@ from megaloop.data.sources import embedding_rows, open_sources
 from megaloop.depth import DepthPlan, GrowthStage, run_flops
 from megaloop.depth.flops import head_flops, layer_flops, parameters
 from megaloop.errors import MegaloopError
-from megaloop.layout.partition import Slices, split_rounds
+from megaloop.layout.partition import StageMap, split_rounds
 from megaloop.layout.placement import Placement
 from megaloop.layout.rounds import Rounds
 from megaloop.layout.topology import Topology
@@ -141,8 +141,8 @@ class RunPreview:
         """Everything as one value that JSON can hold; bytes, FLOPs and steps as they are."""
         values = asdict(self) | {"flops": self.flops, "fraction": self.fraction, "saved_percent": self.saved_percent}
         for stage, written in zip(self.stages, values["stages"], strict=True):
-            for rank, each in zip(stage.ranks, written["ranks"], strict=True):
-                each["total"] = rank.total
+            for rank, item in zip(stage.ranks, written["ranks"], strict=True):
+                item["total"] = rank.total
             written["worst_rank"] = {
                 "pipeline_rank": stage.ranks.index(stage.worst),
                 **asdict(stage.worst),
@@ -155,7 +155,7 @@ def preview(config: Config, ranks: int | None = None) -> RunPreview:
     """Work out a run on ``ranks`` ranks (default: the fewest on which its topologies fit).
 
     Raises:
-        MegaloopError: a stage has no topology on so many ranks, or the vocabulary's size is not known.
+        MegaloopError: a stage has no topology on that number of ranks, or the vocabulary's size is not known.
     """
     world_size = config.smallest_world if ranks is None else ranks
     config.check_world(world_size)
@@ -191,7 +191,7 @@ def _vocab_size(config: Config) -> int:
         sources = open_sources(config.data, config.init)
     except MegaloopError as error:
         if not _is_missing(config):
-            raise  # it is the data that has to be mended, or what the configuration says of it
+            raise  # it is the data that has to be fixed, or what the configuration says of it
         raise MegaloopError(
             f"the vocabulary's size is not known without the data ({error}); set model.vocab_size, for example 49152"
         ) from None
@@ -241,23 +241,23 @@ def _stages(config: Config, world_size: int, vocab_size: int, costs: Sequence[in
 
 def _mean_times(config: Config, stage: GrowthStage) -> float | None:
     """How often a stage's loop runs on average, where that is drawn."""
-    if stage.plan.loop is None or config.loop_times(stage.plan, stage.first_step) is None:
+    if stage.plan.loop is None or config.loop_iterations(stage.plan, stage.first_step) is None:
         return None
-    drawn = config.loop_counts.of(stage.plan.loop.times).drawn(stage.first_step, stage.stop)
-    return sum(times * steps for times, steps in drawn.items()) / stage.steps
+    drawn = config.loop_counts.of(stage.plan.loop.iterations).drawn(stage.first_step, stage.stop)
+    return sum(iterations * steps for iterations, steps in drawn.items()) / stage.steps
 
 
 def _pass_flops(
-    config: Config, plan: DepthPlan, slices: Slices, vocab_size: int
+    config: Config, plan: DepthPlan, slices: StageMap, vocab_size: int
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """FLOPs of one micro-batch's forward and backward passes, by round and pipeline rank; the last has the head."""
     tokens = config.train.micro_batch * config.data.sequence_length
     layer = tokens * layer_flops(config.model, config.data.sequence_length)
     head = tokens * head_flops(config.model, vocab_size)
-    live = [not use.is_frozen(config.loop.backprop) for use in plan.uses()]
-    forward = [[(stop - start) * layer for start, stop in each] for each in slices]
+    live = [not call.is_frozen(config.loop.backprop) for call in plan.calls()]
+    forward = [[(stop - start) * layer for start, stop in slice_] for slice_ in slices]
     again = 3 if config.train.recompute == "full" else 2
-    backward = [[sum(live[start:stop]) * layer * again for start, stop in each] for each in slices]
+    backward = [[sum(live[start:stop]) * layer * again for start, stop in slice_] for slice_ in slices]
     forward[-1][-1] += head
     backward[-1][-1] += 2 * head
     return tuple(map(tuple, forward)), tuple(map(tuple, backward))

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.text import Text
 
 from megaloop.errors import MegaloopError
-from megaloop.layout.rounds import Pass, Rounds, Span
+from megaloop.layout.rounds import Action, Rounds, Span
 
 __all__ = ["StepPicture", "draw_png", "draw_text"]
 
@@ -18,7 +18,7 @@ _FORWARD, _BACKWARD = ("#163a6b", "#86b6e8"), ("#6b3413", "#e8b686")
 """Colours of the first round and of the last; those between lie between."""
 
 
-def _colour(work: Pass, rounds: int) -> str:
+def _colour(work: Action, rounds: int) -> str:
     first, last = _BACKWARD if work.backward else _FORWARD
     share = work.round / (rounds - 1) if rounds > 1 else 0.3
     parts = ((int(first[at : at + 2], 16), int(last[at : at + 2], 16)) for at in (1, 3, 5))
@@ -60,7 +60,7 @@ class StepPicture:
         done, there = self._simulated.micro_batches, self.rounds.micro_batches
         return "" if done == there else f" (estimated: {done:,} of {there:,} micro-batches are simulated)"
 
-    def _seconds(self, rank: int, work: Pass) -> float:
+    def _seconds(self, rank: int, work: Action) -> float:
         return (self.backward if work.backward else self.forward)[work.round][rank]
 
     @property
@@ -70,7 +70,7 @@ class StepPicture:
         Each micro-batch that is not simulated takes as long as the slowest rank works on one.
         """
         spans = self.spans()
-        busy = sum(span.stop - span.start for each in spans for span in each)
+        busy = sum(span.stop - span.start for item in spans for span in item)
         end = _end(spans)
         if more := self.rounds.micro_batches - self._simulated.micro_batches:
             each = [sum(times) for times in zip(*self.forward, *self.backward, strict=True)]
@@ -80,7 +80,7 @@ class StepPicture:
 
 
 def _end(spans: Sequence[Sequence[Span]]) -> float:
-    return max(each[-1].stop for each in spans)
+    return max(span[-1].stop for span in spans)
 
 
 def draw_text(picture: StepPicture, width: int) -> Text:
@@ -90,13 +90,13 @@ def draw_text(picture: StepPicture, width: int) -> Text:
         width: columns at most. Where the step is too long for it, the beginning is shown.
     """
     spans = picture.spans()
-    tick = min(seconds for each in picture.forward for seconds in each if seconds)
+    tick = min(seconds for item in picture.forward for seconds in item if seconds)
     label = len(str(len(spans) - 1)) + 2
     columns = min(round(_end(spans) / tick), max(width - label - 4, 10))
     lines = Text(f"{picture.title}  ranks wait {picture.waiting:.1%} of a step{picture.note}\n", no_wrap=True)
-    for rank, each in enumerate(spans):
+    for rank, item in enumerate(spans):
         lines.append(f"{rank:>{label - 2}}  ", "dim")
-        upcoming = iter(each)
+        upcoming = iter(item)
         span: Span | None = next(upcoming)
         for column in range(columns):
             middle = (column + 0.5) * tick
@@ -130,16 +130,16 @@ def draw_png(pictures: Sequence[StepPicture], path: Path) -> None:
     axes = figure.subplots(len(pictures), 1, squeeze=False, height_ratios=heights)[:, 0]
     for picture, axis in zip(pictures, axes, strict=True):
         spans = picture.spans()
-        for rank, each in enumerate(spans):
+        for rank, item in enumerate(spans):
             axis.broken_barh(
-                [(span.start, span.stop - span.start) for span in each],
+                [(span.start, span.stop - span.start) for span in item],
                 (rank - 0.42, 0.84),
-                facecolors=[_colour(span.work, picture.rounds.rounds) for span in each],
+                facecolors=[_colour(span.work, picture.rounds.rounds) for span in item],
                 edgecolor="white",
                 linewidth=0.5,
             )
             if sum(map(len, spans)) <= 600:  # more would be illegible
-                for span in each:
+                for span in item:
                     axis.text(
                         (span.start + span.stop) / 2, rank, str(span.work.micro_batch),
                         ha="center", va="center", fontsize=7, color="white", clip_on=True,

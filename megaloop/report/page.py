@@ -112,7 +112,7 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
         rows=rows,
         losses=[(name, Markup(plots.loss_plot(groups, axis, measure))) for name, axis in _AXES],
         in_bits=measure is BITS,
-        boundaries=[(label, each) for run, label in zip(runs, labels, strict=True) for each in run.boundaries],
+        boundaries=[(label, boundary) for run, label in zip(runs, labels, strict=True) for boundary in run.boundaries],
         tasks=_task_rows(groups, tasks, shots),
         shots=shots,
         primitives_plot=Markup(plots.primitives_plot(groups, shots, _CHANCE)) if tasks else None,
@@ -181,8 +181,8 @@ def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: in
         said.append(text + ".")
     means = [(group.label, cell) for group, cell in zip(groups, cells(groups, MEAN, shots), strict=True) if cell]
     if len(means) > 1:
-        label, best = max(means, key=lambda each: each[1].value)
-        second = max((each for each in means if each[0] != label), key=lambda each: each[1].value)
+        label, best = max(means, key=lambda mean: mean[1].value)
+        second = max((mean for mean in means if mean[0] != label), key=lambda item: item[1].value)
         clear = _clear(best, second[1])
         said.append(
             f"Over the primitives, {label} has the highest mean accuracy, {_cell(best)}; next is {second[0]} with "

@@ -110,11 +110,11 @@ def _limits(groups: Sequence[Group], measure: Measure) -> tuple[float, float]:
     """What there is to see: from a little under the lowest loss to where the second twentieth of training lies."""
     runs = [run for group in groups for run in group.runs]
     shown = [measure.of(run) for run in runs] + ([run.loss for run in runs] if measure is NATS else [])
-    finite = [each[np.isfinite(each)] for each in shown]
-    lowest = min((float(each.min()) for each in finite if len(each)), default=0.0)
+    finite = [curve[np.isfinite(curve)] for curve in shown]
+    lowest = min((float(item.min()) for item in finite if len(item)), default=0.0)
     losses = finite[len(runs) :] or finite
     early = max(
-        (float(np.median(each[len(each) // 20 : len(each) // 10 + 1])) for each in losses if len(each)), default=lowest
+        (float(np.median(loss[len(loss) // 20 : len(loss) // 10 + 1])) for loss in losses if len(loss)), default=lowest
     )
     room = max(early - lowest, 0.1)
     return lowest - 0.05 * room, early + 0.1 * room

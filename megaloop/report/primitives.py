@@ -142,7 +142,7 @@ def _loops(group: Group) -> list[int]:
 
 
 def held_out(group: Group, loops: int | None = None) -> list[Held]:
-    """Held-out loss on each data set; as trained, or with so many loops."""
+    """Held-out loss on each data set; as trained, or with that number of loops."""
     names = dict.fromkeys(
         str(record.subject.data) for run in group.runs for record in run.evaluations if _loss(record) is not None
     )

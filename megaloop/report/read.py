@@ -222,9 +222,9 @@ def _plain(value: Any, file: Path) -> Any:
                 f"report: {file} is no configuration of a run (more than {_VALUES} values, or nested deeper than {_NESTED})"
             )
         if isinstance(value, dict):
-            return {printable(key): plain(each, nested + 1) for key, each in value.items()}
+            return {printable(key): plain(item, nested + 1) for key, item in value.items()}
         if isinstance(value, list | tuple | set):
-            return [plain(each, nested + 1) for each in value]
+            return [plain(item, nested + 1) for item in value]
         if isinstance(value, int) and abs(value) >= _LARGEST:
             return "a very large number"
         return value if isinstance(value, bool | int | float | None) else printable(value, 500)
@@ -236,7 +236,9 @@ def _data(config: dict[str, Any]) -> tuple[str, ...]:
     data = config.get("data")
     data = data if isinstance(data, dict) else {}
     sources = data.get("sources")
-    paths = [str(each.get("path")) for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+    paths = (
+        [str(source.get("path")) for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    )
     return (str(data.get("format", "shards")), *paths)
 
 
@@ -254,8 +256,8 @@ def _samples(manifest: dict[str, Any] | None) -> tuple[str, ...] | None:
     """SHA-256 of each source's validation samples; None where a checkpoint does not say (those of earlier versions do not)."""
     sources = _part(_part(manifest, "run"), "data").get("sources")
     listed = sources if isinstance(sources, list) else []
-    found = [text(each, "validation") if isinstance(each, dict) else None for each in listed]
-    known = tuple(each for each in found if each is not None)
+    found = [text(error, "validation") if isinstance(error, dict) else None for error in listed]
+    known = tuple(result for result in found if result is not None)
     return known if known and len(known) == len(found) else None
 
 

@@ -165,7 +165,7 @@ BITS = Measure("bits per byte", lambda run: run.val_bits)
 def choose_measure(groups: Sequence[Group]) -> Measure:
     """Nats per token where all are validated on the same data by the same tokenizer; else bits per byte of text."""
     found = [run.held_out for group in groups for run in group.runs]
-    return NATS if all(each.is_that_of(other) for each in found for other in found) else BITS
+    return NATS if all(result.is_that_of(other) for result in found for other in found) else BITS
 
 
 def choose_baseline(groups: Sequence[Group], name: str | None) -> Group:

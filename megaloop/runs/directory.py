@@ -37,7 +37,7 @@ __all__ = [
     "RunDirectory",
     "held",
     "holder",
-    "is_held",
+    "is_locked",
     "last_records",
 ]
 
@@ -164,7 +164,7 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def last_step(self) -> int | None:
-        """The newest step of which there are metrics or a whole checkpoint; None in a directory without either."""
+        """The newest step of which there are metrics or a complete checkpoint; None in a directory without either."""
         found = (whole_number(record, "step") for record in read_records(self.path / METRICS))
         steps = [step for step in found if step is not None]
         try:
@@ -262,10 +262,10 @@ class NoDirectory:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold the directory of a run that is not alive.
+    """Hold the directory of a run that is not running.
 
     Raises:
-        MegaloopError: it is alive, or the directory cannot be used.
+        MegaloopError: it is running, or the directory cannot be used.
     """
     try:
         lock, before = _lock(path)
@@ -275,7 +275,7 @@ def held(path: Path) -> Iterator[None]:
         yield
 
 
-def is_held(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether a live run holds the directory; it is only looked at."""
     try:
         descriptor = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megaloop.checkpoint import list_checkpoints, list_damaged, step_of
 from megaloop.errors import MegaloopError
 from megaloop.layout.topology import Topology
-from megaloop.runs.directory import DISCARDED, STACKS, is_held
+from megaloop.runs.directory import DISCARDED, STACKS, is_locked
 from megaloop.runs.metrics import EVENTS, METRICS, RANKS
 from megaloop.runs.records import number, read_records, text, whole_number
 from megaloop.text import format_bytes, printable
@@ -25,11 +25,11 @@ State = Literal["empty", "running", "finished", "stopped", "failed", "killed"]
 _Record = dict[str, Any]
 
 _SLOW = 1.1
-"""A rank that computes so many times as long as those of its pipeline stage is slow."""
+"""A rank that computes this many times as long as those of its pipeline stage is slow."""
 _UNEVEN = 1.15
-"""Pipeline stages of which the longest takes so many times the mean are unevenly filled."""
+"""Pipeline stages of which the longest takes this many times the mean are unevenly filled."""
 _GAP, _GAP_SECONDS = 10.0, 5.0
-"""A step so many times as long as the median, and so many seconds longer, is a gap."""
+"""A step this many times as long as the median, and this many seconds longer, is a gap."""
 _CLOCK = 1.0
 """Seconds by which clocks may differ."""
 _GROWING = 1.05
@@ -82,7 +82,7 @@ class Diagnosis:
 
 
 def examine(run: Path) -> Diagnosis:
-    """Read a run's directory; nothing in it is changed, and it may be alive.
+    """Read a run's directory; nothing in it is changed, and it may be running.
 
     Raises:
         MegaloopError: there is no run.
@@ -92,7 +92,7 @@ def examine(run: Path) -> Diagnosis:
     events, metrics, discarded, ranks = (list(read_records(run / name)) for name in (EVENTS, METRICS, DISCARDED, RANKS))
     diagnosis = Diagnosis(str(run))
     diagnosis.steps = max((whole_number(record, "step") or 0 for record in metrics), default=0)
-    _starts(diagnosis, events, is_held(run))
+    _starts(diagnosis, events, is_locked(run))
     _losses(diagnosis, discarded, metrics)
     _numbers(diagnosis, events)
     _checkpoints(diagnosis, run, events)
@@ -170,9 +170,9 @@ def _ending(diagnosis: Diagnosis, stop: _Record) -> None:
 
 def _losses(diagnosis: Diagnosis, discarded: Sequence[_Record], metrics: Sequence[_Record]) -> None:
     diagnosis.lost_steps = len(discarded)
-    diagnosis.lost_seconds = sum(_seconds(each, "seconds") or 0.0 for each in discarded)
+    diagnosis.lost_seconds = sum(_seconds(record, "seconds") or 0.0 for record in discarded)
     if diagnosis.lost_steps:
-        spent = sum(_seconds(each, "seconds") or 0.0 for each in metrics)
+        spent = sum(_seconds(metric, "seconds") or 0.0 for metric in metrics)
         share = f", {diagnosis.lost_seconds / (spent + diagnosis.lost_seconds):.1%} of all training" if spent else ""
         found = f"{diagnosis.lost_steps} steps ({_duration(diagnosis.lost_seconds)}{share}) were trained again after restarts and rollbacks"
         diagnosis.add("note", "lost steps", f"{found}; a smaller checkpoint.every loses fewer")
@@ -194,7 +194,7 @@ def _numbers(diagnosis: Diagnosis, events: Sequence[_Record]) -> None:
         found = f"went back from step {_step_number(event, 'step_before')} to {_step_number(event)}: {reason}"
         samples = _whole_numbers(event, "samples", 2)
         if samples is not None:
-            found += f"; samples {samples[0]} to {samples[1] - 1} are passed over"
+            found += f"; samples {samples[0]} to {samples[1] - 1} are excluded"
         diagnosis.add("warning", "checkpoints" if samples is None else "numbers", found)
 
 
@@ -211,11 +211,11 @@ def _checkpoints(diagnosis: Diagnosis, run: Path, events: Sequence[_Record]) -> 
         stall = (
             f"; training stood still for {_duration(diagnosis.stall_seconds)} in {len(saves)} saves" if saves else ""
         )
-        diagnosis.add("good", "checkpoints", f"{len(whole)} whole, the newest {whole[-1].name}{ago}{stall}")
+        diagnosis.add("good", "checkpoints", f"{len(whole)} complete, the newest {whole[-1].name}{ago}{stall}")
     elif diagnosis.steps:
-        diagnosis.add("warning", "checkpoints", "none is whole: a run that ends now begins anew")
+        diagnosis.add("warning", "checkpoints", "none is complete: a run that ends now begins anew")
     if damaged:
-        diagnosis.add("warning", "checkpoints", f"set aside as damaged: {_few([path.name for path in damaged])}")
+        diagnosis.add("warning", "checkpoints", f"quarantined as damaged: {_few([path.name for path in damaged])}")
     if failed:
         steps = _few([_step_number(event) for event in failed])
         reason = printable(text(failed[-1], "reason") or "no reason is recorded", 500)
@@ -273,7 +273,7 @@ class _RankLists:
         hosts = record.get("hosts")
         if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
             return None
-        pp, tp, dp = (each or 0 for each in shape)
+        pp, tp, dp = (item or 0 for item in shape)
         if not hosts or pp * tp * dp != len(hosts):
             return None
         busy, clocks = (_finite_numbers(record, key, len(hosts)) for key in ("busy_seconds", "clock_seconds"))
@@ -288,8 +288,8 @@ def _ranks(diagnosis: Diagnosis, records: Sequence[_Record]) -> None:
     if not known:
         return
     topology, hosts = known[-1].topology, known[-1].hosts
-    same = [each for each in known if each.topology == topology][-50:]
-    busy = [statistics.median(each.busy[rank] for each in same) for rank in range(topology.world_size)]
+    same = [entry for entry in known if entry.topology == topology][-50:]
+    busy = [statistics.median(contender.busy[rank] for contender in same) for rank in range(topology.world_size)]
     stages = [
         statistics.median(seconds for rank, seconds in enumerate(busy) if topology.coordinate(rank).pp == stage)
         for stage in range(topology.pp)
@@ -313,7 +313,7 @@ def _ranks(diagnosis: Diagnosis, records: Sequence[_Record]) -> None:
             diagnosis.add("warning", "stages", found)
         else:
             diagnosis.add("good", "stages", found)
-    offsets = {host: statistics.median(each.clocks[rank] for each in same) for rank, host in enumerate(hosts)}
+    offsets = {host: statistics.median(run.clocks[rank] for run in same) for rank, host in enumerate(hosts)}
     wrong = [f"{host} by {seconds:+.1f} s" for host, seconds in offsets.items() if abs(seconds) > _CLOCK]
     if wrong:
         diagnosis.add("warning", "clocks", f"differ from rank 0's: {_few(wrong)}; logs of several hosts do not line up")
@@ -344,7 +344,7 @@ def _whole_numbers(record: _Record, key: str, count: int) -> list[int] | None:
     values = record.get(key)
     if not isinstance(values, list) or len(values) != count:
         return None
-    known = [value for each in values if (value := whole_number({key: each}, key)) is not None]
+    known = [value for item in values if (value := whole_number({key: item}, key)) is not None]
     return known if len(known) == count else None
 
 
@@ -352,7 +352,7 @@ def _finite_numbers(record: _Record, key: str, count: int) -> list[float] | None
     values = record.get(key)
     if not isinstance(values, list) or len(values) != count:
         return None
-    known = [value for each in values if (value := number({key: each}, key)) is not None and abs(value) <= _LONGEST]
+    known = [value for item in values if (value := number({key: item}, key)) is not None and abs(value) <= _LONGEST]
     return known if len(known) == count else None
 
 

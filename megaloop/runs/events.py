@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from megaloop.checkpoint import RunState
 from megaloop.depth import DepthPlan, GrowthStage
-from megaloop.layout.partition import Slices
+from megaloop.layout.partition import StageMap
 from megaloop.layout.topology import Topology
 from megaloop.model import Kernels
 from megaloop.runs.allow import Allow
@@ -84,7 +84,7 @@ class Layout:
     """
 
     topology: Topology
-    slices: Slices
+    slices: StageMap
     micro_batches: int
     micro_batch: int
 

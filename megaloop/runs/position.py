@@ -9,7 +9,7 @@ from fractions import Fraction
 from megaloop.checkpoint import DataState, RunState, SourceState
 from megaloop.config import Config
 from megaloop.data import DataSet, Sources
-from megaloop.data.excluded import Holes, past_holes
+from megaloop.data.excluded import ExcludedSamples, past_excluded
 from megaloop.data.order import CURRENT, check_version
 from megaloop.data.sft import FineTuningSet
 from megaloop.errors import MegaloopError
@@ -36,8 +36,8 @@ def begin(config: Config, sources: Sources) -> RunState:
     """The state of a run that has done nothing yet."""
     datasets: Sequence[DataSet | FineTuningSet] = sources.datasets
     described = tuple(
-        SourceState(train=each.sha256("train"), validation=each.sha256("validation"), stable=stable, cooldown=cooldown)
-        for each, stable, cooldown in zip(datasets, sources.weights, sources.cooldown, strict=True)
+        SourceState(train=item.sha256("train"), validation=item.sha256("validation"), stable=stable, cooldown=cooldown)
+        for item, stable, cooldown in zip(datasets, sources.weights, sources.cooldown, strict=True)
     )
     data = DataState(
         sequence_length=config.data.sequence_length, cooldown_sample=config.cooldown_sample, sources=described
@@ -47,20 +47,22 @@ def begin(config: Config, sources: Sources) -> RunState:
     )
 
 
-def after_step(at: RunState, config: Config, *, flops: int, lr: float, applied: bool, holes: Holes) -> RunState:
+def after_step(
+    at: RunState, config: Config, *, flops: int, lr: float, applied: bool, excluded: ExcludedSamples
+) -> RunState:
     """The state one optimizer step later.
 
     Args:
         flops: of the step.
         lr: its learning rate.
         applied: False where it was skipped.
-        holes: samples that no step takes.
+        excluded: samples that no step takes.
     """
     batch = config.train.global_batch
     return at.model_copy(
         update={
             "step": at.step + 1,
-            "samples": past_holes(at.samples, batch, holes) + batch,
+            "samples": past_excluded(at.samples, batch, excluded) + batch,
             "tokens": at.tokens + batch * config.data.sequence_length,
             "flops": at.flops + flops,
             "skipped": at.skipped + (not applied),
@@ -82,16 +84,16 @@ def go_on(
     now = begin(config, sources)
     if not saved.step and not saved.samples:  # an import, say: nothing rests on a place in the data yet
         return now.model_copy(update={"tokens": saved.tokens, "flops": saved.flops, "depths": saved.depths}), ()
-    changes = tuple(_changes(saved, now, [str(each.path) for each in sources.datasets]))
-    if refused := [each for each in changes if each.what not in allowed]:
-        flags = " ".join(f"--allow {what}" for what in dict.fromkeys(each.what for each in refused))
+    changes = tuple(_changes(saved, now, [str(dataset.path) for dataset in sources.datasets]))
+    if refused := [change for change in changes if change.what not in allowed]:
+        flags = " ".join(f"--allow {what}" for what in dict.fromkeys(change.what for change in refused))
         raise MegaloopError(
-            f"{'; '.join(each.text for each in refused)}: its place in the data, sample {saved.samples}, would not be where "
+            f"{'; '.join(change.text for change in refused)}: its place in the data, sample {saved.samples}, would not be where "
             f"it was; go on with what it had, or take the change with {flags}"
         )
-    if any(each.what == Allow.batch for each in changes) and _has_phases(saved, now):
+    if any(change.what == Allow.batch for change in changes) and _has_phases(saved, now):
         raise MegaloopError(
-            f"{next(each.text for each in changes if each.what == 'batch')}, but the weights of its cooldown begin at a sample "
+            f"{next(change.text for change in changes if change.what == 'batch')}, but the weights of its cooldown begin at a sample "
             "that the batch decides; keep train.global_batch, or give each source one weight"
         )
     if _has_phases(now) and _had_another_batch(saved, now):
@@ -142,9 +144,9 @@ def _phases(data: DataState, samples: int) -> list[tuple[int, list[Fraction]]]:
 
     Later ones do not matter: how many samples of each source were taken does not depend on them.
     """
-    phases = [(0, _shares([each.stable for each in data.sources]))]
+    phases = [(0, _shares([source.stable for source in data.sources]))]
     if data.cooldown_sample is not None and data.cooldown_sample < samples:
-        changed = _shares([each.cooldown for each in data.sources])
+        changed = _shares([source.cooldown for source in data.sources])
         if changed != phases[0][1]:
             phases.append((data.cooldown_sample, changed))
     return phases
@@ -159,7 +161,7 @@ def _shares(weights: list[float]) -> list[Fraction]:
 def _had_another_batch(saved: RunState, now: RunState) -> bool:
     """Whether steps so far took another batch, which ``--allow batch`` took.
 
-    The position alone does not tell, as it has passed over holes; nor do the tokens alone, should the sequence length
+    The position alone does not tell, as it has skipped excluded samples; nor do the tokens alone, should the sequence length
     have been another.
     """
     assert now.batch is not None
@@ -170,5 +172,5 @@ def _had_another_batch(saved: RunState, now: RunState) -> bool:
 
 def _has_phases(*states: RunState) -> bool:
     """Whether the mixture has a cooldown with weights of its own."""
-    sources = [each for state in states if state.data is not None for each in state.data.sources]
-    return any(each.stable != each.cooldown for each in sources)
+    sources = [source for state in states if state.data is not None for source in state.data.sources]
+    return any(source.stable != source.cooldown for source in sources)

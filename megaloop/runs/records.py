@@ -1,6 +1,6 @@
 """Files of JSON objects, a line each (metrics, events, ranks, jobs, evaluations): the one reader, and a run's writer.
 
-Such a file may end in a torn line, and somebody may have edited it: a line that is no object of JSON is passed over,
+Such a file may end in an incomplete line, and somebody may have edited it: a line that is no object of JSON is skipped,
 and whoever takes a value from a record asks for its type (:func:`number`, :func:`whole_number`, :func:`text`).
 """
 
@@ -65,7 +65,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file; lines that are none are passed over. Raises as :func:`read_lines` does."""
+    """The records of a file; lines that are none are skipped. Raises as :func:`read_lines` does."""
     return (record for _, record in read_lines(path) if record is not None)
 
 
@@ -186,5 +186,5 @@ def timestamp() -> str:
 def _cannot_write(path: Path, error: OSError) -> MegaloopError:
     return MegaloopError(
         f"{path}: cannot be written ({error.strerror or error}); "
-        "make room or mend the permissions, then go on with --resume"
+        "make room or fix the permissions, then go on with --resume"
     )

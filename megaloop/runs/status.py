@@ -11,7 +11,7 @@ from typing import Any
 from megaloop.checkpoint import list_checkpoints, step_of
 from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
-from megaloop.runs.directory import CONFIG, holder, is_held, last_records
+from megaloop.runs.directory import CONFIG, holder, is_locked, last_records
 from megaloop.runs.doctor import State, state_of
 from megaloop.runs.metrics import EVENTS, METRICS
 from megaloop.runs.records import number, read_records, whole_number
@@ -30,12 +30,12 @@ class RunStatus:
 
     Attributes:
         state: as of :class:`megaloop.runs.doctor.Diagnosis`.
-        holder: the host and process of a run that is alive.
+        holder: the host and process of a run that is running.
         step, steps: optimizer steps done, and of the whole run (None: nothing says how many).
         loss: of the last step, nats per token.
         seconds_left: of training, at the speed of the last steps.
         restarts: how often the launcher started the ranks again in the last start.
-        go_on: the command that goes on with the run; None where it is alive or finished.
+        go_on: the command that goes on with the run; None where it is running or finished.
     """
 
     run: str
@@ -51,12 +51,12 @@ class RunStatus:
 
 
 def local_status(run: Path) -> RunStatus:
-    """Read a run's directory; nothing in it is changed, and it may be alive.
+    """Read a run's directory; nothing in it is changed, and it may be running.
 
     Raises:
         MegaloopError: there is no run, or its files cannot be read.
     """
-    alive = is_held(run)
+    alive = is_locked(run)
     if not alive and not any((run / name).is_file() for name in (CONFIG, EVENTS, METRICS)):
         raise MegaloopError(
             f"{run}: no run; expected a directory with {CONFIG} and {METRICS} in it, or one that megaloop submit has put "

@@ -145,7 +145,7 @@ def _(event: events.RolledBack) -> Iterator[str]:
     start, stop = event.samples
     yield (
         f"step {event.step_before}  {event.reason}: going back to step {event.step}; "
-        f"samples {start} to {stop - 1} are passed over"
+        f"samples {start} to {stop - 1} are excluded"
     )
 
 
@@ -223,7 +223,7 @@ def _change(before: DepthPlan, after: DepthPlan) -> str:
 def _layout(layout: events.Layout) -> str:
     ranks = f"{layout.topology.world_size} rank{'s' if layout.topology.world_size > 1 else ''}"
     by_rank = zip(*layout.slices, strict=True)  # more rounds than one: 2+2+1
-    stages = ", ".join("+".join(f"{stop - start}" for start, stop in each) for each in by_rank)
+    stages = ", ".join("+".join(f"{stop - start}" for start, stop in item) for item in by_rank)
     return (
         f"{ranks}: {layout.topology}, layers per stage {stages}, "
         f"{layout.micro_batches} micro-batches of {layout.micro_batch}"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megaloop.checkpoint import list_checkpoints, set_aside, step_of
+from megaloop.checkpoint import list_checkpoints, quarantine, step_of
 from megaloop.config import Config
-from megaloop.data import Holes
+from megaloop.data import ExcludedSamples
 from megaloop.errors import MegaloopError
 from megaloop.runs.directory import NoDirectory, RunDirectory
-from megaloop.runs.excluded import add_hole, read_holes
+from megaloop.runs.excluded import exclude_samples, read_excluded
 from megaloop.runs.sinks import require_tensorboard
 from megaloop.runtime.collectives import broadcast_object, raise_on_all_ranks
 from megaloop.train.faults import RollBack
@@ -43,7 +43,7 @@ def accepted(
         with raise_on_all_ranks():
             if isinstance(directory, RunDirectory):
                 for damage in start.damaged:
-                    set_aside(damage.path)
+                    quarantine(damage.path)
             stack.enter_context(reporter)
             directory.accept(config.to_yaml())
         yield
@@ -58,8 +58,8 @@ def newest_step(config: Config) -> int:
     return broadcast_object(step_of(whole[-1]) if whole else 0)
 
 
-def excluded_samples(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
-    """The samples that the run passes over from here on.
+def excluded_samples(config: Config, rolled_back: Sequence[RollBack]) -> ExcludedSamples:
+    """The samples that the run excludes from here on.
 
     Args:
         rolled_back: what has led back to here, the last one last; its samples join those of before.
@@ -67,7 +67,7 @@ def excluded_samples(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
     Raises:
         MegaloopError: it was rolled back too often, or the file that says which they are cannot be used.
     """
-    holes: Holes = ()
+    excluded: ExcludedSamples = ()
     with raise_on_all_ranks():
         if len(rolled_back) > config.faults.max_rollbacks:
             last = rolled_back[-1]
@@ -77,6 +77,6 @@ def excluded_samples(config: Config, rolled_back: Sequence[RollBack]) -> Holes:
             )
         if dist.get_rank() == 0:
             if rolled_back:
-                add_hole(config.directory, rolled_back[-1].samples)
-            holes = read_holes(config.directory)
-    return broadcast_object(holes)
+                exclude_samples(config.directory, rolled_back[-1].samples)
+            excluded = read_excluded(config.directory)
+    return broadcast_object(excluded)

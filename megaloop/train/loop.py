@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megaloop.checkpoint import CheckpointInfo, GrowthEntry
 from megaloop.config import Config
-from megaloop.data import BatchLoader, Holes, Sources, embedding_rows, open_sources
+from megaloop.data import BatchLoader, ExcludedSamples, Sources, embedding_rows, open_sources
 from megaloop.depth import GrowthStage, stage_at
 from megaloop.errors import MegaloopError
 from megaloop.layout.topology import Topology
@@ -54,7 +54,7 @@ def run(
     """Train as ``config`` says, on the ranks that the launcher started; called by every rank.
 
     Args:
-        resume: go on from the newest whole checkpoint of the run's directory (from the beginning, if there is none).
+        resume: go on from the newest complete checkpoint of the run's directory (from the beginning, if there is none).
         stop_at: save and end after this step, as if the rest were to follow later; the schedules are those of all steps.
         signals: asks to end; looked at after each step.
         allowed: what may be other than where the run was saved: its data, its seed, its batch.
@@ -86,10 +86,10 @@ def run(
                 return "finished"  # it died after its last checkpoint: whoever started it again cannot know
             rolled_back: list[RollBack] = []
             while True:
-                holes = excluded_samples(config, rolled_back)
+                excluded = excluded_samples(config, rolled_back)
                 start = starting_point(config, vocab_size, sources, resume or bool(rolled_back), allowed)
                 reporter = RunReporter(config, vocab_size, start.position, directory, go_on, restarts)
-                training = _Run(config, sources, vocab_size, samples, start, reporter, holes, stop_at, signals)
+                training = _Run(config, sources, vocab_size, samples, start, reporter, excluded, stop_at, signals)
                 with accepted(config, start, reporter, directory):
                     if signals:
                         signals.training = True
@@ -121,11 +121,11 @@ class _Run:
         validation_samples: int,
         start: Start,
         reporter: RunReporter,
-        holes: Holes,
+        excluded: ExcludedSamples,
         stop_at: int | None,
         signals: StopSignals | None,
     ):
-        self._holes, self._stop_at, self._signals = holes, stop_at, signals
+        self._excluded, self._stop_at, self._signals = excluded, stop_at, signals
         self._config, self._sources, self._start, self._reporter = config, sources, start, reporter
         self._validation_samples = validation_samples
         self.at = start.position
@@ -152,7 +152,7 @@ class _Run:
         try:
             with self.watchdog:
                 ending = self._train(rolled_back)
-        except _Trouble as trouble:
+        except _RollbackRequested as trouble:
             self._reporter.ends("rollback")
             self.saver.collect()
             self.saver.close()
@@ -200,7 +200,7 @@ class _Run:
         signalled = self._signals.number if self._signals else 0
         lost = self._reporter.lost
         number, busy, again, gone = all_reduce_max(
-            signalled, self.saver.busy, not lost and self.saver.wants_again, lost
+            signalled, self.saver.busy, not lost and self.saver.should_retry, lost
         )
         self._check_directory(bool(gone))
         if not busy:
@@ -260,24 +260,24 @@ class _Run:
         loader = self._open_loader()
         try:
             for step in range(self.at.step, stage.stop):
-                lr, times = self._learning_rate(step), config.loop_times(stage.plan, step)
+                lr, iterations = self._learning_rate(step), config.loop_iterations(stage.plan, step)
                 began = time.perf_counter()
-                result = self.engine.train_step(engine_batches(config, loader), lr, times)
+                result = self.engine.train_step(engine_batches(config, loader), lr, iterations)
                 self.at = after_step(
                     self.at,
                     config,
-                    flops=self._reporter.step_flops(times),
+                    flops=self._reporter.step_flops(iterations),
                     lr=lr,
                     applied=result.applied,
-                    holes=self._holes,
+                    excluded=self._excluded,
                 )
                 seconds = time.perf_counter() - began
                 self.watchdog.feed()
                 ranks_due = config.logging.ranks_every > 0 and self.at.step % config.logging.ranks_every == 0
                 busy = self.engine.stopwatch.seconds if ranks_due else 0.0  # validation would add to it
                 validated = self.validation.run() if _due(self.at.step, config.validation.every, total) else None
-                self._reporter.stepped(self.at, result, lr, seconds, validated, times)
-                self._judge(result)
+                self._reporter.stepped(self.at, result, lr, seconds, validated, iterations)
+                self._check_step(result)
                 self.watchdog.feed()
                 if ranks_due:
                     self._record_ranks(busy)
@@ -293,13 +293,13 @@ class _Run:
                 loader.close()
 
     def _record_ranks(self, busy: float) -> None:
-        """Every rank's record of the step that was just done, in which it was busy for so many seconds; collective."""
+        """Every rank's record of the step that was just done, in which it was busy for this many seconds; collective."""
         memory = memory_bytes(self.engine.device)
         dist.barrier()  # the clocks are read at one moment, as far as that goes
         records = gather_objects(RankRecord(busy, memory, time.time(), socket.gethostname()))
         self._reporter.ranks(self.at.step, records)
 
-    def _judge(self, result: StepResult) -> None:
+    def _check_step(self, result: StepResult) -> None:
         """Record what is wrong with the step's numbers; raises _Trouble on every rank where training cannot go on."""
         verdict = self.faults.stepped(self.at, result)
         if isinstance(verdict, Spike):
@@ -308,7 +308,7 @@ class _Run:
             verdict = broadcast_object(verdict)
             if isinstance(verdict, RollBack):
                 self._look_for_directory()  # it would go back to what another directory holds, and begin anew there
-                raise _Trouble(verdict)
+                raise _RollbackRequested(verdict)
 
     def _topology(self, stage: GrowthStage) -> Topology:
         return Topology(*self._config.topology(dist.get_world_size(), stage.plan.layers))
@@ -328,7 +328,7 @@ class _Run:
         """The steps at which the model has grown; as the schedule says, where that is not recorded from the beginning."""
         depths = self.at.depths
         if depths and depths[0].step == 0:
-            return [each.step for each in depths if each.grown]
+            return [depth.step for depth in depths if depth.grown]
         return [stage.first_step for stage in self._start.stages[1:] if not stage.event]
 
     def _open_validation(self) -> Validation:
@@ -348,7 +348,7 @@ class _Run:
             dp_size=engine.topology.dp,
             start_sample=self.at.samples,
             prefetch=config.data.prefetch,
-            holes=self._holes,
+            excluded=self._excluded,
         )
 
     def _save(self) -> None:
@@ -373,7 +373,7 @@ class _Run:
         )
 
 
-class _Trouble(Exception):
+class _RollbackRequested(Exception):
     """Leads out of the steps of a run that has to go back; never out of :class:`_Run`."""
 
     def __init__(self, roll_back: RollBack):

@@ -217,15 +217,15 @@ class RunReporter:
         lr: float,
         seconds: float,
         validated: tuple[float, float] | None,
-        times: int | None = None,
+        iterations: int | None = None,
     ) -> None:
         """A step; ``validated`` is (nats per token, bits per byte) where validation followed it.
 
         Args:
-            times: how often the loop ran, where that was drawn.
+            iterations: how often the loop ran, where that was drawn.
         """
         self._done = at
-        tflops = self.step_flops(times) / seconds / self._topology.world_size / 1e12
+        tflops = self.step_flops(iterations) / seconds / self._topology.world_size / 1e12
         record = StepRecord(
             step=at.step,
             tokens=at.tokens,
@@ -233,7 +233,7 @@ class RunReporter:
             lr=lr,
             grad_norm=result.grad_norm,
             layers=self._plan.layers,
-            depth=len(self._plan.uses(times)),
+            depth=len(self._plan.calls(iterations)),
             flops=at.flops,
             tokens_per_second=self._tokens_per_step / seconds,
             tflops=tflops,
@@ -256,18 +256,18 @@ class RunReporter:
         """What each rank did in a step."""
         self.hub.ranks(RanksRecord(step, self._topology, records))
 
-    def step_flops(self, times: int | None) -> int:
+    def step_flops(self, iterations: int | None) -> int:
         """Model FLOPs of one optimizer step over all ranks, with the loop so often (None: as the plan says)."""
-        return self._flops_of(self._plan, times)
+        return self._flops_of(self._plan, iterations)
 
-    def _flops_of(self, plan: DepthPlan, times: int | None) -> int:
+    def _flops_of(self, plan: DepthPlan, iterations: int | None) -> int:
         config = self._config
         per_token = flops_per_token(
             plan,
             config.model,
             config.data.sequence_length,
             vocab_size=self._vocab_size,
-            times=times,
+            iterations=iterations,
             backprop=config.loop.backprop,
         )
         return per_token.total * self._tokens_per_step

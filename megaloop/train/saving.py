@@ -30,7 +30,7 @@ class Saver:
     is due. Only the last one, without which training would be lost, must succeed (:meth:`finish`).
 
     Attributes:
-        saved: the step of the newest whole checkpoint, None if there is none yet.
+        saved: the step of the newest complete checkpoint, None if there is none yet.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, sink: Sink, saved: int | None):
@@ -53,7 +53,7 @@ class Saver:
         return self._background is not None and self._background.busy
 
     @property
-    def wants_again(self) -> bool:
+    def should_retry(self) -> bool:
         """A save has failed, and now there seems to be room for it; asked on rank 0, elsewhere False."""
         if self._failed_at is None or dist.get_rank() != 0 or time.monotonic() < self._failed_at + self._pause:
             return False
@@ -63,7 +63,7 @@ class Saver:
         """Save, or begin to; waits for the save before, if that is not done."""
         self.collect()
         pieces = list(pieces)
-        self._needed = sum(gather_objects(sum(each.data.nbytes for each in pieces if each.writes)))
+        self._needed = sum(gather_objects(sum(piece.data.nbytes for piece in pieces if piece.writes)))
         path = self._directory / step_name(info.step)
         if self._background:
             self._background.start(path, pieces, info, tokenizer, self._prune)

@@ -15,7 +15,7 @@ from megaloop.checkpoint import (
     RunState,
     check_same_model,
     list_checkpoints,
-    list_torn,
+    list_incomplete,
     resolve_checkpoint,
     step_of,
 )
@@ -30,12 +30,12 @@ from megaloop.runs.allow import Allow
 from megaloop.runs.position import Change, begin, go_on
 from megaloop.runtime.collectives import broadcast_object, gather_objects, raise_on_all_ranks
 
-__all__ = ["Damage", "Start", "catch_up", "stages_from", "starting_point"]
+__all__ = ["Damage", "Start", "growth_since", "stages_from", "starting_point"]
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A checkpoint that was passed over, and what is wrong with it."""
+    """A checkpoint that was skipped, and what is wrong with it."""
 
     path: Path
     reason: str
@@ -80,30 +80,30 @@ class _WeightsOnly:
 
     checkpoint: Checkpoint
 
-    def read_piece(self, kind: str, piece: Piece) -> torch.Tensor | None:
-        return self.checkpoint.read_piece(kind, piece) if kind in ("model", "master") else None
+    def read_piece(self, state_name: str, piece: Piece) -> torch.Tensor | None:
+        return self.checkpoint.read_piece(state_name, piece) if state_name in ("model", "master") else None
 
 
 def starting_point(
     config: Config, vocab_size: int, sources: Sources, resume: bool, allowed: Collection[Allow] = ()
 ) -> Start:
-    """A new run's first step, or where the newest whole checkpoint left off; collective.
+    """A new run's first step, or where the newest complete checkpoint left off; collective.
 
     Every byte that the run starts from is compared with its checksum, and every number must be finite; the ranks share
-    the work. A run's own checkpoints that are damaged are passed over; once the run has been accepted, whoever starts it
-    renames them (:func:`megaloop.checkpoint.set_aside`), so that none is tried twice.
+    the work. A run's own checkpoints that are damaged are skipped; once the run has been accepted, whoever starts it
+    renames them (:func:`megaloop.checkpoint.quarantine`), so that none is tried twice.
 
     Args:
         allowed: what may be other than when the checkpoint was saved.
 
     Raises:
-        MegaloopError: on every rank: all checkpoints are damaged, or the newest whole one is of another shape, was grown
+        MegaloopError: on every rank: all checkpoints are damaged, or the newest complete one is of another shape, was grown
             in another way, holds NaN, or its place in the data is that of other data.
     """
-    path, damaged = _newest_whole(config.directory / "checkpoints") if resume else (None, ())
+    path, damaged = _newest_complete(config.directory / "checkpoints") if resume else (None, ())
     new = path is None
     if path is None and config.init is not None:
-        path = _whole_init(config.init)
+        path = _complete_init(config.init)
     if path is None:
         first = begin(config, sources).at_depth(config.stages[0].plan)
         return Start(first, config.stages, InitialValues(config.model, config.seed, config.stages[0].plan, vocab_size))
@@ -117,11 +117,11 @@ def starting_point(
         return replace(start, damaged=damaged, saved=checkpoint.manifest.run, changes=changes)
 
 
-def _whole_init(init: Path) -> Path:
+def _complete_init(init: Path) -> Path:
     """The checkpoint whose weights a new run begins with; it must be whole, as there is none to take instead."""
     found: Path | None = None
     with raise_on_all_ranks():
-        if dist.get_rank() == 0:  # a run that is alive may save a newer one before the others look
+        if dist.get_rank() == 0:  # a running run may save a newer one before the others look
             found = resolve_checkpoint(init)
     path = broadcast_object(found)
     assert path is not None  # rank 0 has found one, or all have raised
@@ -130,13 +130,13 @@ def _whole_init(init: Path) -> Path:
     return path
 
 
-def _newest_whole(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
+def _newest_complete(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
     """The newest checkpoint of which every byte is as it was saved, and those after it; None if there is none at all."""
     candidates: list[Path] = []
-    torn: list[Path] = []
+    incomplete: list[Path] = []
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
-            candidates, torn = list_checkpoints(directory), list_torn(directory)
+            candidates, incomplete = list_checkpoints(directory), list_incomplete(directory)
     damaged: dict[Path, str] = {}
     whole: Path | None = None
     for path in reversed(broadcast_object(candidates)):
@@ -148,14 +148,14 @@ def _newest_whole(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
     if whole is None and damaged:
         newest, problem = next(iter(damaged.items()))
         raise MegaloopError(
-            f"no checkpoint in {directory} is whole ({len(damaged)} damaged); of the newest, {newest.name}: {problem}; "
+            f"no checkpoint in {directory} is complete ({len(damaged)} damaged); of the newest, {newest.name}: {problem}; "
             "restore one from a copy, or start again in another run_dir"
         )
     if whole is not None:
         # older ones without a manifest are what is left of a deletion; a newer one had a manifest once
-        damaged |= {path: "no manifest.json" for path in broadcast_object(torn) if step_of(path) > step_of(whole)}
+        damaged |= {path: "no manifest.json" for path in broadcast_object(incomplete) if step_of(path) > step_of(whole)}
     found = [Damage(path, problem) for path, problem in damaged.items()]
-    return whole, tuple(sorted(found, key=lambda each: -each.step))
+    return whole, tuple(sorted(found, key=lambda result: -result.step))
 
 
 def _damage(path: Path) -> str | None:
@@ -167,7 +167,7 @@ def _damage(path: Path) -> str | None:
                 checkpoint.verify(share=dist.get_rank(), of=dist.get_world_size())
         except DamagedCheckpoint as error:
             problem = str(error).removeprefix(f"checkpoint {path}: ").removesuffix("; use another checkpoint")
-    return next((each for each in gather_objects(problem) if each is not None), None)
+    return next((item for item in gather_objects(problem) if item is not None), None)
 
 
 def _position(
@@ -203,7 +203,7 @@ def _begin(
     saved = checkpoint.manifest.plan
     try:
         stages = stages_from(config, saved)
-        growth = catch_up(config, stages, saved, position.step)
+        growth = growth_since(config, stages, saved, position.step)
     except MegaloopError as error:
         raise MegaloopError(f"checkpoint {checkpoint.path}: {error}") from None
     # a checkpoint of another number of layers that nothing made grow is refused here, like any other shape
@@ -241,7 +241,7 @@ def stages_from(config: Config, saved: DepthPlan) -> tuple[GrowthStage, ...]:
     return config.stages_from(grow(layers, growth.operator, count, growth.block, insert_at=growth.insert_at).plan)
 
 
-def catch_up(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan, step: int) -> Growth:
+def growth_since(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan, step: int) -> Growth:
     """From a checkpoint's plan to that of the stage which ``step`` belongs to; none where they are the same.
 
     Raises:

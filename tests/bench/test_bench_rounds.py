@@ -19,7 +19,7 @@ def test_rounds_are_measured_against_stock_deepspeed() -> None:
     done = _bench("--rounds", "2", "--steps", "1", "--unlooped", "8", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    ways = {each["name"]: each for each in result["contenders"]}
+    ways = {item["name"]: item for item in result["contenders"]}
     ours, stock = ways["rounds"], ways["tied"]
     assert (ours["passes"], stock["passes"]) == (4, 1)
     assert ours["loss"] == pytest.approx(stock["loss"], rel=2e-5), "both train the same model"
@@ -38,7 +38,7 @@ def test_rounds_are_measured_against_stock_deepspeed() -> None:
     losses = [ways[name]["loss"] for name in ("unlooped, 1 round", "unlooped, 2 rounds", "unlooped, 4 rounds")]
     assert losses == pytest.approx([losses[0]] * 3, rel=2e-5)
     assert ways["unlooped, 2 rounds"]["ideal"] == pytest.approx((8 / 9) / (4 / 5))
-    assert all(each["spread"][0] <= each["ratio"] <= each["spread"][1] for each in ways.values())
+    assert all(way["spread"][0] <= way["ratio"] <= way["spread"][1] for way in ways.values())
     assert "round 2: tokens/s: tied" in done.stderr
 
 

@@ -20,13 +20,13 @@ def test_the_schedules_train_the_same_bits() -> None:
                   "--micro-batches", "3", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert [(each["pp"], each["precision"]) for each in result["comparisons"]] == [
+    assert [(item["pp"], item["precision"]) for item in result["comparisons"]] == [
         (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"),
     ]  # fmt: skip
-    for each in result["comparisons"]:
-        assert each["identical"]
-        assert each["steps"] == 4
-        assert each["spread"] == [each["ratio"]] * 2
+    for item in result["comparisons"]:
+        assert item["identical"]
+        assert item["steps"] == 4
+        assert item["spread"] == [item["ratio"]] * 2
     assert "pp 2, bf16, recompute none, repetition 1: tokens/s: ours" in done.stderr
 
 

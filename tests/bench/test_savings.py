@@ -41,18 +41,18 @@ def _base(**changes: Any) -> Config:
 def test_every_contender_of_the_presets_is_a_run(preset: str) -> None:
     config = load_config(_PRESETS / f"savings_{preset}.yaml")
     made = {name: contender(config, name, VOCAB, seed=1) for name in CONTENDERS}
-    costs = {name: total_flops(each, VOCAB) for name, each in made.items()}
+    costs = {name: total_flops(item, VOCAB) for name, item in made.items()}
     base = costs["baseline"]
     assert costs["lidas"] == costs["midas"] < 0.785 * base
     assert costs["baseline-matched"] == pytest.approx(costs["lidas"], rel=2e-3)
     assert costs["looped"] == base
     assert costs["looped-params"] > costs["lidas+loop"] > costs["lidas"]
-    for name, each in made.items():
-        assert each.name == f"{name}-seed1"
-        assert each.seed == 1
+    for name, item in made.items():
+        assert item.name == f"{name}-seed1"
+        assert item.seed == 1
         # the recipe is one for all
         for section in ("model", "data", "optimizer", "parallel", "loop"):
-            assert getattr(each, section) == getattr(config, section)
+            assert getattr(item, section) == getattr(config, section)
 
 
 def test_contenders_have_the_depths_that_their_names_say() -> None:
@@ -87,7 +87,7 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
 
 
 def test_what_makes_no_contender_is_refused() -> None:
-    with pytest.raises(MegaloopError, match="unknown contender 'baselin'; choose of baseline, baseline-matched"):
+    with pytest.raises(MegaloopError, match="unknown contender 'baselin'; choose from baseline, baseline-matched"):
         contender(_base(), "baselin", VOCAB)
     with pytest.raises(MegaloopError, match="loops already; give the full-depth model"):
         contender(Config.model_validate({**_base().model_dump(), "depth": "8-4x2-8", "growth": None}), "lidas", VOCAB)
@@ -146,12 +146,12 @@ def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> No
         records = metrics(run)
         assert [record["step"] for record in records] == list(range(1, 151))
         starts = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-        assert max(each["step"] for each in starts if each["event"] == "start") >= count
+        assert max(item["step"] for item in starts if item["event"] == "start") >= count
     report = json.loads(done.stdout)
     assert [row["group"] for row in report["savings"]] == ["baseline", "lidas+loop"]
     assert 0.6 < report["savings"][1]["fraction_of_baseline"] < 1
-    assert {each["loops"] for each in report["loops"]} == {1, 2}
-    assert len([each for each in report["primitives"] if each["task"] == "mean"]) == 2
+    assert {item["loops"] for item in report["loops"]} == {1, 2}
+    assert len([item for item in report["primitives"] if item["task"] == "mean"]) == 2
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 

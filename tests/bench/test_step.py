@@ -20,6 +20,6 @@ def steps_that_tell_their_process(config: Config) -> Iterator[float]:
 def test_apart_each_contender_has_a_process_that_ends() -> None:
     config = step._configuration("tiny", "fp32", 1, 16, False, "none")
     found = [step._in_a_process(steps_that_tell_their_process, config, 2, 3, 1) for _ in range(2)]
-    assert len({os.getpid(), *(int(each.loss) for each in found)}) == 3
-    assert [len(each.seconds) for each in found] == [3, 3], "the round that warms up is left out"
-    assert not any(os.path.exists(f"/proc/{int(each.loss)}") for each in found)
+    assert len({os.getpid(), *(int(result.loss) for result in found)}) == 3
+    assert [len(result.seconds) for result in found] == [3, 3], "the round that warms up is left out"
+    assert not any(os.path.exists(f"/proc/{int(result.loss)}") for result in found)

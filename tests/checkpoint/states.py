@@ -28,7 +28,7 @@ from megaloop.checkpoint.manifest import MANIFEST, encode_manifest
 from megaloop.checkpoint.reader import file_checksum
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan
-from megaloop.layout.pieces import KINDS, Box, Piece, StatePiece
+from megaloop.layout.pieces import STATE_NAMES, Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
 
 SHAPES = {
@@ -40,13 +40,13 @@ SHAPES = {
 SPLIT_DIMENSION = {"embedding.weight": 0, "layers.0.attention.wq.weight": 0, "layers.0.attention.wo.weight": 1}
 
 
-def tensor(kind: str, name: str, shape: tuple[int, ...], salt: int = 0) -> Tensor:
+def tensor(state_name: str, name: str, shape: tuple[int, ...], salt: int = 0) -> Tensor:
     """Values that tell where they belong: another number for each place of each tensor."""
     number = sorted(SHAPES).index(name) if name in SHAPES else 0
     values = torch.arange(prod(shape), dtype=torch.float32).view(shape) + salt
-    if kind == "model":
+    if state_name == "model":
         return ((values + 37 * number) % 256).to(torch.bfloat16)  # what bfloat16 holds exactly
-    return values + 1000 * number + 10_000 * KINDS.index(kind)
+    return values + 1000 * number + 10_000 * STATE_NAMES.index(state_name)
 
 
 def box_of(name: str, shape: tuple[int, ...], part: int, parts: int) -> Box:
@@ -70,9 +70,9 @@ def state(tp: tuple[int, int], dp: tuple[int, int], salt: int = 0) -> Iterator[S
         yield StatePiece("model", Piece(name, shape, box), values, first_of_alike and dp[0] == 0)
         cuts = [box.numel * 3 * n // (3 * dp[1] + 1) for n in range(dp[1])] + [box.numel]  # in the middle of rows
         start, stop = cuts[dp[0]], cuts[dp[0] + 1]
-        for kind in KINDS[1:]:
-            values = tensor(kind, name, shape, salt)[box.within(Box.whole(shape))].reshape(-1)[start:stop]
-            yield StatePiece(kind, Piece(name, shape, box, (start, stop)), values, first_of_alike)
+        for state_name in STATE_NAMES[1:]:
+            values = tensor(state_name, name, shape, salt)[box.within(Box.whole(shape))].reshape(-1)[start:stop]
+            yield StatePiece(state_name, Piece(name, shape, box, (start, stop)), values, first_of_alike)
 
 
 def run_state(step: int = 1) -> RunState:
@@ -131,9 +131,9 @@ def reseal(checkpoint: Path, manifest: Manifest | None = None) -> None:
 def read_all(path: Path, verify: Any = "checksums") -> None:
     """Open a checkpoint and read every tensor."""
     with Checkpoint.open(path, verify) as opened:
-        for kind, named in opened.manifest.tensors.items():
+        for state_name, named in opened.manifest.tensors.items():
             for name in named:
-                opened.read(kind, name)
+                opened.read(state_name, name)
 
 
 def reseal_bytes(checkpoint: Path) -> None:

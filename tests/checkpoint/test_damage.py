@@ -37,9 +37,9 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "step-00000001"))
 
 
-def refused(path: Path, verify: Any = "checksums", kind: type[MegaloopError] = MegaloopError) -> str:
+def refused(path: Path, verify: Any = "checksums", state_name: type[MegaloopError] = MegaloopError) -> str:
     """The one line with which a checkpoint is refused."""
-    with pytest.raises(kind) as raised:
+    with pytest.raises(state_name) as raised:
         read_all(path, verify)
     message = str(raised.value)
     assert "\n" not in message
@@ -48,7 +48,7 @@ def refused(path: Path, verify: Any = "checksums", kind: type[MegaloopError] = M
 
 
 def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest as someone would who also mends its checksum."""
+    """Change a manifest as someone would who also corrects its checksum."""
     value = json.loads((path / MANIFEST).read_bytes())
     edit(value)
     value["checksum"] = "0" * 32
@@ -94,7 +94,7 @@ def test_a_flipped_byte_is_noticed(checkpoint: Path, name: str) -> None:
     content = file.read_bytes()
     for position in (0, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-        assert refused(checkpoint, kind=DamagedCheckpoint).startswith(f"{name} is altered: its checksum is ")
+        assert refused(checkpoint, state_name=DamagedCheckpoint).startswith(f"{name} is altered: its checksum is ")
 
 
 def test_any_flipped_byte_of_the_manifest_is_noticed(checkpoint: Path) -> None:
@@ -186,8 +186,8 @@ def test_a_dtype_that_disagrees_with_the_manifest(checkpoint: Path) -> None:
 # --- manifests that fit their checksum and yet are wrong ---
 
 
-def _piece(value: dict[str, Any], name: str = "norm.weight", kind: str = "master") -> dict[str, Any]:
-    piece: dict[str, Any] = value["tensors"][kind][name]["pieces"][0]
+def _piece(value: dict[str, Any], name: str = "norm.weight", state_name: str = "master") -> dict[str, Any]:
+    piece: dict[str, Any] = value["tensors"][state_name][name]["pieces"][0]
     return piece
 
 
@@ -319,7 +319,7 @@ def test_a_planted_pickle_never_runs(checkpoint: Path, tmp_path: Path, name: str
         (lambda value: value["plan"].update(order=[0, 0], style={"injection": "often"}), "'often' is none of none"),
         (lambda value: value["plan"].update(order=[0, 0], style={"colour": "red"}), "colour"),
         (lambda value: value["plan"].update(order=[0, 0], style=[]), "mapping"),
-        (lambda value: value["plan"].update(style={"norm": True}), "has not one loop"),
+        (lambda value: value["plan"].update(style={"norm": True}), "must contain exactly one loop"),
     ],
 )
 def test_a_decoder_that_cannot_be_built(checkpoint: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:

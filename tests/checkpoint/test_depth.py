@@ -16,7 +16,7 @@ from megaloop.checkpoint.manifest import MANIFEST, Manifest
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, DepthSpec, Growth, Operator, grow
 from megaloop.errors import MegaloopError
-from megaloop.layout.pieces import KINDS, Box, Piece, StatePiece
+from megaloop.layout.pieces import STATE_NAMES, Box, Piece, StatePiece
 from megaloop.layout.transfers import Moments
 from megaloop.model import initial_values, parameter_specs
 from tests.checkpoint.states import info, reseal
@@ -25,19 +25,19 @@ MODEL = ModelConfig(hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, voc
 FOUR = DepthPlan.plain(4)
 
 
-def _state(model: ModelConfig, plan: DepthPlan, kinds: tuple[str, ...]) -> Iterator[StatePiece]:
+def _state(model: ModelConfig, plan: DepthPlan, state_names: tuple[str, ...]) -> Iterator[StatePiece]:
     """Other values for every tensor of every kind; masters and moments in two fragments, as two replicas hold them."""
     for number, (name, spec) in enumerate(parameter_specs(model, plan, model.vocab_size or 0).items()):
         box = Box.whole(spec.shape)
-        for kind in kinds:
-            generator = torch.Generator().manual_seed(1000 * KINDS.index(kind) + number)
+        for state_name in state_names:
+            generator = torch.Generator().manual_seed(1000 * STATE_NAMES.index(state_name) + number)
             values = torch.randn(spec.shape, generator=generator)
-            if kind == "model":
-                yield StatePiece(kind, Piece(name, spec.shape, box), values.bfloat16())
+            if state_name == "model":
+                yield StatePiece(state_name, Piece(name, spec.shape, box), values.bfloat16())
                 continue
             middle = box.numel // 3
             for flat in ((0, middle), (middle, box.numel)):
-                yield StatePiece(kind, Piece(name, spec.shape, box, flat), values.reshape(-1)[slice(*flat)])
+                yield StatePiece(state_name, Piece(name, spec.shape, box, flat), values.reshape(-1)[slice(*flat)])
 
 
 def _info(model: ModelConfig = MODEL, plan: DepthPlan = FOUR) -> CheckpointInfo:
@@ -49,7 +49,7 @@ def shallow(tmp_path: Path) -> Path:
     """A bf16 checkpoint of 4 layers."""
     tokenizer = tmp_path / "tokenizer.source"
     tokenizer.write_bytes(b"as if sentencepiece had written it")
-    return save_checkpoint(tmp_path / "shallow", _state(MODEL, FOUR, KINDS), _info(), tokenizer).path
+    return save_checkpoint(tmp_path / "shallow", _state(MODEL, FOUR, STATE_NAMES), _info(), tokenizer).path
 
 
 @pytest.mark.parametrize("moments", ["copy", "zero"])
@@ -64,27 +64,27 @@ def test_every_tensor_is_its_parents(tmp_path: Path, shallow: Path, operator: Op
     with Checkpoint.open(shallow) as before, Checkpoint.open(tmp_path / "deep", verify="checksums") as after:
         assert after.manifest.plan == growth.plan
         assert result.parameters == sum(torch.Size(spec.shape).numel() for spec in specs.values())
-        for kind in KINDS:
-            assert after.names(kind) == list(specs)
+        for state_name in STATE_NAMES:
+            assert after.names(state_name) == list(specs)
             for name in specs:
-                expected = _expected(before, kind, name, growth, moments)
-                found = after.read(kind, name)
-                assert found.dtype == (torch.bfloat16 if kind == "model" else torch.float32)
-                assert torch.equal(found, expected.to(found.dtype)), f"{kind} of {name}"
+                expected = _expected(before, state_name, name, growth, moments)
+                found = after.read(state_name, name)
+                assert found.dtype == (torch.bfloat16 if state_name == "model" else torch.float32)
+                assert torch.equal(found, expected.to(found.dtype)), f"{state_name} of {name}"
 
 
-def _expected(before: Checkpoint, kind: str, name: str, growth: Growth, moments: str) -> Tensor:
+def _expected(before: Checkpoint, state_name: str, name: str, growth: Growth, moments: str) -> Tensor:
     if not name.startswith("layers."):
-        return before.read(kind, name)
+        return before.read(state_name, name)
     _, layer, rest = name.split(".", 2)
     source = growth.source(int(layer))
     spec = parameter_specs(MODEL, growth.plan, 24)[name]
     if source is None:
         fresh = initial_values(name, spec, 7, (0,) * len(spec.shape), spec.shape)
-        return fresh if kind in ("model", "master") else torch.zeros(spec.shape)
-    if moments == "zero" and kind in ("exp_avg", "exp_avg_sq") and source != int(layer):
+        return fresh if state_name in ("model", "master") else torch.zeros(spec.shape)
+    if moments == "zero" and state_name in ("exp_avg", "exp_avg_sq") and source != int(layer):
         return torch.zeros(spec.shape)
-    return before.read(kind, f"layers.{source}.{rest}")
+    return before.read(state_name, f"layers.{source}.{rest}")
 
 
 @pytest.mark.parametrize("how", ["grow", "loop"])
@@ -125,8 +125,11 @@ def test_growing_twice_is_growing_once(tmp_path: Path, shallow: Path) -> None:
     grow_checkpoint(shallow, tmp_path / "12", "lidas", DepthSpec.parse(12))
     with Checkpoint.open(tmp_path / "8-12") as twice, Checkpoint.open(tmp_path / "12") as once:
         assert twice.manifest.plan == once.manifest.plan
-        for kind in KINDS:
-            assert all(torch.equal(twice.read(kind, name), once.read(kind, name)) for name in once.names(kind))
+        for state_name in STATE_NAMES:
+            assert all(
+                torch.equal(twice.read(state_name, name), once.read(state_name, name))
+                for name in once.names(state_name)
+            )
 
 
 def test_progress_is_told_to_the_end(tmp_path: Path, shallow: Path) -> None:
@@ -135,8 +138,8 @@ def test_progress_is_told_to_the_end(tmp_path: Path, shallow: Path) -> None:
         shallow, tmp_path / "deep", "lidas", DepthSpec.parse(8), on_bytes=lambda *all_three: told.append(all_three)
     )
     for what in ("verifying", "writing"):
-        done = [count for each, count, _ in told if each == what]
-        (total,) = {total for each, _, total in told if each == what}
+        done = [count for item, count, _ in told if item == what]
+        (total,) = {total for item, _, total in told if item == what}
         assert done == sorted(done)
         assert done[-1] == total
     assert [what for what, _, _ in told] == sorted((what for what, _, _ in told), key=["verifying", "writing"].index)
@@ -146,7 +149,7 @@ def test_progress_is_told_to_the_end(tmp_path: Path, shallow: Path) -> None:
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     """Private memory of the process while it writes 400 MB, of tensors of 4 MB at most."""
     model = replace_widths(hidden=512, ffn=2048, vocab=512)
-    path = save_checkpoint(tmp_path / "shallow", _state(model, FOUR, KINDS), _info(model)).path
+    path = save_checkpoint(tmp_path / "shallow", _state(model, FOUR, STATE_NAMES), _info(model)).path
     resident: list[int] = []
     before = _private_bytes()
     result = grow_checkpoint(

@@ -44,7 +44,7 @@ def test_a_checkpoint_is_read_and_verified(kept: Path) -> None:
         assert (run.seed, run.batch, run.steps, run.order_version) == (3, 4, 14, 1)
         assert run.data is not None
         assert (run.data.sequence_length, run.data.cooldown_sample) == (32, 48)
-        assert [(each.train, each.stable) for each in run.data.sources] == [(None, 1.0)]
+        assert [(source.train, source.stable) for source in run.data.sources] == [(None, 1.0)]
 
 
 def test_a_run_is_resumed_and_has_the_losses_that_it_would_have_had(kept: Path, ranks_1: RankPool) -> None:
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_grown(kept: Path) -> None:
         assert grown.manifest.plan.layers == 4
         run = grown.manifest.run
         assert (run.step, run.samples, run.skipped, run.batch) == (5, 20, 1, 4)
-        assert [(each.step, each.layers) for each in run.depths] == [(5, 4)]
+        assert [(depth.step, depth.layers) for depth in run.depths] == [(5, 4)]
 
 
 # --- format version 2 ---

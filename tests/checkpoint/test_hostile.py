@@ -135,10 +135,10 @@ def test_evaluation_of_a_checkpoint_that_does_not_know_its_data(earlier: Path) -
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", ["model", "exp_avg_sq"])
-def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, kind: str, number: float) -> None:
+@pytest.mark.parametrize("state_name", ["model", "exp_avg_sq"])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, state_name: str, number: float) -> None:
     def spoil(piece: StatePiece) -> StatePiece:
-        if (piece.kind, piece.piece.name) == (kind, "layers.0.attention.wo.weight"):
+        if (piece.state_name, piece.piece.name) == (state_name, "layers.0.attention.wo.weight"):
             piece.data.view(-1)[-1] = number
         return piece
 
@@ -147,7 +147,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, kind: s
         opened.check_values({"master"})
         with pytest.raises(MegaloopError) as raised:
             opened.check_values()
-        assert f"{kind} of layers.0.attention.wo.weight holds numbers that are not finite" in _line(raised)
+        assert f"{state_name} of layers.0.attention.wo.weight holds numbers that are not finite" in _line(raised)
         shares = [_refused(opened, share) for share in range(3)]
         assert shares.count(True) == 1, "each file is one rank's"
 
@@ -213,10 +213,10 @@ def test_boxes_are_taken_if_and_only_if_they_hold_each_value_once(data: st.DataO
     drawn = data.draw(st.lists(box, min_size=1, max_size=6))
     boxes = [
         (
-            [begin for begin, _ in each],
-            [min(size, whole - begin) for (begin, size), whole in zip(each, shape, strict=True)],
+            [begin for begin, _ in count],
+            [min(size, whole - begin) for (begin, size), whole in zip(count, shape, strict=True)],
         )
-        for each in drawn
+        for count in drawn
     ]
     if data.draw(st.booleans()):  # what is left, value by value: then only overlaps are wrong
         boxes += [([*place], [1] * len(shape)) for place in torch.nonzero(_count(boxes, shape) == 0).tolist()]

@@ -48,7 +48,7 @@ def test_a_disk_that_is_full_for_one_rank_leaves_the_earlier_checkpoint(ranks_2:
     assert message.startswith(f"checkpoint {small_disk}/checkpoints/step-00000002 not saved: ")
     assert "No space left on device" in message
     assert re.search(r"\((rank 1|ranks 0, 1)\)", message)  # rank 0 may find the disk full too, then
-    assert "the last whole checkpoint is step-00000001; make room" in message
+    assert "the last complete checkpoint is step-00000001; make room" in message
     assert left == ["step-00000001"]
     read_all(resolve_checkpoint(small_disk))
 

@@ -28,7 +28,7 @@ from megaloop.checkpoint import (
 from megaloop.checkpoint.manifest import MANIFEST, Manifest
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
-from megaloop.layout.pieces import KINDS, Box, Piece, StatePiece
+from megaloop.layout.pieces import STATE_NAMES, Box, Piece, StatePiece
 from tests.checkpoint.states import SHAPES, info, run_state, save, state, tensor
 from tests.distributed import RankError, RankPool
 
@@ -38,19 +38,19 @@ LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (2, 2), (4, 2)]
 def assert_reads_in_any_layout(path: Path) -> None:
     """Everything that ranks of every layout would ask for is there, bit for bit."""
     with Checkpoint.open(path, verify="checksums") as checkpoint:
-        for kind in KINDS:
-            assert checkpoint.names(kind) == list(SHAPES)
+        for state_name in STATE_NAMES:
+            assert checkpoint.names(state_name) == list(SHAPES)
             for name, shape in SHAPES.items():
-                assert checkpoint.shape(kind, name) == shape
-                assert torch.equal(checkpoint.read(kind, name), tensor(kind, name, shape))
+                assert checkpoint.shape(state_name, name) == shape
+                assert torch.equal(checkpoint.read(state_name, name), tensor(state_name, name, shape))
         for tp, dp in LAYOUTS:
             for at_tp in range(tp):
                 for at_dp in range(dp):
-                    for each in state((at_tp, tp), (at_dp, dp)):
-                        found = checkpoint.read_piece(each.kind, each.piece)
+                    for state_piece in state((at_tp, tp), (at_dp, dp)):
+                        found = checkpoint.read_piece(state_piece.state_name, state_piece.piece)
                         assert found is not None
-                        assert found.dtype == each.data.dtype
-                        assert torch.equal(found, each.data), (tp, dp, each.piece)
+                        assert found.dtype == state_piece.data.dtype
+                        assert torch.equal(found, state_piece.data), (tp, dp, state_piece.piece)
 
 
 # --- written by ranks ---
@@ -80,11 +80,11 @@ def _save_wrongly(run: Path, how: str) -> None:
     rank = dist.get_rank()
     pieces = list(state((0, 1), (rank, 2)))
     if how == "gap" and rank == 1:
-        pieces = [each for each in pieces if each.kind != "exp_avg" or each.piece.name != "norm.weight"]
+        pieces = [item for item in pieces if item.state_name != "exp_avg" or item.piece.name != "norm.weight"]
     if how == "overlap":
-        pieces = [StatePiece(each.kind, each.piece, each.data) for each in pieces]
+        pieces = [StatePiece(item.state_name, item.piece, item.data) for item in pieces]
     if how == "missing tensor":
-        pieces = [each for each in pieces if each.kind != "master" or each.piece.name != "norm.weight"]
+        pieces = [item for item in pieces if item.state_name != "master" or item.piece.name != "norm.weight"]
     if how == "shape" and rank == 1:
         piece = Piece("norm.weight", (9,), Box((0,), (9,)))
         pieces.append(StatePiece("model", piece, torch.ones(9, dtype=torch.bfloat16)))
@@ -150,8 +150,8 @@ def cases(draw: st.DrawFn) -> Any:
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_any_cut_is_read_in_any_other(tmp_path_factory: pytest.TempPathFactory, case: Any) -> None:
-    shape, written, asked, kind = case
-    whole = tensor(kind, "x", shape)
+    shape, written, asked, state_name = case
+    whole = tensor(state_name, "x", shape)
     directory = tmp_path_factory.mktemp("run") / "step-1"
 
     def pieces(cutting: Any) -> list[StatePiece]:
@@ -159,19 +159,21 @@ def test_any_cut_is_read_in_any_other(tmp_path_factory: pytest.TempPathFactory, 
         for box, fragments in cutting:
             values = whole[box.within(Box.whole(shape))]
             if fragments is None:
-                found.append(StatePiece(kind, Piece("x", shape, box), values))
+                found.append(StatePiece(state_name, Piece("x", shape, box), values))
             for start, stop in fragments or []:
-                found.append(StatePiece(kind, Piece("x", shape, box, (start, stop)), values.reshape(-1)[start:stop]))
+                found.append(
+                    StatePiece(state_name, Piece("x", shape, box, (start, stop)), values.reshape(-1)[start:stop])
+                )
         return found
 
     path = save_checkpoint(directory, pieces(written), info()).path
     with Checkpoint.open(path) as checkpoint:
-        assert torch.equal(checkpoint.read(kind, "x"), whole)
-        for each in pieces(asked):
-            found = checkpoint.read_piece(kind, each.piece)
+        assert torch.equal(checkpoint.read(state_name, "x"), whole)
+        for piece in pieces(asked):
+            found = checkpoint.read_piece(state_name, piece.piece)
             assert found is not None
-            assert found.shape == each.data.shape
-            assert torch.equal(found, each.data)
+            assert found.shape == piece.data.shape
+            assert torch.equal(found, piece.data)
 
 
 class _OneAtATime(TorchDispatchMode):
@@ -186,17 +188,17 @@ class _OneAtATime(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.clone.default:
             self.copies.append(weakref.ref(result))
-            self.most = max(self.most, sum(each() is not None for each in self.copies))
+            self.most = max(self.most, sum(copy() is not None for copy in self.copies))
         return result
 
 
 def test_pieces_are_copied_one_by_one_and_may_share_memory(tmp_path: Path) -> None:
     whole = torch.arange(64.0).view(8, 8)
     transposed = whole.t()  # as what is elsewhere, it has to be copied before its bytes can be written
-    kinds = {"model": transposed, "master": whole, "exp_avg": transposed, "exp_avg_sq": transposed}
+    state_names = {"model": transposed, "master": whole, "exp_avg": transposed, "exp_avg_sq": transposed}
     pieces = [
-        StatePiece(kind, Piece(name, (8, 8), Box.whole((8, 8))), values)
-        for kind, values in kinds.items()
+        StatePiece(state_name, Piece(name, (8, 8), Box.whole((8, 8))), values)
+        for state_name, values in state_names.items()
         for name in ("x", "y")
     ]
     with _OneAtATime() as counted:
@@ -204,8 +206,8 @@ def test_pieces_are_copied_one_by_one_and_may_share_memory(tmp_path: Path) -> No
     assert len(counted.copies) == 6
     assert counted.most == 1
     with Checkpoint.open(path, verify="checksums") as checkpoint:
-        for kind, values in kinds.items():
-            assert torch.equal(checkpoint.read(kind, "y"), values)
+        for state_name, values in state_names.items():
+            assert torch.equal(checkpoint.read(state_name, "y"), values)
 
 
 def test_a_dtype_that_has_no_place_is_refused(tmp_path: Path) -> None:
@@ -225,7 +227,7 @@ def test_an_empty_range_is_empty(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    save(tmp_path, 1, [each for each in state((0, 1), (0, 1)) if each.kind == "model"])
+    save(tmp_path, 1, [item for item in state((0, 1), (0, 1)) if item.state_name == "model"])
     with Checkpoint.open(resolve_checkpoint(tmp_path)) as checkpoint:
         piece = Piece("norm.weight", (8,), Box.whole((8,)))
         assert checkpoint.names("master") == []
@@ -268,7 +270,7 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not any(each.alias_info for each in function._schema.returns):
+        if isinstance(result, torch.Tensor) and not any(item.alias_info for item in function._schema.returns):
             self.largest = max(self.largest, result.nbytes)
         return result
 
@@ -297,7 +299,7 @@ def test_where_no_checkpoint_is(tmp_path: Path) -> None:
     with pytest.raises(MegaloopError, match=r"cannot be read .File name too long"):
         resolve_checkpoint(tmp_path / ("x" * 300))
     for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(MegaloopError, match=f"no whole checkpoint in {re.escape(str(path))}: expected"):
+        with pytest.raises(MegaloopError, match=f"no complete checkpoint in {re.escape(str(path))}: expected"):
             resolve_checkpoint(path)
     with pytest.raises(MegaloopError, match=r"no manifest\.json"):
         Checkpoint.open(tmp_path)
@@ -382,9 +384,9 @@ def test_the_documentation_reads_a_checkpoint(tmp_path: Path, ranks_4: RankPool)
     snippet = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def read" in block)
     names: dict[str, Any] = {}
     exec(snippet, names)
-    for kind in KINDS:
+    for state_name in STATE_NAMES:
         for name, shape in SHAPES.items():
-            assert torch.equal(names["read"](path, kind, name), tensor(kind, name, shape))
+            assert torch.equal(names["read"](path, state_name, name), tensor(state_name, name, shape))
     described = text.split("## manifest.json")[1].split("### Pieces")[0].split("### The run's state")
     listed = [set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) for part in described]
     assert listed == [set(Manifest.model_fields), set(RunState.model_fields)]

@@ -89,7 +89,7 @@ def test_a_users_error_is_one_line_on_stderr(config_file: Path) -> None:
     [
         (["loop", "x"], "loop: say which order the layers run in, with --depth, or --untie them"),
         (["loop", "x", "--depth", "4", "--untie"], "loop: say which order the layers run in"),
-        (["loop", "x", "--untie", "--norm"], "loop: --norm is of loops, and --untie ends them"),
+        (["loop", "x", "--untie", "--norm"], "loop: --norm applies only to loops, and --untie removes them"),
         (["loop", "x", "--depth", "1-2x2-1"], "checkpoint x: no such directory"),
         (["grow", "x"], "grow: say what to grow to, with --layers or with --depth"),
         (["grow", "x", "--layers", "8", "--depth", "8"], "grow: say what to grow to"),

@@ -45,8 +45,8 @@ GROUP = typer.main.get_command(cli.app)
 def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(its words, command) of every command and group."""
     yield path, command
-    for name, each in getattr(command, "commands", {}).items():
-        yield from _commands(each, (*path, name))
+    for name, item in getattr(command, "commands", {}).items():
+        yield from _commands(item, (*path, name))
 
 
 COMMANDS = dict(_commands(GROUP))
@@ -269,7 +269,7 @@ def test_an_override_that_is_none(command: tuple[str, ...], world: World, run: R
         'init="\\0"',
         "--",
     }
-    assert not [each for each in taken if each not in odd and "path" not in each], taken
+    assert not [item for item in taken if item not in odd and "path" not in item], taken
 
 
 PATHS = [
@@ -342,8 +342,8 @@ def test_a_file_that_holds_something_else(content: bytes, world: World, run: Run
     ):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    for each in (path, folder):
-        for words in _takers(world, each, tmp_path / "out"):
+    for item in (path, folder):
+        for words in _takers(world, item, tmp_path / "out"):
             check(run(*words))
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
@@ -398,7 +398,7 @@ def _needed(world: World, out: Path) -> dict[tuple[str, ...], list[object]]:
     }
 
 
-VISIBLE = [path for path, each in COMMANDS.items() if not hasattr(each, "commands") and not each.hidden]
+VISIBLE = [path for path, item in COMMANDS.items() if not hasattr(item, "commands") and not item.hidden]
 
 
 @pytest.mark.parametrize("path", VISIBLE, ids=" ".join)
@@ -406,7 +406,7 @@ def test_an_option_that_gets_nonsense(path: tuple[str, ...], world: World, run: 
     words = _needed(world, tmp_path / "out")[path]
     (tmp_path / "out").mkdir()
     for option in COMMANDS[path].params:
-        name = next((each for each in option.opts if each.startswith("--")), None)
+        name = next((opt for opt in option.opts if opt.startswith("--")), None)
         if name in (None, "--help") or getattr(option, "is_flag", False):
             continue
         numeric = option.type_descriptor.annotation in (int, float)
@@ -507,7 +507,7 @@ def test_every_command_explains_itself_in_full(run: Run, monkeypatch: pytest.Mon
         code, out, _ = run(*path, "--help")
         assert code == 0, path
         shown = " ".join(out.replace("│", " ").split())
-        texts = [command.help, *(getattr(each, "help", None) for each in command.params)]
-        texts += [each.metavar for each in command.params]
+        texts = [command.help, *(getattr(param, "help", None) for param in command.params)]
+        texts += [param.metavar for param in command.params]
         for text in texts:
             assert " ".join((text or "").replace("\\[", "[").split()) in shown, (path, text)

@@ -90,7 +90,7 @@ def test_those_without_a_manifest_and_those_set_aside_are_shown(run: Path) -> No
     (run / "checkpoints/step-00000001/manifest.json").unlink()
     (run / "checkpoints/step-00000002").rename(run / "checkpoints/step-00000002.damaged")
     states = [row["state"] for row in _listed(run)["checkpoints"]]
-    assert states == ["no manifest", "set aside", "complete", "complete"]
+    assert states == ["no manifest", "quarantined", "complete", "complete"]
 
 
 def test_a_live_run_is_left_alone(run: Path) -> None:

@@ -158,8 +158,8 @@ def test_only_what_is_near_is_suggested(config_file: Path, key: str, suggestion:
 
 def _floats(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _floats(each, (*path, key))
+        for key, item in value.items():
+            yield from _floats(item, (*path, key))
     elif isinstance(value, float):
         yield path
 

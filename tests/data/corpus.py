@@ -49,7 +49,7 @@ def documents(count: int = 300, seed: int = 0) -> list[str]:
 def write_corpus(folder: Path, count: int = 300, sequence_length: int = 64) -> Path:
     """Write ``text.jsonl`` and prepare it into ``shards``, many small ones; returns the data set."""
     text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents(count)))
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents(count)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_prep.pack.SHARD_BYTES", 8192)
         prepare([text], folder / "shards", vocab_size=400, sequence_length=sequence_length, validation_fraction=0.1)

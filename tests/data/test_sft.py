@@ -63,21 +63,21 @@ def test_answers_and_their_ends_are_learnt_and_nothing_else(corpus: Path, tmp_pa
         assert sum(split.shard_sizes) == len(split)
         for index in range(len(split)):
             sample = split.sample(index)
-            assert sample.learnt is not None
+            assert sample.loss_mask is not None
             assert len(sample.tokens) == LENGTH + 1
-            assert split.learnt(index) == sample.learnt.sum()
+            assert split.loss_mask(index) == sample.loss_mask.sum()
             bounds = [*sample.starts.tolist(), LENGTH + 1]
             for start, stop in pairwise(bounds):
-                tokens, learnt = sample.tokens[start:stop].tolist(), sample.learnt[start - 1 : stop - 1].tolist()
-                if not any(learnt):
+                tokens, loss_mask = sample.tokens[start:stop].tolist(), sample.loss_mask[start - 1 : stop - 1].tolist()
+                if not any(loss_mask):
                     assert set(tokens) == {tokenizer.eos_id}  # padding
                     continue
-                first, last = learnt.index(True), len(learnt) - learnt[::-1].index(True) - 1
-                assert all(learnt[first : last + 1])
+                first, last = loss_mask.index(True), len(loss_mask) - loss_mask[::-1].index(True) - 1
+                assert all(loss_mask[first : last + 1])
                 assert set(tokens[last:]) == {tokenizer.eos_id}  # the answer's end, and perhaps one token of padding
                 prompt, answer = (tokenizer.decode(part) for part in (tokens[:first], tokens[first:last]))
                 found.append({"prompt": prompt, "answer": answer})
-            assert sample.bytes == len(tokenizer.decode(sample.tokens[1:][sample.learnt].tolist()).encode())
+            assert sample.bytes == len(tokenizer.decode(sample.tokens[1:][sample.loss_mask].tolist()).encode())
     assert sorted(map(str, found)) == sorted(map(str, lines))
 
 
@@ -116,10 +116,10 @@ def test_weights_make_the_mean_over_all_answers_of_the_global_batch(
         count = 4 // dp // micro_batch
         batches = [batch for rank in ranks for batch in rank[step * count : (step + 1) * count]]
         weights = [batch.weights for batch in batches if batch.weights is not None]
-        assert sum(float(each.sum()) for each in weights) / len(batches) == pytest.approx(1)
-        assert len({round(float(each.max()), 6) for each in weights}) == 1  # every answer's token counts alike
+        assert sum(float(weight.sum()) for weight in weights) / len(batches) == pytest.approx(1)
+        assert len({round(float(weight.max()), 6) for weight in weights}) == 1  # every answer's token counts alike
     held = validation_batches(sources.datasets, samples=4, micro_batch=1)
-    assert sum(float(each.weights.sum()) for each in held if each.weights is not None) / len(held) == pytest.approx(1)
+    assert sum(float(item.weights.sum()) for item in held if item.weights is not None) / len(held) == pytest.approx(1)
 
 
 def test_pretraining_batches_have_no_weights(corpus: Path) -> None:

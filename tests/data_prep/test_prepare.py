@@ -80,8 +80,8 @@ def test_every_kind_of_input_gives_the_same_shards(prepared: Path, tmp_path: Pat
     packer = zstandard.ZstdCompressor()
     (kinds["zst"] / "a.jsonl.zst").write_bytes(packer.compress(lines[:5000]) + packer.compress(lines[5000:]))
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), kinds["parquet"] / "a.parquet")
-    for number, each in enumerate(TEXTS):
-        (kinds["txt"] / f"{number:04}.txt").write_text(each)
+    for number, item in enumerate(TEXTS):
+        (kinds["txt"] / f"{number:04}.txt").write_text(item)
     for name, folder in kinds.items():
         _prepare([folder], tmp_path / f"{name}-out", tokenizer=prepared / "tokenizer.model")
         assert _shards(tmp_path / f"{name}-out") == _shards(prepared), name
@@ -241,7 +241,7 @@ def test_what_is_no_text_is_skipped_and_counted_on_request(tmp_path: Path) -> No
     summary = _prepare([tmp_path], tmp_path / "shards", errors="skip")
     assert summary.skipped == 3
     sources = DataSet.open(tmp_path / "shards").description.sources
-    assert [(Path(each.path).name, each.documents, each.skipped) for each in sources] == [
+    assert [(Path(source.path).name, source.documents, source.skipped) for source in sources] == [
         ("a.jsonl", len(TEXTS), 2),
         ("b.txt", 1, 1),
     ]

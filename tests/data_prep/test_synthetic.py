@@ -14,7 +14,7 @@ from megaloop.data import DataSet, Tokenizer
 from megaloop.errors import MegaloopError
 from tests.cli.test_cli import megaloop
 
-PROBLEMS = {kind: [each for _, series in documents([kind], 200, 1) for each in series] for kind in KINDS}
+PROBLEMS = {kind: [entry for _, series in documents([kind], 200, 1) for entry in series] for kind in KINDS}
 
 
 def _solve_variables(prompt: str) -> int:
@@ -22,7 +22,7 @@ def _solve_variables(prompt: str) -> int:
     pairs = re.findall(
         r"(?:let (\w) be (\w+)|(\w) <- (\w+)|set (\w) \$?(\w+)|Box (\w) holds (?:as much as box )?(\w+))", prompt
     )
-    scope = {name: value for each in pairs for name, value in [[part for part in each if part]]}
+    scope = {name: value for pair in pairs for name, value in [[part for part in pair if part]]}
     asked = re.findall(r"so (\w) is$|\| (\w) \?$|echo \$(\w)\n$|does box (\w) hold\?$", prompt)
     value = next(part for part in asked[0] if part)
     while not value.isdigit():
@@ -52,7 +52,7 @@ def _solve_words(prompt: str) -> int:
                 have[person] = number
     asked = re.search(r"does (\w+) have\?$|are (\w+)'s\? A:$|of (\w+) are$", prompt)
     assert asked is not None
-    return have[next(each for each in asked.groups() if each)]
+    return have[next(group for group in asked.groups() if group)]
 
 
 def _solve_hops(prompt: str) -> str:
@@ -141,7 +141,7 @@ def test_the_command_line_writes_and_refuses(tmp_path: Path) -> None:
     made = megaloop("synthesize", "--out", tmp_path / "a.jsonl", "--documents", "20", "--kinds", "words,hops", "--json")
     assert json.loads(made.stdout)["documents"] == 20
     for arguments, message in (
-        (("--out", tmp_path / "b.jsonl", "--kinds", "words,word"), "unknown kind word; choose of words, addition"),
+        (("--out", tmp_path / "b.jsonl", "--kinds", "words,word"), "unknown kind word; choose from words, addition"),
         (("--out", tmp_path / "a.jsonl" / "b.jsonl"), "cannot write"),
         (("--out", "/"), "/ is a directory; name a file to write"),
     ):

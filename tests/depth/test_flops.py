@@ -99,9 +99,9 @@ def test_the_total_follows_the_formula_of_palm() -> None:
 
 @given(st.integers(0, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 4))
 def test_a_looped_layer_costs_each_time_it_runs_and_is_stored_once(
-    before: int, block: int, times: int, after: int
+    before: int, block: int, iterations: int, after: int
 ) -> None:
-    looped = DepthPlan.parse(f"{before}-{block}x{times}-{after}")
+    looped = DepthPlan.parse(f"{before}-{block}x{iterations}-{after}")
     assert flops_per_token(looped, Shape(), 32) == flops_per_token(DepthPlan.plain(looped.depth), Shape(), 32)
     assert parameters(looped, Shape()) == parameters(DepthPlan.plain(looped.layers), Shape())
 

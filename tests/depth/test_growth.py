@@ -36,7 +36,7 @@ def lidas(layers: int, block: int, insert_at: InsertAt) -> list[int]:
 def midas(layers: int, block: int) -> list[int]:
     blocks = [list(range(first, first + block)) for first in range(0, layers, block)]
     middle = -(-len(blocks) // 2)  # counted from 1
-    return [position for each in [*blocks[:middle], blocks[middle - 1], *blocks[middle:]] for position in each]
+    return [position for item in [*blocks[:middle], blocks[middle - 1], *blocks[middle:]] for position in item]
 
 
 def last(layers: int, block: int) -> list[int]:
@@ -59,8 +59,8 @@ def test_one_block_is_copied_as_the_papers_say(layers: int, block: int) -> None:
     assert parents(plan, grow(plan, "last", layers + block, block)) == last(layers, block)
     if layers % block == 0:
         assert parents(plan, grow(plan, "midas", layers + block, block)) == midas(layers, block)
-    for times in (2, 3):
-        assert parents(plan, grow(plan, "stack", times * layers, block)) == list(range(layers)) * times
+    for iterations in (2, 3):
+        assert parents(plan, grow(plan, "stack", iterations * layers, block)) == list(range(layers)) * iterations
 
 
 @pytest.mark.parametrize("block", BLOCKS)

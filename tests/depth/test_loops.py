@@ -20,7 +20,7 @@ from megaloop.depth import (
     grow,
     growth_stages,
     loop,
-    respell,
+    reorder,
     unloop,
     untie,
 )
@@ -45,24 +45,24 @@ def loops(draw: st.DrawFn) -> tuple[DepthPlan, int, int, int]:
 
 
 @given(loops())
-def test_looping_and_unlooping_are_inverse(each: tuple[DepthPlan, int, int, int]) -> None:
-    plan, start, stop, times = each
-    looped = loop(plan, start, stop, times)
+def test_looping_and_unlooping_are_inverse(item: tuple[DepthPlan, int, int, int]) -> None:
+    plan, start, stop, iterations = item
+    looped = loop(plan, start, stop, iterations)
     assert unloop(looped) == plan
     assert looped.lineage == plan.lineage
-    assert looped.depth == plan.depth + (stop - start) * (times - 1)
-    assert respell(plan, DepthSpec.parse(looped.notation)) == looped
-    assert respell(looped, DepthSpec.parse(plan.layers)) == plan
-    if times > 1:
+    assert looped.depth == plan.depth + (stop - start) * (iterations - 1)
+    assert reorder(plan, DepthSpec.parse(looped.notation)) == looped
+    assert reorder(looped, DepthSpec.parse(plan.layers)) == plan
+    if iterations > 1:
         assert looped.loop is not None
-        assert (looped.loop.start, looped.loop.block, looped.loop.times) == (start, stop - start, times)
+        assert (looped.loop.start, looped.loop.block, looped.loop.iterations) == (start, stop - start, iterations)
 
 
 @given(loops())
-def test_untying_makes_copies_that_stand_where_the_repetitions_were(each: tuple[DepthPlan, int, int, int]) -> None:
-    plan, start, stop, times = each
-    looped = loop(plan, start, stop, times)
-    if times == 1:
+def test_untying_makes_copies_that_stand_where_the_repetitions_were(item: tuple[DepthPlan, int, int, int]) -> None:
+    plan, start, stop, iterations = item
+    looped = loop(plan, start, stop, iterations)
+    if iterations == 1:
         with pytest.raises(MegaloopError, match="repeats no layer"):
             untie(looped)
         return
@@ -80,23 +80,27 @@ def test_untying_a_stack_is_growing_by_stack() -> None:
 
 
 @given(loops())
-def test_uses_say_where_each_time_begins_and_ends(each: tuple[DepthPlan, int, int, int]) -> None:
-    plan, start, stop, times = each
+def test_uses_say_where_each_time_begins_and_ends(item: tuple[DepthPlan, int, int, int]) -> None:
+    plan, start, stop, iterations = item
     looped = loop(plan, start, stop, 2)
-    for count in (times, None):
-        uses = looped.uses(count)
+    for count in (iterations, None):
+        calls = looped.calls(count)
         real = 2 if count is None else count
-        assert [use.layer_id for use in uses] == [
+        assert [call.layer_id for call in calls] == [
             *plan.order[:start],
             *plan.order[start:stop] * real,
             *plan.order[stop:],
         ]
-        assert [use.time for use in uses if use.begins] == list(range(real)) == [use.time for use in uses if use.ends]
-        assert all(use.layer_id == plan.order[start] for use in uses if use.begins)
-        assert all(use.layer_id == plan.order[stop - 1] for use in uses if use.ends)
-        assert {use.times for use in uses} - {None} == {real}
-        assert all((use.time is None) == (use.times is None) for use in uses)
-        assert sum(use.is_frozen(1) for use in uses) == (real - 1) * (stop - start)
+        assert (
+            [call.time for call in calls if call.is_first]
+            == list(range(real))
+            == [call.time for call in calls if call.is_last]
+        )
+        assert all(call.layer_id == plan.order[start] for call in calls if call.is_first)
+        assert all(call.layer_id == plan.order[stop - 1] for call in calls if call.is_last)
+        assert {call.iterations for call in calls} - {None} == {real}
+        assert all((call.time is None) == (call.iterations is None) for call in calls)
+        assert sum(call.is_frozen(1) for call in calls) == (real - 1) * (stop - start)
 
 
 @pytest.mark.parametrize(
@@ -113,25 +117,25 @@ def test_uses_say_where_each_time_begins_and_ends(each: tuple[DepthPlan, int, in
 )
 def test_a_loop_keeps_all_layers_and_adds_none(depth: str, message: str) -> None:
     with pytest.raises(MegaloopError) as caught:
-        respell(DepthPlan.plain(24), DepthSpec.parse(depth))
+        reorder(DepthPlan.plain(24), DepthSpec.parse(depth))
     assert message in str(caught.value)
 
 
 def test_a_loop_of_layers_that_are_not_there() -> None:
-    for start, stop, times in ((2, 2, 2), (3, 5, 2), (-1, 2, 2), (0, 2, 0)):
+    for start, stop, iterations in ((2, 2, 2), (3, 5, 2), (-1, 2, 2), (0, 2, 0)):
         with pytest.raises(MegaloopError, match="there are no such layers"):
-            loop(DepthPlan.plain(4), start, stop, times)
+            loop(DepthPlan.plain(4), start, stop, iterations)
     with pytest.raises(MegaloopError, match="is looped already"):
         loop(DepthPlan.parse("1-2x2-1"), 0, 1, 2)
 
 
 def test_a_style_belongs_to_one_loop() -> None:
-    with pytest.raises(MegaloopError, match="has not one loop"):
+    with pytest.raises(MegaloopError, match="must contain exactly one loop"):
         DepthPlan((0, 1), style=CONCAT)
     with pytest.raises(MegaloopError, match="'twice' is none of none, add, concat"):
         LoopStyle(injection="twice")  # type: ignore[arg-type]
-    plan = respell(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"), CONCAT)
-    assert plan != respell(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"))
+    plan = reorder(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"), CONCAT)
+    assert plan != reorder(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"))
     assert DepthPlan.from_json(plan.to_json()) == plan
     assert "style" not in DepthPlan.parse("1-2x2-1").to_json()
     with pytest.raises(MegaloopError, match="only loops of plain composition can be untied"):
@@ -139,16 +143,16 @@ def test_a_style_belongs_to_one_loop() -> None:
 
 
 def test_a_trained_model_runs_at_other_depths() -> None:
-    plain, styled = DepthPlan.parse("1-2x2-1"), respell(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"), CONCAT)
-    for way, depth, uses in (
-        (at_depth(plain, DepthSpec.parse("0-4x3-0")), "0-4x3-0", DepthPlan.parse("0-4x3-0").uses()),
-        (at_depth(plain, DepthSpec.parse("4")), "4", DepthPlan.plain(4).uses()),
-        (at_depth(plain, DepthSpec.parse("1-2x1-1")), "4", DepthPlan.plain(4).uses()),
-        (at_depth(styled, DepthSpec.parse("1-2x5-1")), "1-2x5-1", styled.uses(5)),
-        (at_depth(styled, DepthSpec.parse("1-2x1-1")), "1-2x1-1", styled.uses(1)),  # its loop keeps what it has
-        (Execution.as_trained(styled), "1-2x2-1", styled.uses()),
+    plain, styled = DepthPlan.parse("1-2x2-1"), reorder(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"), CONCAT)
+    for way, depth, calls in (
+        (at_depth(plain, DepthSpec.parse("0-4x3-0")), "0-4x3-0", DepthPlan.parse("0-4x3-0").calls()),
+        (at_depth(plain, DepthSpec.parse("4")), "4", DepthPlan.plain(4).calls()),
+        (at_depth(plain, DepthSpec.parse("1-2x1-1")), "4", DepthPlan.plain(4).calls()),
+        (at_depth(styled, DepthSpec.parse("1-2x5-1")), "1-2x5-1", styled.calls(5)),
+        (at_depth(styled, DepthSpec.parse("1-2x1-1")), "1-2x1-1", styled.calls(1)),  # its loop keeps what it has
+        (Execution.as_trained(styled), "1-2x2-1", styled.calls()),
     ):
-        assert (str(way.depth), way.uses) == (depth, uses)
+        assert (str(way.depth), way.calls) == (depth, calls)
     for depth in ("4", "0-2x2-2", "1-2x0-1"):
         with pytest.raises(MegaloopError):
             at_depth(styled, DepthSpec.parse(depth))
@@ -209,18 +213,18 @@ def test_the_ramp_rises_from_the_first_looped_step() -> None:
 
 
 def test_flops_follow_the_count_and_what_learns() -> None:
-    plan = respell(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"))
+    plan = reorder(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"))
     layer = layer_flops(SHAPE, 64)
     base = flops_per_token(plan, SHAPE, 64)
-    more = flops_per_token(plan, SHAPE, 64, times=5)
+    more = flops_per_token(plan, SHAPE, 64, iterations=5)
     assert more.forward - base.forward == 4 * layer
     assert more.total - base.total == 12 * layer
-    cut = flops_per_token(plan, SHAPE, 64, times=5, backprop=2)
+    cut = flops_per_token(plan, SHAPE, 64, iterations=5, backprop=2)
     assert cut.forward == more.forward
     assert more.backward - cut.backward == 2 * 3 * 2 * layer
-    adapted = flops_per_token(respell(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"), CONCAT), SHAPE, 64)
+    adapted = flops_per_token(reorder(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"), CONCAT), SHAPE, 64)
     assert adapted.forward - base.forward == 3 * 4 * SHAPE.hidden_size**2
-    assert parameters(respell(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"), CONCAT), SHAPE) - parameters(
+    assert parameters(reorder(DepthPlan.plain(4), DepthSpec.parse("1-2x3-1"), CONCAT), SHAPE) - parameters(
         plan, SHAPE
     ) == (2 * SHAPE.hidden_size**2 + SHAPE.hidden_size)
 
@@ -230,7 +234,8 @@ def test_the_flops_of_a_run_are_those_of_its_counts() -> None:
     counts = LoopCounts(3, "uniform", seed=5)
     costs = run_flops(stages, SHAPE, 64, 100, counts=counts, backprop=2)
     each = [
-        flops_per_token(stages[0].plan, SHAPE, 64, times=counts.at(step), backprop=2).total * 100 for step in range(30)
+        flops_per_token(stages[0].plan, SHAPE, 64, iterations=counts.at(step), backprop=2).total * 100
+        for step in range(30)
     ]
     assert costs.total == sum(each)
 

@@ -47,12 +47,12 @@ def test_a_number_is_a_plain_model(layers: int) -> None:
 
 @given(loops)
 def test_the_loop_notation_gives_the_loop_of_the_paper(loop: tuple[int, int, int, int]) -> None:
-    before, block, times, after = loop
-    plan = DepthPlan.parse(f"{before}-{block}x{times}-{after}")
-    assert plan.depth == before + block * times + after
+    before, block, iterations, after = loop
+    plan = DepthPlan.parse(f"{before}-{block}x{iterations}-{after}")
+    assert plan.depth == before + block * iterations + after
     assert plan.layers == before + block + after
-    assert plan.order[before : before + block * times] == tuple(range(before, before + block)) * times
-    assert plan.is_looped == (times > 1)
+    assert plan.order[before : before + block * iterations] == tuple(range(before, before + block)) * iterations
+    assert plan.is_looped == (iterations > 1)
 
 
 def test_the_two_examples_of_the_documentation() -> None:
@@ -65,7 +65,7 @@ def test_the_two_examples_of_the_documentation() -> None:
 @given(plans())
 def test_ids_are_unique_and_every_position_belongs_to_one(plan: DepthPlan) -> None:
     assert len(set(plan.ids)) == len(plan.ids) == plan.layers
-    assert [use.layer_id for use in plan.uses()] == list(plan.order)
+    assert [call.layer_id for call in plan.calls()] == list(plan.order)
     assert list(plan.ids) == sorted(plan.ids, key=plan.order.index)
     assert tuple(plan) == plan.order
     assert len(plan) == plan.depth

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from megaloop.depth import DepthPlan, DepthSpec, Loop, LoopStyle, grow, respell
+from megaloop.depth import DepthPlan, DepthSpec, Loop, LoopStyle, grow, reorder
 from megaloop.errors import MegaloopError
 
 
@@ -43,15 +43,15 @@ def test_the_depth_of_a_plan_is_by_places() -> None:
     grown = grow(DepthPlan.plain(4), "lidas", 6, 2).plan
     assert grown.order != tuple(range(6))
     assert DepthSpec.of(grown) == DepthSpec.parse("6")
-    looped = respell(grown, DepthSpec.parse("2-2x3-2"), LoopStyle(norm=True))
+    looped = reorder(grown, DepthSpec.parse("2-2x3-2"), LoopStyle(norm=True))
     spec = DepthSpec.of(looped)
     assert (spec, spec.plan, spec.loop) == (DepthSpec.parse("2-2x3-2"), DepthPlan.parse("2-2x3-2"), Loop(2, 2, 3))
-    assert respell(grown, spec, LoopStyle(norm=True)) == looped
+    assert reorder(grown, spec, LoopStyle(norm=True)) == looped
 
 
-@pytest.mark.parametrize("times", [1, 2, 5])
-def test_a_loop_by_its_numbers_is_the_one_by_its_text(times: int) -> None:
-    made, read = DepthSpec.looped(4, 2, times, 3), DepthSpec.parse(f"4-2x{times}-3")
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_a_loop_by_its_numbers_is_the_one_by_its_text(iterations: int) -> None:
+    made, read = DepthSpec.looped(4, 2, iterations, 3), DepthSpec.parse(f"4-2x{iterations}-3")
     assert (made, made.plan, made.loop) == (read, read.plan, read.loop)
 
 

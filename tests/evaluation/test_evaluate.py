@@ -25,13 +25,13 @@ QUICK: dict[str, Any] = {"tasks": ["variables-0-math", "copy-words"], "examples"
 
 def _values(records: list[Record]) -> list[dict[str, Any]]:
     """Without what differs from measurement to measurement."""
-    return [{k: v for k, v in each.to_json().items() if k not in ("seconds", "time")} for each in records]
+    return [{k: v for k, v in record.to_json().items() if k not in ("seconds", "time")} for record in records]
 
 
 def _logits(run: Path, loops: int | None, block: Block | None = None) -> torch.Tensor:
     model, _ = load_decoder(run)
     with torch.no_grad():
-        return model(torch.arange(60).reshape(2, 30), uses=with_loops(model.plan, loops, block).uses)
+        return model(torch.arange(60).reshape(2, 30), calls=with_loops(model.plan, loops, block).calls)
 
 
 def test_one_loop_of_a_plain_model_changes_nothing_bit_for_bit(plain_run: Path) -> None:

@@ -60,8 +60,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     asked = examples(TASKS["copy-words"], 16, 0)
     lines = [
-        {"query": each.query, "choices": [text.rstrip("\n") for text in each.candidates], "gold": each.correct}
-        for each in asked
+        {"query": example.query, "choices": [text.rstrip("\n") for text in example.candidates], "gold": example.correct}
+        for example in asked
     ]
     (folder / "choice.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     texts = [{"text": text} for text in documents(4, seed=9)]  # some are longer than the context

@@ -50,7 +50,7 @@ def _older(run: Path, out: Path, tasks: list[str], **values: float) -> None:
 
 
 def test_what_was_measured_across_documents_is_measured_anew(masked_run: Path, plain_run: Path, tmp_path: Path) -> None:
-    """And what needed no mending stays remembered."""
+    """And what needed no correction stays remembered."""
     tasks = ["validation", "copy-words"]
     options: dict[str, Any] = {"tasks": tasks, "samples": 4, "examples": 25}
     for run, out in ((masked_run, tmp_path / "masked.jsonl"), (plain_run, tmp_path / "plain.jsonl")):

@@ -9,7 +9,7 @@ import torch
 
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, at_depth
-from megaloop.depth.loops import respell
+from megaloop.depth.loops import reorder
 from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import generate_tokens
 from megaloop.model import Decoder
@@ -18,7 +18,7 @@ SHAPE = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=64)
 PLANS = {
     "plain": DepthPlan.parse("3"),
     "looped": DepthPlan.parse("1-1x3-1"),
-    "adapter": respell(DepthPlan.parse("3"), DepthSpec.parse("1-1x2-1"), LoopStyle("concat", "1/k", True)),
+    "adapter": reorder(DepthPlan.parse("3"), DepthSpec.parse("1-1x2-1"), LoopStyle("concat", "1/k", True)),
 }
 
 
@@ -67,15 +67,15 @@ def test_another_execution_is_given_and_leaves_the_model_as_it_is(plan: str, dep
     model, (beginning, questions) = _model(plan), _questions(5)
     before = score(model, beginning, questions)
     way = at_depth(model.plan, DepthSpec.parse(depth))
-    found = score(model, beginning, questions, uses=way.uses)
+    found = score(model, beginning, questions, calls=way.calls)
     assert found != before == score(model, beginning, questions)
-    assert (model.plan, model.times) == (PLANS[plan], None)
+    assert (model.plan, model.iterations) == (PLANS[plan], None)
     row = torch.tensor([beginning + questions[0].query])
     with torch.no_grad():
-        made = model(row, uses=way.uses)
-        model.plan, model.times = (model.plan, 4) if plan == "adapter" else (respell(model.plan, way.depth), None)
+        made = model(row, calls=way.calls)
+        model.plan, model.iterations = (model.plan, 4) if plan == "adapter" else (reorder(model.plan, way.depth), None)
         assert torch.equal(made, model(row))
-    assert found == score(model, beginning, questions, uses=way.uses)
+    assert found == score(model, beginning, questions, calls=way.calls)
 
 
 def test_how_rows_are_batched_changes_nothing() -> None:

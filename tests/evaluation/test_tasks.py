@@ -48,7 +48,7 @@ def _solve(task: Task, query: str) -> str:
     if task.name.startswith("variables"):
         return _solve_variables(query)
     if task.name == "addition":
-        return str(sum(int(each) for each in query.removesuffix(" =").split(" + ")))
+        return str(sum(int(item) for item in query.removesuffix(" =").split(" + ")))
     if task.name == "p-hop":
         return _solve_hops(query)
     return query.splitlines()[0].removeprefix("List: ")
@@ -84,7 +84,7 @@ def test_examples_are_the_same_in_another_process() -> None:
 
 
 def _numeric_rank(example: Example, rank: int) -> int:
-    values = sorted(example.candidates, key=lambda each: (len(each), each))
+    values = sorted(example.candidates, key=lambda candidate: (len(candidate), candidate))
     return example.candidates.index(values[rank])
 
 

@@ -154,8 +154,8 @@ def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path, depth: str | None,
     unrolled = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert unrolled.config.num_hidden_layers == layers
     ours, _ = load_decoder(checkpoint)
-    uses = None if spec is None else at_depth(ours.plan, spec).uses
-    assert torch.allclose(ours(_tokens(), uses=uses), unrolled(_tokens()).logits, atol=1e-4)
+    calls = None if spec is None else at_depth(ours.plan, spec).calls
+    assert torch.allclose(ours(_tokens(), calls=calls), unrolled(_tokens()).logits, atol=1e-4)
 
 
 def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
@@ -343,9 +343,9 @@ def test_an_export_holds_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytes
     alive: list[weakref.ref[torch.Tensor]] = []
     read = Checkpoint.read
 
-    def watched(self: Checkpoint, kind: str, name: str, box: Box | None = None) -> torch.Tensor:
-        assert sum(each() is not None for each in alive) <= 1
-        values = read(self, kind, name, box)
+    def watched(self: Checkpoint, state_name: str, name: str, box: Box | None = None) -> torch.Tensor:
+        assert sum(reference() is not None for reference in alive) <= 1
+        values = read(self, state_name, name, box)
         alive.append(weakref.ref(values))
         return values
 

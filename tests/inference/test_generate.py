@@ -100,10 +100,10 @@ def test_the_depth_may_be_another_at_inference(run: Path) -> None:
     plain = generate_text(run, "The king", max_tokens=8, temperature=0.0)
     assert generate_text(run, "The king", max_tokens=8, temperature=0.0, depth=DepthSpec.parse("3")).text == plain.text
     model, _ = load_decoder(run)
-    uses = DepthPlan.parse("1-1x3-1").uses()
+    calls = DepthPlan.parse("1-1x3-1").calls()
     looped = generate_text(run, "The king", max_tokens=8, temperature=0.0, depth=DepthSpec.parse("1-1x3-1"))
     ids = Tokenizer.load(load_decoder(run)[1].tokenizer).encode("The king")  # type: ignore[arg-type]
-    tokens = list(generate_tokens(model, ids, 8, 0.0, 0, 1.0, torch.Generator(), uses=uses))
+    tokens = list(generate_tokens(model, ids, 8, 0.0, 0, 1.0, torch.Generator(), calls=calls))
     assert looped.text == Tokenizer.load(load_decoder(run)[1].tokenizer).decode(ids + tokens)  # type: ignore[arg-type]
     with pytest.raises(MegaloopError, match="depth 1-2x2-1 has 4 layers of its own, and there are 3"):
         generate_text(run, "The king", depth=DepthSpec.parse("1-2x2-1"))

@@ -52,7 +52,7 @@ def test_a_launcher_that_says_half(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", [*NONSENSE, None], ids=ascii)
 def test_slurm_that_says_nonsense(name: str, value: str | None) -> None:
     assert slurm_rank_environment(SLURM)["LOCAL_WORLD_SIZE"] == "1"
-    said = {key: each for key, each in (SLURM | {name: value}).items() if each is not None}
+    said = {key: item for key, item in (SLURM | {name: value}).items() if item is not None}
     if name == "SLURM_CPUS_PER_TASK" and value is None:
         assert slurm_rank_environment(said)["OMP_NUM_THREADS"] == "1"
         return

@@ -189,7 +189,7 @@ def test_status_and_cancel(cluster: SlurmCluster, jobs: dict[str, Job]) -> None:
     job = jobs["cancelled"]
     wait_for("some steps", lambda: _waits_after_a_checkpoint(job), PATIENCE)
     found = _status(job)
-    assert [(each["job"], each["state"]) for each in found["jobs"]] == [(job.number, "RUNNING")]
+    assert [(result["job"], result["state"]) for result in found["jobs"]] == [(job.number, "RUNNING")]
     assert found["step"] == STEPS
     assert found["steps"] == 1000
     assert found["last_checkpoint"] == "step-00000010"
@@ -246,5 +246,5 @@ def test_a_chain_gives_each_stage_its_nodes(
     assert _ended(cluster, job) == "COMPLETED", job.log
     assert _ended(cluster, job, job.next) == "COMPLETED", job.log
     records = metrics(job.run)
-    assert [(each["pp"], each["dp"]) for each in records] == [(1, 2)] * 10 + [(2, 2)] * 10
+    assert [(record["pp"], record["dp"]) for record in records] == [(1, 2)] * 10 + [(2, 2)] * 10
     assert losses(job.run) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)

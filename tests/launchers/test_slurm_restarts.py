@@ -176,7 +176,7 @@ def test_an_environment_file_is_read_when_the_job_runs(stubs: Stubs) -> None:
     path.write_text(LINES.replace("last", "newer"))
     done = stubs.start(f'env -0 > "$RUN/environment"; {SAYS.format(0)}')
     assert done.returncode == 0, done.stderr
-    seen = dict(each.partition("=")[::2] for each in (stubs.run / "environment").read_text().split("\0"))
+    seen = dict(item.partition("=")[::2] for item in (stubs.run / "environment").read_text().split("\0"))
     assert {name: seen[name] for name in secret} == secret | {"Z": "newer"}
     assert "two words" not in stubs.script()
     assert not list(stubs.folder.rglob("pwned"))

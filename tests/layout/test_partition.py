@@ -18,10 +18,10 @@ SMOLLM_360M = ModelConfig(hidden_size=960, num_heads=15, num_kv_heads=5, ffn_siz
 
 
 def _worst(stages: tuple[tuple[int, int], ...], costs: LayerCosts) -> float:
-    times = [(stop - start) * costs.layer for start, stop in stages]
-    times[0] += costs.embedding
-    times[-1] += costs.head
-    return max(times)
+    iterations = [(stop - start) * costs.layer for start, stop in stages]
+    iterations[0] += costs.embedding
+    iterations[-1] += costs.head
+    return max(iterations)
 
 
 @given(
@@ -44,7 +44,7 @@ def test_no_split_has_a_faster_slowest_stage(layers: int, stages: int, embedding
     everything = [
         tuple(zip((0, *cuts), (*cuts, layers), strict=True)) for cuts in combinations(range(1, layers), stages - 1)
     ]
-    assert _worst(found, costs) == pytest.approx(min(_worst(each, costs) for each in everything))
+    assert _worst(found, costs) == pytest.approx(min(_worst(item, costs) for item in everything))
 
 
 def test_the_head_counts_as_the_layers_it_is_worth() -> None:

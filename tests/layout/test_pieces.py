@@ -32,7 +32,9 @@ def inside(box: Box, shape: tuple[int, ...]) -> list[int]:
 
 def all_boxes(shape: tuple[int, ...]) -> list[Box]:
     ranges = [[(low, high - low) for high in range(1, size + 1) for low in range(high)] for size in shape]
-    return [Box(tuple(low for low, _ in each), tuple(size for _, size in each)) for each in product(*ranges)]
+    return [
+        Box(tuple(low for low, _ in topology), tuple(size for _, size in topology)) for topology in product(*ranges)
+    ]
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 3), (2, 3, 2)], ids=str)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from megaloop.errors import MegaloopError
-from megaloop.layout.rounds import Pass, Rounds
+from megaloop.layout.rounds import Action, Rounds
 
 SIZES = [(ranks, rounds) for ranks in range(1, 9) for rounds in range(1, 7)]
 
 
-def _unit(rank: int, work: Pass) -> float:
+def _unit(rank: int, work: Action) -> float:
     return 2.0 if work.backward else 1.0
 
 
@@ -23,19 +23,19 @@ def test_every_pass_happens_once_in_a_possible_order_with_the_least_bubble(ranks
     for micro_batches in range(ranks, 25):
         schedule = Rounds(ranks, micro_batches, rounds)
         spans = schedule.timeline(_unit)  # raises where ranks wait for each other
-        ended = {(rank, span.work): span.stop for rank, each in enumerate(spans) for span in each}
-        for rank, each in enumerate(spans):
-            work = [span.work for span in each]
-            everything = {Pass(b, r, m) for b in (False, True) for r in range(rounds) for m in range(micro_batches)}
+        ended = {(rank, span.work): span.stop for rank, item in enumerate(spans) for span in item}
+        for rank, item in enumerate(spans):
+            work = [span.work for span in item]
+            everything = {Action(b, r, m) for b in (False, True) for r in range(rounds) for m in range(micro_batches)}
             assert Counter(work) == Counter(everything), "each pass once"
-            assert all(a.stop <= b.start for a, b in pairwise(each)), "one at a time"
-            for span in each:
+            assert all(a.stop <= b.start for a, b in pairwise(item)), "one at a time"
+            for span in item:
                 if (source := schedule.needs(rank, span.work)) is not None:
                     assert ended[source] <= span.start, "what a pass needs is there"
                 if span.work.backward:
-                    forward = Pass(False, span.work.round, span.work.micro_batch)
+                    forward = Action(False, span.work.round, span.work.micro_batch)
                     assert ended[rank, forward] <= span.start, "forward before backward"
-        total = max(each[-1].stop for each in spans)
+        total = max(item[-1].stop for item in spans)
         assert total == 3 * (micro_batches * rounds + ranks - 1), "no rank waits longer than it has to"
         assert schedule.bubble == pytest.approx(1 - 3 * micro_batches * rounds / total)
 
@@ -81,7 +81,7 @@ def test_one_round_is_the_order_in_which_deepspeed_works() -> None:
                 steps: Any = TrainSchedule(micro_batches, ranks, rank)
                 for step in steps:
                     theirs += [
-                        isinstance(each, BackwardPass) for each in step if isinstance(each, (BackwardPass, ForwardPass))
+                        isinstance(item, BackwardPass) for item in step if isinstance(item, (BackwardPass, ForwardPass))
                     ]
                 ours = [work.backward for work in Rounds(ranks, micro_batches).passes(rank)]
                 assert ours == theirs

@@ -8,19 +8,19 @@ from dataclasses import replace
 import pytest
 
 from megaloop.depth import DepthPlan, LoopStyle
-from megaloop.layout.partition import LayerCosts, Slices, slice_rounds
-from megaloop.layout.rounds import Pass
-from megaloop.layout.work import RankWork
+from megaloop.layout.partition import LayerCosts, StageMap, slice_rounds
+from megaloop.layout.rounds import Action
+from megaloop.layout.work import RankSchedule
 
 COSTS = LayerCosts(0.0, 1.0, 2.0)
 DEPTHS = ["8-8x1-8", "1-2x3-1", "0-4x4-0", "2-3x2-1", "4-4x4-4", "0-8x3-8", "7-1x5-0", "3-2x6-9"]
 
 
-def execute(ranks: list[RankWork]) -> None:
+def execute(ranks: list[RankSchedule]) -> None:
     """Run all ranks, each in its order, receives blocking and sends not; check what arrives, and what was done in the end."""
     programs = [deque(work.passes()) for work in ranks]
-    channels: dict[tuple[int, bool], deque[tuple[Pass, int]]] = defaultdict(deque)
-    done: list[list[Pass]] = [[] for _ in ranks]
+    channels: dict[tuple[int, bool], deque[tuple[Action, int]]] = defaultdict(deque)
+    done: list[list[Action]] = [[] for _ in ranks]
     moved = True
     while any(programs):
         assert moved, f"ranks wait for each other: {[program[0] if program else None for program in programs]}"
@@ -36,7 +36,7 @@ def execute(ranks: list[RankWork]) -> None:
                     assert sent.micro_batch == each.micro_batch
                     assert position == work.slices[each.round][1 if each.backward else 0], "the state at another place"
                 if each.backward:
-                    forward = Pass(False, each.round, each.micro_batch)
+                    forward = Action(False, each.round, each.micro_batch)
                     assert forward in done[rank], "forward before backward"
                 if work.sends(each):
                     channels[rank, each.backward].append((each, work.slices[each.round][0 if each.backward else 1]))
@@ -46,34 +46,36 @@ def execute(ranks: list[RankWork]) -> None:
     _check_what_was_done(ranks, done)
 
 
-def _check_what_was_done(ranks: list[RankWork], done: list[list[Pass]]) -> None:
-    uses, first = ranks[0].uses, ranks[0]
+def _check_what_was_done(ranks: list[RankSchedule], done: list[list[Action]]) -> None:
+    calls, first = ranks[0].calls, ranks[0]
     for micro_batch in range(first.rounds.micro_batches):
         ran = [
             position
             for number in range(first.rounds.rounds)
             for work, passes in zip(ranks, done, strict=True)
-            for each in passes
-            if (each.backward, each.round, each.micro_batch) == (False, number, micro_batch)
+            for action in passes
+            if (action.backward, action.round, action.micro_batch) == (False, number, micro_batch)
             for position in range(*work.slices[number])
         ]
-        assert ran == list(range(len(uses))), "every layer's every use once, in order"
+        assert ran == list(range(len(calls))), "every layer's every use once, in order"
         if first.rounds.forward_only:
             continue
         back = {
             position
             for work, passes in zip(ranks, done, strict=True)
-            for each in passes
-            if each.backward and each.micro_batch == micro_batch
-            for position in range(*work.slices[each.round])
+            for action in passes
+            if action.backward and action.micro_batch == micro_batch
+            for position in range(*work.slices[action.round])
         }
-        learning = {position for position, use in enumerate(uses) if not use.is_frozen(first.backprop)}
+        learning = {position for position, call in enumerate(calls) if not call.is_frozen(first.backprop)}
         assert learning <= back, "everything that learns has its backward pass"
-        assert all(Pass(True, 0, micro_batch) in done[rank] for rank in (0, len(ranks) - 1)[:1]), "the embedding learns"
+        assert all(Action(True, 0, micro_batch) in done[rank] for rank in (0, len(ranks) - 1)[:1]), (
+            "the embedding learns"
+        )
 
 
-def _ranks(plan: DepthPlan, slices: Slices, micro_batches: int, **options: object) -> list[RankWork]:
-    return [RankWork.of(plan, slices, rank, micro_batches, **options) for rank in range(len(slices[0]))]  # type: ignore[arg-type]
+def _ranks(plan: DepthPlan, slices: StageMap, micro_batches: int, **options: object) -> list[RankSchedule]:
+    return [RankSchedule.of(plan, slices, rank, micro_batches, **options) for rank in range(len(slices[0]))]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pipeline", range(1, 9))
@@ -86,9 +88,9 @@ def test_every_message_is_received_in_order_by_whom_it_is_for(depth: str, pipeli
     for micro_batches in range(pipeline, 25):
         execute(_ranks(plan, slices, micro_batches))
     injecting = DepthPlan(plan.order, style=LoopStyle(injection="add")) if plan.loop else plan
-    for times in (1, 2, 5) if plan.loop else ():
+    for iterations in (1, 2, 5) if plan.loop else ():
         for backprop in (1, 2, None):
-            execute(_ranks(injecting, slices, pipeline + 3, times=times, backprop=backprop))
+            execute(_ranks(injecting, slices, pipeline + 3, iterations=iterations, backprop=backprop))
     for micro_batches in (1, pipeline, 2 * pipeline + 1):
         execute(_ranks(plan, slices, micro_batches, forward_only=True))
 
@@ -108,9 +110,9 @@ def test_times_that_do_not_learn_have_no_backward_pass_and_send_no_gradient() ->
     for backprop, backward in ((None, 4), (2, 3), (1, 2)):
         first, second = _ranks(plan, slices, 4, backprop=backprop)
         # the first rank goes back once more than the second: to what entered the loop, in the embedding's slice
-        assert sum(each.backward for each in first.passes()) == 4 * backward
-        assert sum(each.backward for each in second.passes()) == 4 * (backward if backprop is None else backprop)
-        assert sum(first.receives(each) for each in first.passes() if each.backward) == 4 * (backprop or 4)
+        assert sum(action.backward for action in first.passes()) == 4 * backward
+        assert sum(action.backward for action in second.passes()) == 4 * (backward if backprop is None else backprop)
+        assert sum(first.receives(action) for action in first.passes() if action.backward) == 4 * (backprop or 4)
 
 
 def test_what_entered_a_loop_is_kept_from_its_first_time_to_its_last() -> None:
@@ -119,10 +121,10 @@ def test_what_entered_a_loop_is_kept_from_its_first_time_to_its_last() -> None:
         ranks = _ranks(plan, slice_rounds(plan, pipeline, 1, 4, COSTS), 4, forward_only=True)
         for micro_batch in range(4):
             held = [
-                (work.enters_loop(each), work.leaves_loop(each))
+                (work.enters_loop(action), work.leaves_loop(action))
                 for work in ranks
-                for each in work.passes()
-                if each.micro_batch == micro_batch and any(use.begins for use in work.uses_of(each))
+                for action in work.passes()
+                if action.micro_batch == micro_batch and any(call.is_first for call in work.calls_of(action))
             ]
             assert held == [(True, False), (False, False), (False, True)]
 

@@ -60,7 +60,7 @@ def test_a_resumed_optimizer_counts_on_where_apex_is_installed(apex: None) -> No
     prime_moments(resumed, 10)
     for moment in ("exp_avg", "exp_avg_sq"):
         resumed.state[again][moment].copy_(optimizer.state[through][moment])
-    for parameter, each in ((through, optimizer), (again, resumed)):
+    for parameter, item in ((through, optimizer), (again, resumed)):
         parameter.grad = gradients[10]
-        each.step()
+        item.step()
     assert torch.equal(through, again)

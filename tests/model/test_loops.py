@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, respell, untie
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, reorder, untie
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 
 VOCAB = 96
@@ -20,7 +20,7 @@ TOKENS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_see
 
 def decoder(depth: str = "1-2x3-1", style: LoopStyle = LoopStyle(), *, disturbed: bool = True) -> Decoder:
     layers = DepthPlan.parse(depth).layers
-    model = Decoder(CONFIG, VOCAB, respell(DepthPlan.plain(layers), DepthSpec.parse(depth), style))
+    model = Decoder(CONFIG, VOCAB, reorder(DepthPlan.plain(layers), DepthSpec.parse(depth), style))
     model.initialise(seed=1)
     if disturbed:  # an adapter that is the identity, and a norm of ones, would hide what they do
         generator = torch.Generator().manual_seed(2)
@@ -31,16 +31,16 @@ def decoder(depth: str = "1-2x3-1", style: LoopStyle = LoopStyle(), *, disturbed
     return model
 
 
-def by_hand(model: Decoder, style: LoopStyle, times: int, *, learning: int | None = None) -> Tensor:
+def by_hand(model: Decoder, style: LoopStyle, iterations: int, *, learning: int | None = None) -> Tensor:
     """Logits of a 1-2xk-1 model."""
     context = model._context(TOKENS.shape[1], 0, None, TOKENS.device)
     layers: list[Any] = [model.layers[str(number)] for number in range(4)]
     first, *middle, last = layers
     loop: Any = getattr(model, "loop", None)
     entered = x = first(model.embedding(TOKENS), context)
-    scale = 1 / times if style.residual_scale == "1/k" else 1.0
-    for time in range(times):
-        if learning is not None and time == times - learning:
+    scale = 1 / iterations if style.residual_scale == "1/k" else 1.0
+    for time in range(iterations):
+        if learning is not None and time == iterations - learning:
             x = x.detach()
         if style.injection == "add" and time > 0:
             x = x + entered
@@ -64,12 +64,12 @@ STYLES = [
 ]
 
 
-@pytest.mark.parametrize("times", [None, 1, 2, 5])
+@pytest.mark.parametrize("iterations", [None, 1, 2, 5])
 @pytest.mark.parametrize("style", STYLES, ids=str)
-def test_every_option_computes_what_it_says(style: LoopStyle, times: int | None) -> None:
+def test_every_option_computes_what_it_says(style: LoopStyle, iterations: int | None) -> None:
     model = decoder(style=style)
-    model.times = times
-    assert torch.allclose(model(TOKENS), by_hand(model, style, times or 3), atol=1e-5)
+    model.iterations = iterations
+    assert torch.allclose(model(TOKENS), by_hand(model, style, iterations or 3), atol=1e-5)
 
 
 @pytest.mark.parametrize("style", [STYLES[1], STYLES[2], STYLES[5]], ids=str)
@@ -103,7 +103,7 @@ def test_a_new_adapter_begins_as_plain_composition() -> None:
 @pytest.mark.parametrize("style", [STYLES[0], STYLES[5]], ids=str)
 def test_a_cache_gives_the_logits_of_the_whole_text(style: LoopStyle) -> None:
     model = decoder(style=style)
-    model.times = 4
+    model.iterations = 4
     caches = model.new_caches(2, 24)
     parts = [model(piece, caches=caches) for piece in TOKENS.split([7, 3, *[1] * 14], dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), model(TOKENS), atol=1e-5)

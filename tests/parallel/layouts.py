@@ -69,20 +69,20 @@ def train_layout(values: dict[str, Any]) -> dict[str, Any]:
     )
     at = engine.coordinate
     batches = micro_batches(config, at.dp, topology.dp)
-    times = [config.loop_times(config.plan, step) for step in range(config.train.steps)]
-    results = [engine.train_step(batches, config.optimizer.lr, each) for each in times]
+    iterations = [config.loop_iterations(config.plan, step) for step in range(config.train.steps)]
+    results = [engine.train_step(batches, config.optimizer.lr, iteration) for iteration in iterations]
     evaluated = engine.evaluate(batches, engine.micro_batches)
     differing = engine.differing_replicas()
     engine.close()
     return {
-        "losses": [each.loss for each in results],
-        "norms": [each.grad_norm for each in results],
+        "losses": [result.loss for result in results],
+        "norms": [result.grad_norm for result in results],
         "evaluated": evaluated,
         "differing": differing,
     }
 
 
-def drifting_replica(values: dict[str, Any], kind: str, name: str, rank: int) -> list[str]:
+def drifting_replica(values: dict[str, Any], state_name: str, name: str, rank: int) -> list[str]:
     """Change one element of one rank's state; returns what the check finds."""
     config = Config.model_validate(values)
     topology = Topology(*config.topology(join_ranks()))
@@ -90,7 +90,7 @@ def drifting_replica(values: dict[str, Any], kind: str, name: str, rank: int) ->
         config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
     )
     if dist.get_rank() == rank:
-        mine = next(each for each in engine.pieces() if (each.kind, each.piece.name) == (kind, name))
+        mine = next(piece for piece in engine.pieces() if (piece.state_name, piece.piece.name) == (state_name, name))
         mine.data.view(-1)[-1] += 1e-3
     found = engine.differing_replicas()
     engine.close()
@@ -118,16 +118,18 @@ def held_bytes(values: dict[str, Any]) -> dict[str, int]:
             adam = deepspeed.optimizer.optimizer
             masters = [flat for group in adam.param_groups for flat in group["params"]]
             moments = [adam.state[flat][moment] for flat in masters for moment in ("exp_avg", "exp_avg_sq")]
-            sums = [each._hp_grad for each in parameters if hasattr(each, "_hp_grad")]
-            found["parameters"] = sum(each.numel() for each in parameters)
-            found["weights"] = _bytes([each.data for each in parameters])
-            found["gradients"] = _bytes([each.grad for each in parameters if each.grad is not None] + sums)
+            sums = [parameter._hp_grad for parameter in parameters if hasattr(parameter, "_hp_grad")]
+            found["parameters"] = sum(parameter.numel() for parameter in parameters)
+            found["weights"] = _bytes([parameter.data for parameter in parameters])
+            found["gradients"] = _bytes(
+                [parameter.grad for parameter in parameters if parameter.grad is not None] + sums
+            )
             found["optimizer"] = _bytes(masters + moments)
         return reductions[name](*arguments, **options)
 
     def measured_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         seen.append(weakref.ref(logits))
-        found["logits"] = max(found["logits"], sum(each() is not None for each in seen))
+        found["logits"] = max(found["logits"], sum(item() is not None for item in seen))
         result: torch.Tensor = loss_of(logits, targets)
         return result
 
@@ -175,7 +177,7 @@ def reduced_gradients(values: dict[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def gradients() -> list[torch.Tensor]:
-        return [each.clone() for each in deepspeed.optimizer.get_grads_for_reduction()[0]]
+        return [item.clone() for item in deepspeed.optimizer.get_grads_for_reduction()[0]]
 
     def watched_reduce() -> None:
         before[:] = gradients()
@@ -235,7 +237,7 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
     for step in range(config.train.steps):
         take_masters()
         tokens, targets, documents = batch(config, step)
-        model.times, model.backprop = config.loop_times(config.plan, step), config.loop.backprop
+        model.iterations, model.backprop = config.loop_iterations(config.plan, step), config.loop.backprop
         # in bf16 each micro-batch's gradient is rounded by its layers, as in any run; only their sum is exact
         size = config.train.micro_batch if dtype == torch.bfloat16 else config.train.global_batch
         parts = list(zip(*(x.split(size) for x in (tokens, targets, documents)), strict=True))
@@ -254,7 +256,7 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
         losses.append(total)
     take_masters()
     tokens, targets, documents = batch(config, config.train.steps)
-    model.times = None
+    model.iterations = None
     with torch.no_grad():
         logits = model(tokens, documents if config.model.document_masking else None)
         evaluated = float(vocab_parallel_cross_entropy(logits, targets, model.tp))

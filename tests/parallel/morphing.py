@@ -74,9 +74,9 @@ def _report(resharded: Resharded) -> dict[str, Any]:
         "moved": resharded.plan.received(),
         "in_place": resharded.plan.in_place,
         "buffer": resharded.buffer_bytes,
-        "largest_transfer": max((each.bytes for each in resharded.plan.transfers), default=0),
+        "largest_transfer": max((transfer.bytes for transfer in resharded.plan.transfers), default=0),
         "largest_tensor": max(4 * prod(spec.shape) for spec in resharded.engine.specs.values()),
-        "state": sum(each.data.numel() * each.data.element_size() for each in resharded.engine.pieces()),
+        "state": sum(piece.data.numel() * piece.data.element_size() for piece in resharded.engine.pieces()),
         "seconds": (resharded.seconds, resharded.build_seconds, resharded.exchange_seconds),
     }
 
@@ -97,21 +97,21 @@ def compare_bits(
     growth = grow(engine.plan, operator, 6, 2)
     engine = reshard(engine, growth, Topology(*after), 3, moments=moments).engine
     counts, differing = {"parent": 0, "copy": 0, "fresh": 0}, []
-    for each in engine.pieces():
-        piece = each.piece
+    for item in engine.pieces():
+        piece = item.piece
         parent = grown_from(piece.name, growth)
         counts["fresh" if parent is None else "parent" if parent == piece.name else "copy"] += 1
-        zeros = each.kind in ("exp_avg", "exp_avg_sq") and (
+        zeros = item.state_name in ("exp_avg", "exp_avg_sq") and (
             parent is None or (moments == "zero" and parent != piece.name)
         )
         if zeros:
-            expected = torch.zeros(piece.numel, dtype=each.data.dtype)
+            expected = torch.zeros(piece.numel, dtype=item.data.dtype)
         else:
-            tensor = _initial(engine, piece.name) if parent is None else whole[each.kind, parent]
+            tensor = _initial(engine, piece.name) if parent is None else whole[item.state_name, parent]
             expected = tensor[piece.box.within(Box.whole(piece.shape))].reshape(-1)
-            expected = expected[slice(*(piece.flat or (None, None)))].to(each.data.dtype)
-        if _bits(each.data) != _bits(expected):
-            differing.append(f"{each.kind} of {piece.name}")
+            expected = expected[slice(*(piece.flat or (None, None)))].to(item.data.dtype)
+        if _bits(item.data) != _bits(expected):
+            differing.append(f"{item.state_name} of {piece.name}")
     engine.close()
     return counts, differing
 
@@ -141,10 +141,12 @@ def _initial(engine: TrainingEngine, name: str) -> Tensor:
 def _gather(engine: TrainingEngine) -> dict[tuple[str, str], Tensor]:
     """Every tensor of every kind, whole, put together from all ranks' pieces."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [(each.kind, each.piece, each.data.cpu().clone()) for each in engine.pieces()])
+    dist.all_gather_object(
+        everyone, [(item.state_name, item.piece, item.data.cpu().clone()) for item in engine.pieces()]
+    )
     whole: dict[tuple[str, str], Tensor] = {}
-    for kind, piece, data in (each for pieces in everyone for each in pieces):
-        tensor = whole.setdefault((kind, piece.name), torch.full(piece.shape, torch.nan, dtype=data.dtype))
+    for state_name, piece, data in (item for pieces in everyone for item in pieces):
+        tensor = whole.setdefault((state_name, piece.name), torch.full(piece.shape, torch.nan, dtype=data.dtype))
         region = tensor[piece.box.within(Box.whole(piece.shape))]
         flat = region.reshape(-1).clone()
         flat[slice(*(piece.flat or (None, None)))] = data.reshape(-1)
@@ -166,7 +168,7 @@ def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dic
     engine = _trained(values, before, 2)
     deepspeed_engine = weakref.ref(inner_engine(engine))
     largest = max(4 * prod(spec.shape) for spec in engine.specs.values())
-    state = _watched([each.data for each in engine.pieces()])
+    state = _watched([piece.data for piece in engine.pieces()])
     gradients = _watched(_gradients(engine))
     found: dict[str, int] = {"largest_tensor": largest, "old_state": _left(state), "old_gradients": _left(gradients)}
 
@@ -184,7 +186,7 @@ def measure_memory(values: dict[str, Any], before: Layout, after: Layout) -> dic
     events: Any = profile.profiler.kineto_results.events()
     found["peak"] = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
     found["kept_state"] = _left(state)
-    found["new_engine"] = _left(_watched([*(each.data for each in engine.pieces()), *_gradients(engine)]))
+    found["new_engine"] = _left(_watched([*(piece.data for piece in engine.pieces()), *_gradients(engine)]))
     engine.close()
     return found
 
@@ -197,8 +199,8 @@ def _gradients(engine: TrainingEngine) -> list[Tensor]:
 
 def _watched(tensors: list[Tensor]) -> dict[StorageWeakRef, int]:
     """The tensors' memory, each once, without keeping it."""
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
-    return {StorageWeakRef(each): each.nbytes() for each in storages.values()}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return {StorageWeakRef(storage): storage.nbytes() for storage in storages.values()}
 
 
 def _left(watched: dict[StorageWeakRef, int]) -> int:

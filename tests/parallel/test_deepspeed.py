@@ -163,8 +163,8 @@ def test_a_built_engine_has_the_attributes_that_the_seam_touches(ranks_2: RankPo
 
 def test_this_file_names_all_that_is_private_in_the_seam() -> None:
     tree = ast.parse(Path(seam.__file__).read_text(encoding="utf-8"))
-    defined = {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef | ast.ClassDef)}
-    used = {each.attr for each in ast.walk(tree) if isinstance(each, ast.Attribute) and each.attr.startswith("_")}
+    defined = {item.name for item in ast.walk(tree) if isinstance(item, ast.FunctionDef | ast.ClassDef)}
+    used = {item.attr for item in ast.walk(tree) if isinstance(item, ast.Attribute) and item.attr.startswith("_")}
     used = {name for name in used if not name.endswith("__")} - OURS - (defined - {"_partition_layers", "_build"})
     asserted = {function.__name__ for function in SIGNATURES} | {
         name for names in ATTRIBUTES.values() for name in names
@@ -223,6 +223,6 @@ def test_the_installed_version_is_within_the_bound_of_the_package() -> None:
     bound = Requirement(line.group(1)).specifier
     installed = version("deepspeed").split("+")[0]
     assert installed in bound
-    assert any(each.operator in ("<", "<=", "==", "~=") for each in bound), "no upper bound"
+    assert any(item.operator in ("<", "<=", "==", "~=") for item in bound), "no upper bound"
     major, minor, patch = (int(part) for part in installed.split(".")[:3])
     assert f"{major}.{minor}.{patch + 1}" not in bound, "private names may change with any release"

@@ -40,7 +40,7 @@ def _pool(request: pytest.FixtureRequest, layout: tuple[int, int, int]) -> RankP
 def _check(pool: RankPool, layout: tuple[int, int, int], *, sp: bool = False, **changes: Any) -> None:
     everyone = pool.run(train_layout, configuration(*layout, sp=sp, **changes))
     found, expected = everyone[0], _plain(**changes)
-    assert all(each == found for each in everyone), "ranks report different numbers"
+    assert all(result == found for result in everyone), "ranks report different numbers"
     loss_limit, norm_limit = LIMITS[changes.get("train__precision", "fp32"), layout[1] > 1]
     assert _relative(found["losses"], expected["losses"]) < loss_limit
     assert _relative(found["norms"], expected["norms"]) < norm_limit
@@ -100,7 +100,7 @@ def test_document_masking_and_untied_embeddings_hold_on_every_layout(
 
 
 @pytest.mark.parametrize(
-    ("layout", "sp", "kind", "name", "rank"),
+    ("layout", "sp", "state_name", "name", "rank"),
     [
         ((1, 1, 2), False, "model", "layers.0.mlp.w_up.weight", 1),
         ((1, 2, 1), True, "exp_avg", "layers.1.mlp_norm.weight", 0),
@@ -108,10 +108,10 @@ def test_document_masking_and_untied_embeddings_hold_on_every_layout(
     ],
 )
 def test_a_replica_that_drifts_is_named(
-    request: pytest.FixtureRequest, layout: tuple[int, int, int], sp: bool, kind: str, name: str, rank: int
+    request: pytest.FixtureRequest, layout: tuple[int, int, int], sp: bool, state_name: str, name: str, rank: int
 ) -> None:
-    everyone = _pool(request, layout).run(drifting_replica, configuration(*layout, sp=sp), kind, name, rank)
-    assert everyone == [[f"{kind} {name}"]] * 2
+    everyone = _pool(request, layout).run(drifting_replica, configuration(*layout, sp=sp), state_name, name, rank)
+    assert everyone == [[f"{state_name} {name}"]] * 2
 
 
 @pytest.mark.slow
@@ -123,4 +123,4 @@ def test_replicas_stay_equal_where_sizes_do_not_divide_into_vectors(
     """The tied embedding is cut into shares at other places at the two ends of the pipeline."""
     model = {"hidden_size": hidden, "num_heads": 2, "num_kv_heads": 2, "ffn_size": 3 * hidden // 2}
     values = configuration(2, 1, 2, model=model, train__precision=precision)
-    assert [each["differing"] for each in ranks_4.run(train_layout, values)] == [[]] * 4
+    assert [item["differing"] for item in ranks_4.run(train_layout, values)] == [[]] * 4

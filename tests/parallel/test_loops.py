@@ -48,7 +48,7 @@ def _check(
     values["parallel"]["rounds"] = rounds
     everyone = pool.run(train_layout, values)
     found, expected = everyone[0], _plain(**changes)
-    assert all(each == found for each in everyone), "ranks report different numbers"
+    assert all(result == found for result in everyone), "ranks report different numbers"
     bf16 = changes.get("train__precision") == "bf16"
     limit = 1e-3 if bf16 else 1e-4 if layout[1] > 1 else 2e-5
     assert _relative(found["losses"], expected["losses"]) < limit
@@ -85,8 +85,8 @@ def test_a_model_without_loops_may_go_round_several_times(
 def test_recomputation_changes_nothing(request: pytest.FixtureRequest, recompute: str) -> None:
     pool: RankPool = request.getfixturevalue("ranks_2")
     kept, again = (
-        pool.run(train_layout, _values(2, 1, 1, depth="1-2x3-1", train__recompute=each))[0]["losses"]
-        for each in ("none", recompute)
+        pool.run(train_layout, _values(2, 1, 1, depth="1-2x3-1", train__recompute=item))[0]["losses"]
+        for item in ("none", recompute)
     )
     assert kept == again
 
@@ -144,7 +144,9 @@ def test_options_depths_and_pipelines_meet_in_pairs() -> None:
     depths = {depth for _, _, depth in PAIRS}
     assert {(name, layout) for name, layout, _ in PAIRS} == {(name, layout) for name in OPTIONS for layout in PIPELINES}
     assert {(name, depth) for name, _, depth in PAIRS} == {(name, depth) for name in OPTIONS for depth in depths}
-    assert {(layout, depth) for _, layout, depth in PAIRS} == {(each, depth) for each in PIPELINES for depth in depths}
+    assert {(layout, depth) for _, layout, depth in PAIRS} == {
+        (pipeline, depth) for pipeline in PIPELINES for depth in depths
+    }
 
 
 @pytest.mark.slow
@@ -170,7 +172,9 @@ def test_options_of_loops_in_bf16(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uniform", "poisson", "lognormal-poisson"])
-def test_a_count_drawn_each_step_neither_hangs_nor_changes_the_curve(request: pytest.FixtureRequest, kind: str) -> None:
+def test_a_count_drawn_each_step_neither_hangs_nor_changes_the_curve(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
     """On pp 2 x dp 2 against one process with the same counts."""
     steps = 60 if kind == "lognormal-poisson" else 20
     changes: dict[str, Any] = {
@@ -180,7 +184,7 @@ def test_a_count_drawn_each_step_neither_hangs_nor_changes_the_curve(request: py
         "optimizer__lr": 3e-4,
     }
     values = _values(1, 1, 1, **changes)
-    counts = {Config.model_validate(values).loop_times(DepthPlan.parse("1-2x3-1"), step) for step in range(steps)}
+    counts = {Config.model_validate(values).loop_iterations(DepthPlan.parse("1-2x3-1"), step) for step in range(steps)}
     assert len(counts) > 3
     _check(request, (2, 1, 2), **changes)
 
@@ -201,14 +205,14 @@ def test_every_layer_is_on_one_rank_and_every_use_runs_once_in_order(depth: str,
         owners = [owned_layers(plan, base, rank) for rank in range(ranks)]
         assert all(owners)
         assert sorted(layer_id for own in owners for layer_id in own) == sorted(plan.ids)
-        for times in (1, 2, 7, None) if plan.loop is not None else (None,):
-            uses = plan.uses(times)
-            slices = base if times is None else slices_for(plan, base, times)
-            positions = [position for each in slices for part in each for position in range(*part)]
-            assert positions == list(range(len(uses)))
-            for each in slices:
-                for rank, part in enumerate(each):
-                    assert {use.layer_id for use in uses[slice(*part)]} <= set(owners[rank])
+        for iterations in (1, 2, 7, None) if plan.loop is not None else (None,):
+            calls = plan.calls(iterations)
+            slices = base if iterations is None else slices_for(plan, base, iterations)
+            positions = [position for slice_ in slices for part in slice_ for position in range(*part)]
+            assert positions == list(range(len(calls)))
+            for slice_ in slices:
+                for rank, part in enumerate(slice_):
+                    assert {call.layer_id for call in calls[slice(*part)]} <= set(owners[rank])
 
 
 def test_parts_of_a_loop_share_rounds_where_their_ranks_allow_it() -> None:

@@ -43,22 +43,22 @@ def _furthest(found: list[float], expected: list[float]) -> float:
 
 def _check(everyone: list[dict[str, Any]], expected: dict[str, Any], limit: float) -> None:
     found = everyone[0]
-    assert all(each["losses"] == found["losses"] for each in everyone), "ranks report different losses"
+    assert all(result["losses"] == found["losses"] for result in everyone), "ranks report different losses"
     assert _furthest(found["losses"], expected["losses"]) < limit
     assert found["losses"][-1] < 0.95 * found["losses"][0], "it does not learn, so the comparison says little"
     assert found["differing"] == []
     for number, report in enumerate(found["reports"]):
-        assert all(each["reports"][number]["moved"] == report["moved"] for each in everyone), "all plan the same"
+        assert all(result["reports"][number]["moved"] == report["moved"] for result in everyone), "all plan the same"
         assert report["seconds"][0] >= report["seconds"][1] + report["seconds"][2] > 0
-    for each in everyone:
-        assert each["groups"][1] == 1, "only the default process group is left"
-        for report in each["reports"]:
+    for result in everyone:
+        assert result["groups"][1] == 1, "only the default process group is left"
+        for report in result["reports"]:
             assert report["largest_transfer"] <= report["largest_tensor"]
             assert report["buffer"] <= report["largest_transfer"], (
                 "a rank needs a transfer beyond its old and new state"
             )
     for number, report in enumerate(found["reports"]):
-        buffers = [each["reports"][number]["buffer"] for each in everyone]
+        buffers = [result["reports"][number]["buffer"] for result in everyone]
         assert max(buffers) == report["largest_transfer"], "it passed through a buffer of some rank"
 
 
@@ -115,8 +115,8 @@ def test_the_topology_alone_changes_and_every_byte_of_the_state_is_accounted_for
     stages = _stages([(2, 1, 2), (1, 2, 2)], [(4, 4), (4, 4)])
     everyone = ranks_4.run(morph, configuration(train__precision=precision), stages)
     _check(everyone, alone(precision, "lidas", "copy", ((4, 8),)), 1e-4 if precision == "fp32" else 2e-4)
-    for rank, each in enumerate(everyone):
-        (report,) = each["reports"]
+    for rank, item in enumerate(everyone):
+        (report,) = item["reports"]
         assert report["moved"][rank] > 0
         assert report["in_place"][rank] + report["moved"][rank] == report["state"]
 
@@ -130,8 +130,8 @@ def test_every_bit_of_the_state_is_the_parents(
     values = configuration(train__precision=precision)
     everyone = ranks_4.run(compare_bits, values, (2, 1, 2), after, "lidas", moments)
     assert [differing for _, differing in everyone] == [[]] * 4
-    for kind in ("parent", "copy"):
-        assert sum(counts[kind] for counts, _ in everyone) > 0
+    for state_name in ("parent", "copy"):
+        assert sum(counts[state_name] for counts, _ in everyone) > 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -147,8 +147,8 @@ def test_every_bit_is_kept_where_ranks_do_not_divide_the_sizes(
     odd = {"hidden_size": 20, "num_heads": 2, "num_kv_heads": 2, "ffn_size": 30, "tied_embeddings": tied}
     everyone = ranks_4.run(compare_bits, configuration(train__precision=precision, model=odd), before, after)
     assert [differing for _, differing in everyone] == [[]] * 4
-    for kind in ("parent", "copy"):
-        assert sum(counts[kind] for counts, _ in everyone) > 0
+    for state_name in ("parent", "copy"):
+        assert sum(counts[state_name] for counts, _ in everyone) > 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -169,7 +169,7 @@ def test_what_is_in_place_stays(ranks_2: RankPool) -> None:
 def test_the_process_groups_of_earlier_topologies_are_gone(ranks_4: RankPool) -> None:
     grown = ranks_4.run(morph, configuration(), _stages([(1, 2, 2), (4, 1, 1), (2, 1, 2)], [(4, 1), (6, 1), (8, 1)]))
     fresh = ranks_4.run(morph, configuration(), [(8, (2, 1, 2), 1)])
-    assert [each["groups"] for each in grown] == [each["groups"] for each in fresh]
+    assert [rank["groups"] for rank in grown] == [rank["groups"] for rank in fresh]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -195,4 +195,4 @@ def test_a_ranks_memory_is_its_old_state_its_new_engine_and_a_tensor(
         over.append([rank["peak"] - rank["new_engine"] - 2 * rank["largest_tensor"] for rank in measured])
         if attempt == 0 and max(over[0]) < 0:
             return
-    assert max(sorted(each)[1] for each in zip(*over, strict=True)) < 0
+    assert max(sorted(item)[1] for item in zip(*over, strict=True)) < 0

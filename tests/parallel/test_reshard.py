@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth, Operator, grow
 from megaloop.layout.partition import LayerCosts, partition
-from megaloop.layout.pieces import KINDS, Box, Piece
+from megaloop.layout.pieces import STATE_NAMES, Box, Piece
 from megaloop.layout.placement import Holder, Placement
 from megaloop.layout.topology import Topology
 from megaloop.layout.transfers import Moments, Reshard, takes_zeros, transfers
@@ -27,10 +27,10 @@ WEIGHT_BYTES = 2
 
 
 def topologies(world: int, *, pp: int = 8, tp: int = 2) -> list[Topology]:
-    """All pp x tp x dp of a world size, with at most so many stages (layers) and tensor-parallel ranks (heads)."""
+    """All pp x tp x dp of a world size, with at most this many stages (layers) and tensor-parallel ranks (heads)."""
     sizes = [size for size in (1, 2, 4, 8) if size <= world]
-    every = [Topology(*each) for each in product(sizes, repeat=3)]
-    return [each for each in every if each.world_size == world and each.pp <= pp and each.tp <= tp]
+    every = [Topology(*topology) for topology in product(sizes, repeat=3)]
+    return [topology for topology in every if topology.world_size == world and topology.pp <= pp and topology.tp <= tp]
 
 
 def placement(
@@ -58,10 +58,10 @@ def elements(piece: Piece) -> list[int]:
 def held(where: Placement) -> list[Values]:
     """For each rank, what it holds."""
     ranks: list[Values] = [defaultdict(set) for _ in range(where.topology.world_size)]
-    for (kind, name), holders in where.holders.items():
+    for (state_name, name), holders in where.holders.items():
         for holder in holders:
             for rank in holder.ranks:
-                ranks[rank][kind, name].update(elements(holder.piece))
+                ranks[rank][state_name, name].update(elements(holder.piece))
     return ranks
 
 
@@ -70,17 +70,17 @@ def needed(where: Placement, growth: Growth, moments: Moments) -> list[Values]:
     ranks: list[Values] = []
     for values in held(where):
         sources: Values = defaultdict(set)
-        for (kind, name), numbers in values.items():
+        for (state_name, name), numbers in values.items():
             source = grown_from(name, growth)
-            fresh = source is None or (moments == "zero" and source != name and kind in ("exp_avg", "exp_avg_sq"))
+            fresh = source is None or (moments == "zero" and source != name and state_name in ("exp_avg", "exp_avg_sq"))
             if not fresh:
-                sources[kind, str(source)] |= numbers
+                sources[state_name, str(source)] |= numbers
         ranks.append(sources)
     return ranks
 
 
-def size_of(kind: str) -> int:
-    return WEIGHT_BYTES if kind == "model" else 4
+def size_of(state_name: str) -> int:
+    return WEIGHT_BYTES if state_name == "model" else 4
 
 
 def check(old: Placement, new: Placement, growth: Growth, moments: Moments = "copy") -> Reshard:
@@ -89,13 +89,13 @@ def check(old: Placement, new: Placement, growth: Growth, moments: Moments = "co
     before, wanted = held(old), needed(new, growth, moments)
     arrived: list[dict[tuple[str, str], list[int]]] = [defaultdict(list) for _ in before]
     shapes = {slot: holders[0].piece.shape for slot, holders in old.holders.items()}
-    for each in plan.transfers:
-        slot = (each.kind, each.name)
-        numbers = elements(Piece(each.name, shapes[slot], each.box))
-        assert each.source != each.target
-        assert each.bytes == size_of(each.kind) * len(numbers)
-        assert before[each.source][slot].issuperset(numbers), "the sender holds what it sends"
-        arrived[each.target][slot].extend(numbers)
+    for transfer in plan.transfers:
+        slot = (transfer.state_name, transfer.name)
+        numbers = elements(Piece(transfer.name, shapes[slot], transfer.box))
+        assert transfer.source != transfer.target
+        assert transfer.bytes == size_of(transfer.state_name) * len(numbers)
+        assert before[transfer.source][slot].issuperset(numbers), "the sender holds what it sends"
+        arrived[transfer.target][slot].extend(numbers)
     for rank, wants in enumerate(wanted):
         lower_bound = in_place = 0
         assert set(arrived[rank]) <= set(wants)
@@ -152,10 +152,10 @@ def test_bytes_are_the_fewest_for_wide_tensor_parallelism(world: int, tied: bool
     plan = DepthPlan.plain(2)
     grown = grow(plan, "lidas", 4, 2)
     wide = topologies(world, pp=2, tp=8)
-    assert any(each.tp == world for each in wide)
+    assert any(topology.tp == world for topology in wide)
     for before, after in product(wide, repeat=2):
         if max(before.tp, after.tp) > 2:
-            old, new = (placement(each, on, tied=tied, heads=8) for each, on in ((plan, before), (grown.plan, after)))
+            old, new = (placement(item, on, tied=tied, heads=8) for item, on in ((plan, before), (grown.plan, after)))
             check(old, new, grown)
 
 
@@ -166,7 +166,7 @@ def test_what_stays_where_it_is_does_not_move(world: int) -> None:
         same = placement(plan, topology)
         reshard = check(same, placement(plan, topology), Growth.none(plan))
         assert reshard.transfers == ()
-        assert sum(reshard.in_place) == sum(size_of(kind) * piece.numel for kind, piece in _all_held(same))
+        assert sum(reshard.in_place) == sum(size_of(state_name) * piece.numel for state_name, piece in _all_held(same))
 
 
 def _all_held(where: Placement) -> Iterator[tuple[str, Piece]]:
@@ -184,9 +184,11 @@ def test_a_layer_and_its_copy_on_one_rank_come_once() -> None:
     """Stacking 4 layers on two pipeline ranks: the second, which has all copies, lacks the first rank's layers once."""
     plan = DepthPlan.plain(4)
     grown = grow(plan, "stack", 16, 4)
-    old, new = (placement(each, Topology(pp=2), head=0.0) for each in (plan, grown.plan))
+    old, new = (placement(item, Topology(pp=2), head=0.0) for item in (plan, grown.plan))
     reshard = check(old, new, grown)
-    first_half = sum(size_of(kind) * piece.numel for kind, piece in old.held_by(0) if piece.name.startswith("layers."))
+    first_half = sum(
+        size_of(state_name) * piece.numel for state_name, piece in old.held_by(0) if piece.name.startswith("layers.")
+    )
     assert reshard.received()[1] == first_half, "three copies of each, one transfer"
 
 
@@ -195,7 +197,7 @@ def test_zeros_are_not_sent() -> None:
     grown = grow(plan, "lidas", 8, 4)
     old, new = placement(plan, Topology(pp=2)), placement(grown.plan, Topology(pp=2))
     copied, zeroed = (check(old, new, grown, moments) for moments in get_args(Moments))
-    names = {each.name for each in zeroed.transfers if each.kind in ("exp_avg", "exp_avg_sq")}
+    names = {transfer.name for transfer in zeroed.transfers if transfer.state_name in ("exp_avg", "exp_avg_sq")}
     assert sum(zeroed.received()) < sum(copied.received())
     for name in names:  # only layers that moved as they are bring moments along
         assert not takes_zeros("exp_avg", name, name, "zero")
@@ -209,8 +211,8 @@ def test_whoever_has_sent_least_sends_next() -> None:
     plan = DepthPlan.plain(8)
     growth = grow(plan, "lidas", 16, 4)
     reshard = check(placement(plan, Topology(dp=8)), placement(growth.plan, Topology(pp=8)), growth)
-    assert len({each.target for each in reshard.transfers}) == 8
-    sent, largest = reshard.sent(), max(each.bytes for each in reshard.transfers)
+    assert len({transfer.target for transfer in reshard.transfers}) == 8
+    sent, largest = reshard.sent(), max(transfer.bytes for transfer in reshard.transfers)
     assert max(sent) <= 2 * sum(sent) / 8 + largest
 
 
@@ -219,13 +221,13 @@ def test_replicas_share_the_sending_of_weights() -> None:
     one tensor. Weights alone: of masters and moments every fragment has a single holder, who has no choice."""
     plan = DepthPlan.plain(8)
     growth = grow(plan, "stack", 16)
-    old, new = (placement(each, on) for each, on in ((plan, Topology(pp=2, dp=4)), (growth.plan, Topology(pp=8))))
+    old, new = (placement(item, on) for item, on in ((plan, Topology(pp=2, dp=4)), (growth.plan, Topology(pp=8))))
     old, new = (
-        replace(each, holders={slot: held for slot, held in each.holders.items() if slot[0] == "model"})
-        for each in (old, new)
+        replace(item, holders={slot: held for slot, held in item.holders.items() if slot[0] == "model"})
+        for item in (old, new)
     )
     reshard = check(old, new, growth)
-    largest = max(each.bytes for each in reshard.transfers)
+    largest = max(transfer.bytes for transfer in reshard.transfers)
     for replicas in (range(4), range(4, 8)):
         sent = [reshard.sent()[rank] for rank in replicas]
         assert sum(sent) > 4 * largest, "enough to share"
@@ -249,7 +251,7 @@ def test_equal_holders_share_the_sending_evenly(sizes: list[int], count: int, ap
     plan, topology, slot = DepthPlan.plain(1), Topology(dp=count + 1), ("master", "norm.weight")
     senders = [(rank,) for rank in range(count)] if apart else [tuple(range(count))]
     old, new = (
-        Placement(plan, topology, (((0, 1),),), {slot: tuple(Holder(*each) for each in product(parts, ranks))})
+        Placement(plan, topology, (((0, 1),),), {slot: tuple(Holder(*item) for item in product(parts, ranks))})
         for ranks in (senders, [(count,)])
     )
     reshard = transfers(old, new, Growth.none(plan), weight_bytes=4)
@@ -274,13 +276,15 @@ def test_a_placement_holds_every_value_and_fragments_once(tied: bool) -> None:
     plan = grow(DepthPlan.plain(4), "lidas", 8, 4).plan
     for topology in topologies(8):
         where = placement(plan, topology, tied=tied)
-        for (kind, name), holders in where.holders.items():
+        for (state_name, name), holders in where.holders.items():
             found = [number for holder in holders for number in elements(holder.piece)]
             once = sorted(set(found))
             assert once == list(range(int(np.prod(holders[0].piece.shape))))
-            ends = tied and name == "embedding.weight" and topology.pp > 1  # at both ends of the pipeline
-            assert len(found) == len(once) * (2 if ends else 1), f"{kind} of {name} on {topology}"
+            is_last = tied and name == "embedding.weight" and topology.pp > 1  # at both ends of the pipeline
+            assert len(found) == len(once) * (2 if is_last else 1), f"{state_name} of {name} on {topology}"
             for holder in holders:
                 alike = topology.tp if holder.piece.box == Box.whole(holder.piece.shape) else 1
-                assert len(holder.ranks) == alike * (topology.dp if kind == "model" else 1), f"{kind} of {name}"
-        assert {kind for kind, _ in where.holders} == set(KINDS)
+                assert len(holder.ranks) == alike * (topology.dp if state_name == "model" else 1), (
+                    f"{state_name} of {name}"
+                )
+        assert {state_name for state_name, _ in where.holders} == set(STATE_NAMES)

@@ -28,7 +28,7 @@ def train_tied(values: dict[str, Any]) -> dict[str, Any]:
     batches = micro_batches(config, topology.coordinate(dist.get_rank()).dp, topology.dp)
     results = [engine.train_step(batches, config.optimizer.lr) for _ in range(config.train.steps)]
     engine.close()
-    return {"losses": [each.loss for each in results], "norms": [each.grad_norm for each in results]}
+    return {"losses": [result.loss for result in results], "norms": [result.grad_norm for result in results]}
 
 
 @pytest.mark.slow

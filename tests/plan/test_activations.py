@@ -69,8 +69,8 @@ def held(config: Config, device: str = "cpu", tp: TensorParallel | None = None) 
 
 
 def _tensors() -> list[torch.Tensor]:
-    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    return [each for each in found if _has_memory(each)]
+    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    return [result for result in found if _has_memory(result)]
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

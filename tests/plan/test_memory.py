@@ -58,7 +58,7 @@ def peaks(pool: RankPool, values: dict[str, Any], expected: Sequence[float], rel
         found.append(pool.run(peak_bytes, values))
         if len(found) == 1 and found[0] == pytest.approx(expected, rel=rel):
             return found[0]
-    return [sorted(each)[1] for each in zip(*found, strict=True)]
+    return [sorted(result)[1] for result in zip(*found, strict=True)]
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_the_bubble_is_the_schedules_idle_share() -> None:
     assert Rounds(1, 4).bubble == 0
     assert Rounds(4, 12).bubble == pytest.approx(3 / 15)
     commands = list(TrainSchedule(12, 4, 0))
-    idle = [step for step in commands if not any(isinstance(each, ForwardPass | BackwardPass) for each in step)]
+    idle = [step for step in commands if not any(isinstance(item, ForwardPass | BackwardPass) for item in step)]
     assert len(idle) / len(commands) == pytest.approx(Rounds(4, 12).bubble)
 
 
@@ -164,7 +164,7 @@ def test_a_stage_by_hand() -> None:
     assert (first.layers, last.layers) == ((0, 1), (2, 3))
     assert first.parameters == 2 * layer + 128 * 64
     assert last.parameters == 2 * layer + 64 + 128 * 64
-    assert (first.weights, first.gradients, first.optimizer) == tuple(each * first.parameters for each in (2, 6, 12))
+    assert (first.weights, first.gradients, first.optimizer) == tuple(item * first.parameters for item in (2, 6, 12))
     tokens, stream = 64, 64 * 64 * 2
     saved = tokens * (2 * (6 * 64 + 2 * 32 + 4 * 96) + 4 * (4 + 2))
     tables = 32 * 16 * 2

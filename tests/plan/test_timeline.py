@@ -68,13 +68,13 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ranks", "micro_batches", "rounds"), [(2, 10_401, 1), (4, 2603, 2), (3, 1720, 4)])
 def test_a_step_too_long_to_simulate_is_estimated(ranks: int, micro_batches: int, rounds: int) -> None:
     """A shorter one stands for it: as many slices in flight, and the waiting of the whole to 1e-4 of the step."""
-    times = tuple(tuple(1.0 + 0.1 * rank for rank in range(ranks)) for _ in range(rounds))
+    iterations = tuple(tuple(1.0 + 0.1 * rank for rank in range(ranks)) for _ in range(rounds))
     long = Rounds(ranks, micro_batches, rounds)
-    picture = StepPicture("step", long, times, times)
+    picture = StepPicture("step", long, iterations, iterations)
     assert long.beginning().micro_batches < micro_batches
     assert f"of {micro_batches:,} micro-batches are simulated" in draw_text(picture, 60).plain
-    spans = long.timeline(lambda rank, work: times[work.round][rank])
-    end, busy = max(each[-1].stop for each in spans), sum(span.stop - span.start for each in spans for span in each)
+    spans = long.timeline(lambda rank, work: iterations[work.round][rank])
+    end, busy = max(item[-1].stop for item in spans), sum(span.stop - span.start for item in spans for span in item)
     assert picture.waiting == pytest.approx(1 - busy / (ranks * end), abs=1e-4)
     for rank in range(ranks):
         assert in_flight(long, rank) == _held(long, rank)

@@ -108,7 +108,7 @@ def test_configurations_of_one_name_are_told_apart_by_their_paths(tmp_path: Path
     ]
     assert [group.label for group in group_runs([read_run(run) for run in runs])] == ["same (8/same)", "same (9/same)"]
     report, page = make_report(runs, baseline="same (9/same)")
-    assert [each["label"] for each in report.runs] == [
+    assert [item["label"] for item in report.runs] == [
         f"same-seed{s} ({d}/same-seed{s})" for d in (8, 9) for s in range(2)
     ]
     assert page.count("<td>same-seed0 (8/same-seed0)</td>") == 1  # in the list of changes of depth
@@ -310,10 +310,12 @@ def test_primitives_are_of_the_trained_depth_and_their_mean_of_all_tasks(tmp_pat
         evaluated(run, task, 0.9, loops=2)
         evaluated(other, task, 0.3 + lead + number / 100)
     report, page = make_report([run, other])
-    means = {each["group"]: each["accuracy"] for each in report.primitives if each["task"] == "mean"}
+    means = {
+        primitive["group"]: primitive["accuracy"] for primitive in report.primitives if primitive["task"] == "mean"
+    }
     assert means["r"]["value"] == pytest.approx(0.335)
     assert means["r"]["error"] == pytest.approx(0.01 / 8**0.5)
-    assert [each["mean_accuracy"]["value"] for each in report.loops if each["group"] == "r"] == pytest.approx(
+    assert [loop["mean_accuracy"]["value"] for loop in report.loops if loop["group"] == "r"] == pytest.approx(
         [0.335, 0.9]
     )
     clear = lead > 0.015

@@ -17,7 +17,7 @@ import pytest
 
 from megaloop.config import Config, DataConfig, SourceConfig, load_config
 from megaloop.errors import MegaloopError
-from megaloop.runs.directory import CONFIG, DISCARDED, RunDirectory, is_held
+from megaloop.runs.directory import CONFIG, DISCARDED, RunDirectory, is_locked
 from megaloop.runs.events import SaveFailed
 from megaloop.runs.metrics import EVENTS, METRICS
 from megaloop.runs.sinks import RunFiles
@@ -106,7 +106,7 @@ def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
 
 def contents(path: Path) -> dict[str, bytes | None]:
     """Every file below a directory with its bytes, and every directory."""
-    return {str(each.relative_to(path)): each.read_bytes() if each.is_file() else None for each in path.rglob("*")}
+    return {str(item.relative_to(path)): item.read_bytes() if item.is_file() else None for item in path.rglob("*")}
 
 
 def test_until_it_is_accepted_a_start_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_lock_that_a_refused_start_takes_away_is_not_held_by_who_waited_for_it
     with RunDirectory.create_or_open(tmp_path, resume=True) as directory:
         assert directory.locked
         assert not directory.lost
-        assert is_held(tmp_path)
+        assert is_locked(tmp_path)
 
 
 def test_a_directory_that_is_deleted_moved_or_replaced_is_lost(tmp_path: Path) -> None:

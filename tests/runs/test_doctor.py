@@ -22,11 +22,11 @@ from tests.train.runs import configuration, start, steps_done, train, train_on_b
 
 
 def _texts(diagnosis: Diagnosis, topic: str) -> list[str]:
-    return [each.text for each in diagnosis.findings if each.topic == topic]
+    return [finding.text for finding in diagnosis.findings if finding.topic == topic]
 
 
 def _levels(diagnosis: Diagnosis) -> set[str]:
-    return {each.level for each in diagnosis.findings}
+    return {finding.level for finding in diagnosis.findings}
 
 
 def test_a_run_in_which_nothing_happened(ranks_2: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_run_in_which_nothing_happened(ranks_2: RankPool, corpus: Path, tmp_pa
     assert (found.lost_steps, found.skipped_steps, found.rollbacks) == (0, 0, 0)
     assert found.stage_imbalance is not None
     assert 1 <= found.stage_imbalance < 2
-    assert "checkpoints" in {each.topic for each in found.findings if each.level == "good"}
+    assert "checkpoints" in {finding.topic for finding in found.findings if finding.level == "good"}
     records = [json.loads(line) for line in (tmp_path / "run/ranks.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [5, 10, 15, 20]
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -79,7 +79,7 @@ def test_skipped_steps_and_going_back(ranks_1: RankPool, corpus: Path, tmp_path:
     found = examine(tmp_path / "run")
     assert (found.state, found.starts, found.skipped_steps, found.rollbacks) == ("finished", 1, 2, 1)
     assert any("went back from step 6 to 3: 2 steps in a row" in text for text in _texts(found, "numbers"))
-    assert any("samples 16 to 23 are passed over" in text for text in _texts(found, "numbers"))
+    assert any("samples 16 to 23 are excluded" in text for text in _texts(found, "numbers"))
 
 
 def _write(run: Path, name: str, records: list[dict[str, Any]]) -> None:
@@ -111,8 +111,8 @@ def test_slow_ranks_uneven_stages_and_clocks(tmp_path: Path) -> None:
 def _steps(seconds: list[float], memory: list[int] | None = None) -> list[dict[str, Any]]:
     sizes = memory or [1] * len(seconds)
     return [
-        {"step": step, "seconds": each, "layers": 4, "depth": 4, "dp": 1, "memory_bytes": size}
-        for step, (each, size) in enumerate(zip(seconds, sizes, strict=True), 1)
+        {"step": step, "seconds": item, "layers": 4, "depth": 4, "dp": 1, "memory_bytes": size}
+        for step, (item, size) in enumerate(zip(seconds, sizes, strict=True), 1)
     ]
 
 
@@ -175,14 +175,14 @@ def _tampered(chance: random.Random, run: Path) -> None:
 
 
 def test_whatever_stands_in_its_files_the_doctor_has_an_answer(tmp_path: Path) -> None:
-    """So have status, and whoever resumes: tampered values are passed over, never a traceback or a flood."""
+    """So have status, and whoever resumes: tampered values are skipped, never a traceback or a flood."""
     chance = random.Random(14)
     (tmp_path / "config.yaml").write_text('{"data": {"sources": [{"path": "x"}]}, "train": {"steps": 1000000}}')
     for _ in range(120):
         _tampered(chance, tmp_path)
         found = examine(tmp_path)
         json.dumps(asdict(found), allow_nan=False)
-        assert all(len(each.text) < 2000 and each.text.isprintable() for each in found.findings)
+        assert all(len(finding.text) < 2000 and finding.text.isprintable() for finding in found.findings)
         json.dumps(asdict(local_status(tmp_path)), allow_nan=False)
         directory = RunDirectory.create_or_open(tmp_path, resume=True)
         directory.last_step()
@@ -209,7 +209,7 @@ def test_what_is_left_of_tampered_records_still_counts(tmp_path: Path) -> None:
     found = examine(run)
     assert (found.steps, found.state, found.slowest_ranks) == (3, "killed", [1])
     assert _texts(found, "numbers") == ["1 spikes of the loss: step 3 (?)"]
-    (text,) = (each for each in _texts(found, "checkpoints") if "went back" in each)
+    (text,) = (item for item in _texts(found, "checkpoints") if "went back" in item)
     assert text.startswith("went back from step 3 to 2: x\\x1b[2Jyyy")
     assert len(text) < 600
 

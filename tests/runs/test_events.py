@@ -65,7 +65,7 @@ VALUES = {"changed": {"data", "seed", "batch"}, "stop": {"finished", "stop_at", 
 
 def _kinds(event: type[events.Event]) -> set[str]:
     own = {event.kind} if event.kind else set()
-    return own.union(*(_kinds(each) for each in event.__subclasses__()))
+    return own.union(*(_kinds(subclass) for subclass in event.__subclasses__()))
 
 
 def _documented(kind: str) -> set[str]:

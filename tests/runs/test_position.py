@@ -46,7 +46,7 @@ def other(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data_prep.prepare import prepare
 
     folder = tmp_path_factory.mktemp("other")
-    lines = (json.dumps({"text": each}) + "\n" for each in documents(100, seed=1))
+    lines = (json.dumps({"text": document}) + "\n" for document in documents(100, seed=1))
     (folder / "text.jsonl").write_text("".join(lines))
     prepare(
         [folder / "text.jsonl"],
@@ -169,7 +169,7 @@ def test_a_cooldown_of_the_mixture_can_not_follow_another_batch(corpus: Path) ->
 def test_a_state_without_hashes_goes_on(corpus: Path, other: Path, saved: RunState) -> None:
     """As an earlier version wrote it; and one that knows nothing at all, as an imported checkpoint."""
     assert saved.data is not None
-    sources = tuple(each.model_copy(update={"train": None, "validation": None}) for each in saved.data.sources)
+    sources = tuple(source.model_copy(update={"train": None, "validation": None}) for source in saved.data.sources)
     without = saved.model_copy(update={"data": saved.data.model_copy(update={"sources": sources})})
     config, opened = _opened(other)
     assert go_on(config, opened, without, ())[1] == ()
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_has_trained_nothing_is_compared_with_nothing(corpus: 
 def test_a_step_keeps_what_it_does_not_count(corpus: Path) -> None:
     config, sources = _opened(corpus)
     first = begin(config, sources).at_depth(DepthPlan.plain(3))
-    at = after_step(first, config, flops=5, lr=0.1, applied=False, holes=[(2, 6)])
+    at = after_step(first, config, flops=5, lr=0.1, applied=False, excluded=[(2, 6)])
     counted = {"step": 1, "samples": 10, "tokens": 128, "flops": 5, "skipped": 1, "lr": 0.1}
     assert at == first.model_copy(update=counted)
 
@@ -283,7 +283,7 @@ def test_a_finished_run_that_goes_on_warns_of_its_learning_rate(
     ranks_1.run(train, configuration(corpus, run, train__steps=10, growth=growth))
     with Checkpoint.open(run / "checkpoints/step-00000010") as checkpoint:
         first = checkpoint.manifest.run
-    assert [(each.step, each.layers, each.grown) for each in first.depths] == [(0, 2, False), (2, 3, True)]
+    assert [(depth.step, depth.layers, depth.grown) for depth in first.depths] == [(0, 2, False), (2, 3, True)]
     ranks_1.run(train, configuration(corpus, run, train__steps=20, growth=growth), True)
     (event,) = events(run, "schedule")
     assert (event["step"], event["steps_before"], event["steps"]) == (10, 10, 20)

@@ -64,8 +64,8 @@ _POINTS: dict[str, tuple[_Point, ...]] = {
         _Point("checkpoint.writer", "encode_manifest", 2),
         _Point("checkpoint.writer", "fsync_path", 10),  # of five a save, the last after the checkpoint has its name
         _Point("checkpoint.writer", "fsync_path", 10, after=True),
-        _Point("checkpoint.writer", "_give_name", 2),
-        _Point("checkpoint.writer", "_give_name", 2, after=True),
+        _Point("checkpoint.writer", "_publish", 2),
+        _Point("checkpoint.writer", "_publish", 2, after=True),
         _Point("train.saving", "prune", 2),
         _Point("train.saving", "prune", 2, after=True),
         _Point("checkpoint.resolve", "remove_checkpoint"),
@@ -257,10 +257,10 @@ class _Killer:
     def _strike(self) -> None:
         (self._attempt / "killed").touch()
         if self._kill.victims == "all":
-            for each in self._attempt.glob("pid-*"):
-                if each.name != f"pid-{self._rank}":
+            for path in self._attempt.glob("pid-*"):
+                if path.name != f"pid-{self._rank}":
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(each.read_text()), signal.SIGKILL)
+                        os.kill(int(path.read_text()), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

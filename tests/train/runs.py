@@ -109,7 +109,7 @@ def train_with_a_drifting_replica(values: dict[str, Any], name: str, step: int) 
         result = taken(engine, *arguments)
         count += 1
         if count == step and dist.get_rank() == 1:
-            local = next(each for each in engine.parameters if each.name == name)
+            local = next(parameter for parameter in engine.parameters if parameter.name == name)
             local.parameter.data.view(-1)[0] += 1e-4
         return result
 
@@ -201,10 +201,10 @@ def train_dying_in_growth(values: dict[str, Any], moment: str) -> None:
     train(values)
 
 
-def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+def events(directory: Path, state_name: str) -> list[dict[str, Any]]:
     """The events of a kind of a run."""
     everything = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-    return [event for event in everything if event["event"] == kind]
+    return [event for event in everything if event["event"] == state_name]
 
 
 def losses(directory: Path) -> list[float]:

@@ -102,7 +102,7 @@ def _flip(path: Path) -> None:
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_kept(
     corpus: Path, tmp_path: Path, finished: Path
 ) -> None:
-    """It never begins anew by itself: what is damaged may still be mended from a copy."""
+    """It never begins anew by itself: what is damaged may still be repaired from a copy."""
     run = shutil.copytree(finished, tmp_path / "run")
     _truncate(run / "checkpoints/step-00000002/model/rank-00000.safetensors")
     _flip(run / "checkpoints/step-00000004/optim/rank-00000.safetensors")
@@ -163,4 +163,4 @@ def test_a_live_run_keeps_its_directory(corpus: Path, tmp_path: Path) -> None:
 def test_what_is_no_checkpoint_is_refused_by_every_command(tmp_path: Path, command: str) -> None:
     options = ["--prompt", "In"] if command == "generate" else ["--out", tmp_path / "out"]
     assert "no such directory" in _refused(_megaloop(command, tmp_path / "nowhere", *options))
-    assert "no whole checkpoint in" in _refused(_megaloop(command, tmp_path, *options))
+    assert "no complete checkpoint in" in _refused(_megaloop(command, tmp_path, *options))

@@ -81,11 +81,11 @@ def _check(folder: Path, expected: Path) -> None:
     run = folder / "run"
     assert [record["step"] for record in metrics(run)] == list(range(1, STEPS + 1)), "each step exactly once"
     for key in ("loss", "val_loss", "grad_norm", "lr", "tokens", "flops", "layers", "pp"):
-        assert [each[key] for each in metrics(run)] == [each[key] for each in metrics(expected / "run")], key
+        assert [metric[key] for metric in metrics(run)] == [metric[key] for metric in metrics(expected / "run")], key
 
     samples = samples_of(folder, RANKS)
     assert samples == samples_of(expected, RANKS)
-    taken = [sorted(set().union(*(each[step] for each in samples))) for step in range(1, STEPS + 1)]
+    taken = [sorted(set().union(*(sample[step] for sample in samples))) for step in range(1, STEPS + 1)]
     assert [number for step in taken for number in step] == list(range(STEPS * BATCH)), "every sample exactly once"
 
     whole = list_checkpoints(run / "checkpoints")
@@ -118,7 +118,7 @@ def test_whatever_dies_whenever_the_run_is_the_one_that_nothing_disturbed(corpus
     pending = kill_plan(KILLS, SEED, RANKS)
     kinds: Counter[str] = Counter()
     while pending:
-        kill = next((each for each in pending if not (runs.fresh and each.needs_checkpoint)), None)
+        kill = next((item for item in pending if not (runs.fresh and item.needs_checkpoint)), None)
         if kill is None:  # all that are left need a checkpoint
             assert runs.attempt(after_first_save())
             continue

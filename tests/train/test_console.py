@@ -69,7 +69,7 @@ def test_rounds_are_told_apart_in_the_layers_of_a_stage() -> None:
         ),
         (
             events.RolledBack(4, 8, "a spike", (16, 24)),
-            "step 8  a spike: going back to step 4; samples 16 to 23 are passed over",
+            "step 8  a spike: going back to step 4; samples 16 to 23 are excluded",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is named, set aside and passed over: the run goes on from the one before, on the same curve."""
+"""A damaged checkpoint is named, quarantined and skipped: the run goes on from the one before, on the same curve."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_several_damaged_ones_are_passed_over(ranks_2: RankPool, corpus: Path, t
     _truncate(run / "checkpoints/step-00000006" / FILES[3], 0)
     _remove(run / "checkpoints/step-00000004" / FILES[0], 0)
     ranks_2.run(train, _values(corpus, run, steps=6), True)
-    assert [(each["step_before"], each["step"]) for each in events(run, "rollback")] == [(6, 2), (4, 2)]
+    assert [(event["step_before"], event["step"]) for event in events(run, "rollback")] == [(6, 2), (4, 2)]
     assert losses(run) == losses(straight)
 
 

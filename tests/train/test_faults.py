@@ -13,7 +13,7 @@ from megaloop.checkpoint import Checkpoint, RunState
 from megaloop.config import FaultsConfig
 from megaloop.errors import MegaloopError
 from megaloop.parallel.engine import StepResult
-from megaloop.runs.excluded import read_holes
+from megaloop.runs.excluded import read_excluded
 from megaloop.train.faults import Faults, RollBack, Spike
 from tests.distributed import RankError, RankPool
 from tests.train.runs import configuration, events, losses, metrics, train, train_on_bad_samples
@@ -97,7 +97,7 @@ def test_going_back_too_often_is_an_error_that_names_the_samples(
     values = _values(corpus, tmp_path / "run", (1, 1, 2), faults={"max_skipped": 1, "max_rollbacks": 2})
     with pytest.raises(RankError, match=r"step 6: 1 steps in a row .* after 2 rollbacks .*; look at samples 28 to 31"):
         ranks_2.run(train_on_bad_samples, values, list(range(20, 100)))
-    assert read_holes(tmp_path / "run") == [(20, 24), (24, 28)]
+    assert read_excluded(tmp_path / "run") == [(20, 24), (24, 28)]
 
 
 @pytest.mark.parametrize("roll_back", [False, True])
@@ -119,7 +119,7 @@ def _at(step: int) -> RunState:
     return RunState.fresh().model_copy(update={"step": step, "samples": 4 * step})
 
 
-def _judge(config: dict[str, Any], series: list[float]) -> list[Spike | RollBack | None]:
+def _check_step(config: dict[str, Any], series: list[float]) -> list[Spike | RollBack | None]:
     faults = Faults(FaultsConfig.model_validate(config), 4)
     return [
         faults.stepped(_at(step), StepResult(loss, 1.0, math.isfinite(loss))) for step, loss in enumerate(series, 1)
@@ -128,26 +128,26 @@ def _judge(config: dict[str, Any], series: list[float]) -> list[Spike | RollBack
 
 def test_a_spike_is_measured_by_median_and_deviation() -> None:
     calm = [5.0, 5.1, 4.9, 5.0, 5.2, 4.8] * 5
-    verdicts = _judge({"spike_deviations": 5}, [*calm, 5.6, 6.0, 5.0])
+    verdicts = _check_step({"spike_deviations": 5}, [*calm, 5.6, 6.0, 5.0])
     assert verdicts[:31] == [None] * 31
     spike = verdicts[31]
     assert isinstance(spike, Spike)
     assert (spike.loss, spike.median, round(spike.deviation, 3)) == (6.0, 5.0, 0.148)
     assert verdicts[32] is None
-    assert not any(_judge({"spike_deviations": 0}, [*calm, 600.0])), "0 asks for none"
-    assert not any(_judge({"spike_deviations": 5}, [*calm[:15], 600.0])), "too few to judge by"
-    assert not any(_judge({"spike_deviations": 5}, [*calm, 1.0])), "falling is no fault"
+    assert not any(_check_step({"spike_deviations": 0}, [*calm, 600.0])), "0 asks for none"
+    assert not any(_check_step({"spike_deviations": 5}, [*calm[:15], 600.0])), "too few to judge by"
+    assert not any(_check_step({"spike_deviations": 5}, [*calm, 1.0])), "falling is no fault"
 
 
 def test_the_margin_reaches_back_before_the_first_bad_step() -> None:
-    verdicts = _judge({"max_skipped": 2, "margin": 3}, [5.0] * 9 + [math.nan] * 2)
+    verdicts = _check_step({"max_skipped": 2, "margin": 3}, [5.0] * 9 + [math.nan] * 2)
     assert verdicts[-1] == RollBack(11, "2 steps in a row without a finite gradient", (24, 44))
-    assert _judge({"max_skipped": 0}, [math.nan] * 50) == [None] * 50
-    assert _judge({"max_skipped": 2}, [math.nan, 5.0] * 20) == [None] * 40, "in a row, they must be"
+    assert _check_step({"max_skipped": 0}, [math.nan] * 50) == [None] * 50
+    assert _check_step({"max_skipped": 2}, [math.nan, 5.0] * 20) == [None] * 40, "in a row, they must be"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"samples": [[1]]}', '{"samples": [[1, "2"]]}', '{"samples": [[-1, 2]]}'])
 def test_a_damaged_list_of_samples_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "passed-over.json").write_text(text)
     with pytest.raises(MegaloopError, match=r"passed-over\.json is damaged .*; expected"):
-        read_holes(tmp_path)
+        read_excluded(tmp_path)

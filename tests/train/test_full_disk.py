@@ -63,7 +63,7 @@ def test_a_run_outlives_a_full_disk(
     wait_for(lambda: _count(small / "run", "save") >= 1, process)
     _fill(small / "filler")
     wait_for((tmp_path / "not-saved").exists, process)
-    assert list_checkpoints(small / "run/checkpoints"), "the last whole one is there"
+    assert list_checkpoints(small / "run/checkpoints"), "the last complete one is there"
     (small / "filler").unlink()
     wait_for(lambda: _count(small / "run", "save_failed") >= 1, process)
     failed = events(small / "run", "save_failed")[-1]
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(corpus: Path, tmp_path: Path
     error = output.decode().splitlines()[-1]
     assert error.startswith("error: checkpoint ")
     assert "step-00000006 not saved: " in error
-    assert "the last whole checkpoint is step-00000002" in error
+    assert "the last complete checkpoint is step-00000002" in error
     assert [path.name for path in (small / "run/checkpoints").iterdir()] == ["step-00000002"]
     shutil.copytree(small / "run", tmp_path / "run")
     again = start(configuration(corpus, tmp_path / "run", (1, 1, 2), train__steps=6), tmp_path, "--resume")

@@ -79,10 +79,12 @@ def test_live_equals_offline_equals_on_load(
     grow_checkpoint(kept / "before-10", kept / "grown", "lidas", DepthSpec.parse(8))
     with Checkpoint.open(kept / "grown") as grown, Checkpoint.open(kept / "after-10") as after:
         assert grown.manifest.plan == after.manifest.plan
-        for kind in ("model", "master", "exp_avg", "exp_avg_sq"):
-            assert set(grown.names(kind)) == set(after.names(kind))
-            for name in after.names(kind):
-                assert torch.equal(grown.read(kind, name), after.read(kind, name)), f"{kind} of {name}"
+        for state_name in ("model", "master", "exp_avg", "exp_avg_sq"):
+            assert set(grown.names(state_name)) == set(after.names(state_name))
+            for name in after.names(state_name):
+                assert torch.equal(grown.read(state_name, name), after.read(state_name, name)), (
+                    f"{state_name} of {name}"
+                )
 
     for name, checkpoint in (("offline", kept / "grown"), ("on-load", kept / "before-10")):
         directory = tmp_path / name
@@ -96,9 +98,9 @@ def _stop_at(directory: Path, copy: Path, step: int, checkpoint: Path | None = N
     """What a run leaves that was killed later, with its newest checkpoint at ``step``."""
     shutil.copytree(directory, copy)
     (copy / "events.jsonl").unlink()
-    for each in (copy / "checkpoints").iterdir():
-        if int(each.name.removeprefix("step-")) > step or checkpoint is not None:
-            shutil.rmtree(each)
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step or checkpoint is not None:
+            shutil.rmtree(path)
     if checkpoint is not None:
         shutil.copytree(checkpoint, copy / "checkpoints" / f"step-{step:08d}")
 
@@ -118,7 +120,7 @@ def test_what_a_run_tells_of_a_growth(ranks_2: RankPool, corpus: Path, tmp_path:
     assert sum(event["in_place_bytes"]) > 0
     assert event["seconds"] >= event["build_seconds"] + event["exchange_seconds"] > 0
     assert 0 < event["loss_before"] != event["loss_after"]
-    assert [each["step"] for each in events(directory, "save")] == [8, 10, 16, 20]
+    assert [item["step"] for item in events(directory, "save")] == [8, 10, 16, 20]
     with Checkpoint.open(directory / "checkpoints" / "step-00000010") as checkpoint:
         assert checkpoint.manifest.plan == DepthPlan.plain(4)
         assert checkpoint.manifest.growth is not None

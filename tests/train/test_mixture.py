@@ -57,7 +57,7 @@ def test_a_run_that_grows_and_is_resumed_reads_the_mixture_of_one_that_does_neit
     shutil.copytree(straight, stopped)
     shutil.rmtree(stopped / "checkpoints" / "step-00000020")
     resumed = ranks_2.run(train, _values(two, stopped, (1, 1, 2)), resume=True)
-    assert sorted(number for each in resumed for number in each) == list(range(56, 80))
+    assert sorted(number for part in resumed for number in part) == list(range(56, 80))
     assert losses(stopped) == pytest.approx(losses(straight), rel=1e-5)
     growth = {"operator": "lidas", "start": 2, "block": 2, "end": 0.5}
     values = _values(two, grown, (1, 1, 1), growth=growth, depth="4")

@@ -124,9 +124,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus: Path, tmp_path:
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output.decode()
     assert losses(tmp_path / "killed") == losses(straight((2, 1, 1)))
-    kinds = [json.loads(line)["event"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
+    state_names = [
+        json.loads(line)["event"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()
+    ]
     # whether the save of step 10 had been collected by then is up to the machine
-    assert [kind for kind in kinds if kind != "save"] == ["start", "resume", "start", "stop"]
+    assert [state_name for state_name in state_names if state_name != "save"] == ["start", "resume", "start", "stop"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:

@@ -138,10 +138,12 @@ def test_live_equals_offline_equals_on_load(
     case.offline(kept / "before-10", kept / "changed")
     with Checkpoint.open(kept / "changed") as changed, Checkpoint.open(kept / "after-10") as after:
         assert changed.manifest.plan == after.manifest.plan
-        for kind in ("model", "master", "exp_avg", "exp_avg_sq"):
-            assert set(changed.names(kind)) == set(after.names(kind))
-            for tensor in after.names(kind):
-                assert torch.equal(changed.read(kind, tensor), after.read(kind, tensor)), f"{kind} of {tensor}"
+        for state_name in ("model", "master", "exp_avg", "exp_avg_sq"):
+            assert set(changed.names(state_name)) == set(after.names(state_name))
+            for tensor in after.names(state_name):
+                assert torch.equal(changed.read(state_name, tensor), after.read(state_name, tensor)), (
+                    f"{state_name} of {tensor}"
+                )
 
     for copy, checkpoint in (("offline", kept / "changed"), ("on-load", kept / "before-10")):
         directory = tmp_path / copy
@@ -200,17 +202,17 @@ def test_a_drawn_count_is_told_and_resumes_alike(ranks_2: RankPool, corpus: Path
     run = configuration(corpus, tmp_path / "run", (2, 1, 1), **changes)
     ranks_2.run(train, run)
     config, records = Config.model_validate(run), metrics(tmp_path / "run")
-    counts = [config.loop_times(config.plan, step) for step in range(20)]
+    counts = [config.loop_iterations(config.plan, step) for step in range(20)]
     assert len(set(counts)) > 2
-    assert [record["depth"] for record in records] == [2 + 2 * (times or 0) for times in counts]
+    assert [record["depth"] for record in records] == [2 + 2 * (iterations or 0) for iterations in counts]
     losses = _losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
     ranks_2.run(train, run, True)
     assert _losses(tmp_path / "run") == losses
     steps = [
-        flops_per_token(config.plan, config.model, 32, vocab_size=_rows(tmp_path / "run"), times=t) for t in counts
+        flops_per_token(config.plan, config.model, 32, vocab_size=_rows(tmp_path / "run"), iterations=t) for t in counts
     ]
-    assert metrics(tmp_path / "run")[-1]["flops"] == sum(each.total for each in steps) * 4 * 32
+    assert metrics(tmp_path / "run")[-1]["flops"] == sum(item.total for item in steps) * 4 * 32
 
 
 @pytest.mark.slow
@@ -289,6 +291,6 @@ def test_looping_and_unlooping_changes_no_bit(plain_run: Path, tmp_path: Path) -
     with Checkpoint.open(newest) as before, Checkpoint.open(tmp_path / "plain") as after:
         assert after.manifest.plan == DepthPlan.plain(4)
         assert (after.manifest.step, after.manifest.run.samples) == (before.manifest.step, before.manifest.run.samples)
-        for kind in ("model", "master", "exp_avg", "exp_avg_sq"):
-            for name in before.names(kind):
-                assert torch.equal(before.read(kind, name), after.read(kind, name))
+        for state_name in ("model", "master", "exp_avg", "exp_avg_sq"):
+            for name in before.names(state_name):
+                assert torch.equal(before.read(state_name, name), after.read(state_name, name))

@@ -54,7 +54,7 @@ def test_a_refused_start_leaves_the_directory_as_it_was(ranks_2: RankPool, corpu
     layout = (1, 1, 2)
     ranks_2.run(train, configuration(corpus, run, layout, train__steps=4, checkpoint__every=2))
     newest = run / "checkpoints/step-00000004/model/rank-00001.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-7])  # damaged: only a start that is accepted sets it aside
+    newest.write_bytes(newest.read_bytes()[:-7])  # damaged: only a start that is accepted quarantines it
     before = contents(run)
     longer = {"train__steps": 6, "checkpoint__keep": 4}
     for changes, options, message in (

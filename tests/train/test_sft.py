@@ -85,8 +85,8 @@ def _plainly(values: dict[str, Any]) -> list[float]:
     for step in range(config.train.steps):
         samples = [split.sample(order(step * 8 + number)[1]) for number in range(8)]
         tokens = torch.stack([torch.from_numpy(sample.tokens) for sample in samples])
-        learnt = torch.stack([torch.from_numpy(sample.learnt) for sample in samples])
-        targets = tokens[:, 1:].masked_fill(~learnt, -100)
+        loss_mask = torch.stack([torch.from_numpy(sample.loss_mask) for sample in samples])
+        targets = tokens[:, 1:].masked_fill(~loss_mask, -100)
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=-100)
         adam.zero_grad()
         loss.backward()
@@ -141,13 +141,13 @@ def test_validation_is_the_mean_over_all_held_out_answers(
     model, _ = load_decoder(tmp_path / "run")
     samples = [split.sample(index) for index in range(min(4, len(split)) // 2 * 2)]
     tokens = torch.stack([torch.from_numpy(sample.tokens) for sample in samples])
-    learnt = torch.stack([torch.from_numpy(sample.learnt) for sample in samples])
+    loss_mask = torch.stack([torch.from_numpy(sample.loss_mask) for sample in samples])
     with torch.no_grad():
-        targets = tokens[:, 1:].masked_fill(~learnt, -100)
+        targets = tokens[:, 1:].masked_fill(~loss_mask, -100)
         expected = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=-100)
     last = metrics(tmp_path / "run")[-1]
     assert last["val_loss"] == pytest.approx(float(expected), rel=1e-5)
-    bits = float(expected) * int(learnt.sum()) / 0.6931471805599453 / sum(sample.bytes for sample in samples)
+    bits = float(expected) * int(loss_mask.sum()) / 0.6931471805599453 / sum(sample.bytes for sample in samples)
     assert last["val_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 

@@ -70,7 +70,7 @@ def _quarters(usage: list[_Usage], value: Callable[[_Usage], int]) -> tuple[floa
     size = len(usage) // 4
     found = []
     for quarter in (usage[:size], usage[-size:]):
-        by_depth = [[value(each) for each in quarter if each.depth == depth] for depth in DEPTHS.values()]
+        by_depth = [[value(item) for item in quarter if item.depth == depth] for depth in DEPTHS.values()]
         found.append(mean(median(values) for values in by_depth))
     return found[0], found[1]
 

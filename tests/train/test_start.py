@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megaloop.config import Config
 from megaloop.depth import DepthPlan, Operator, before_growth, grow, growth_stages
 from megaloop.errors import MegaloopError
-from megaloop.train.start import catch_up, stages_from
+from megaloop.train.start import growth_since, stages_from
 
 FOUR = DepthPlan.plain(4)
 
@@ -51,7 +51,7 @@ def test_every_earlier_stage_catches_up_with_every_later_one(operator: Operator)
         for later in run.stages[index:]:
             stages = stages_from(run, earlier.plan)
             assert stages == run.stages
-            growth = catch_up(run, stages, earlier.plan, later.first_step)
+            growth = growth_since(run, stages, earlier.plan, later.first_step)
             assert growth.plan == later.plan
             assert set(growth.lineage) == set(later.plan.ids) - set(earlier.plan.ids)
             parents = [parent for parent in growth.lineage.values() if parent is not None]
@@ -62,15 +62,15 @@ def test_a_depth_that_the_schedule_jumps_over_catches_up() -> None:
     run = config(12, [(10, 4), (10, 12)])
     between = grow(FOUR, "lidas", 8, 4).plan
     assert between not in [stage.plan for stage in run.stages]
-    assert catch_up(run, stages_from(run, between), between, 15).plan == run.stages[1].plan
+    assert growth_since(run, stages_from(run, between), between, 15).plan == run.stages[1].plan
 
 
 def test_a_checkpoint_shallower_than_the_first_stage_is_grown_into_it() -> None:
     run = config(12, [(10, 8), (10, 12)])
     stages = stages_from(run, FOUR)
     assert stages[0].plan == grow(FOUR, "lidas", 8, 4).plan
-    assert catch_up(run, stages, FOUR, 0).plan == stages[0].plan
-    assert catch_up(run, stages, FOUR, 10).plan == stages[1].plan == grow(FOUR, "lidas", 12, 4).plan
+    assert growth_since(run, stages, FOUR, 0).plan == stages[0].plan
+    assert growth_since(run, stages, FOUR, 10).plan == stages[1].plan == grow(FOUR, "lidas", 12, 4).plan
 
 
 def test_a_model_that_was_grown_before_is_grown_on_from_its_own_layers() -> None:
@@ -78,7 +78,7 @@ def test_a_model_that_was_grown_before_is_grown_on_from_its_own_layers() -> None
     grown = grow(FOUR, "midas", 8, 4).plan
     stages = stages_from(run, grown)
     assert stages[0].plan == grown != run.stages[0].plan
-    assert catch_up(run, stages, grown, 12).plan == grow(grown, "lidas", 12, 4).plan
+    assert growth_since(run, stages, grown, 12).plan == grow(grown, "lidas", 12, 4).plan
 
 
 def test_without_growth_any_plan_of_that_depth_goes_on() -> None:
@@ -112,4 +112,4 @@ def test_without_growth_any_plan_of_that_depth_goes_on() -> None:
 def test_what_the_run_cannot_have_made_is_refused(saved: DepthPlan, step: int, message: str) -> None:
     run = config(12, [(10, 4), (10, 8), (10, 12)])
     with pytest.raises(MegaloopError, match=message):
-        catch_up(run, stages_from(run, saved), saved, step)
+        growth_since(run, stages_from(run, saved), saved, step)
