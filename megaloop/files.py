@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; what had the name is as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.parent / f".{path.name}.tmp"  # with_name would not take a path such as "."
     try:
         with temporary.open("wb") as file:
             yield file

@@ -119,3 +119,20 @@ def _at_the_top(tree: ast.Module, graph: dict[str, set[str]], own: str) -> Itera
                 package = (ROOT / name.replace(".", "/")).is_dir()
                 if name.split(".")[0] in ("megaloop", *BESIDE):
                     yield f"{name}.__init__" if package else name
+
+
+@pytest.mark.parametrize("package", ["megaloop", *BESIDE])
+def test_files_and_functions_stay_small(package: str) -> None:
+    """450 lines a file; 60 a function, besides its signature (of a command: its options) and its docstring."""
+    long = []
+    for path in files(package):
+        text = path.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > 450:
+            long.append(f"{path.relative_to(ROOT)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                size = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+                if size > 60:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name} has {size} lines")
+    assert not long, "\n".join(long)

@@ -25,7 +25,7 @@ def bench_step_command(
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps per round.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each times both.")] = 5,
+    rounds: Annotated[int, typer.Option("--repeats", "--rounds", min=1, help="Repetitions; each times both.")] = 5,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile both.")] = False,
     recompute: Annotated[str, typer.Option(help="As train.recompute.")] = "none",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
@@ -62,7 +62,7 @@ def bench_step_command(
 def bench_layers_command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of the run.")],
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 10,
+    rounds: Annotated[int, typer.Option("--repeats", "--rounds", min=1, help="Repetitions.")] = 10,
     json: Json = False,
 ) -> None:
     """Time the embedding, one layer and the head; parallel.layer_costs takes the three numbers."""
@@ -96,7 +96,7 @@ def bench_reshard_command(
         int | None, typer.Option(min=1, help="Local ranks to start; default: what the topology needs, or all GPUs.")
     ] = None,
     stage: Annotated[int | None, typer.Option(min=1, help="Growth stage to grow into; default: the last.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each measures both.")] = 3,
+    rounds: Annotated[int, typer.Option("--repeats", "--rounds", min=1, help="Repetitions; each measures both.")] = 3,
     restart: Annotated[bool, typer.Option(help="Measure save, stop, start and grow on load too.")] = True,
     json: Json = False,
 ) -> None:
@@ -130,7 +130,7 @@ def bench_rounds_command(
     micro_batch: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 1,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps per round of the benchmark.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the benchmark; each times all.")] = 5,
+    rounds: Annotated[int, typer.Option("--repeats", "--rounds", min=1, help="Repetitions; each times all.")] = 5,
     json: Json = False,
 ) -> None:
     """Time pipeline rounds against stock DeepSpeed's tied layers, and 1, 2 and 4 rounds of an unlooped model."""
@@ -214,7 +214,9 @@ def bench_checkpoint_command(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Local ranks to start; default: what the topology needs, or all GPUs.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each measures everything.")] = 5,
+    rounds: Annotated[
+        int, typer.Option("--repeats", "--rounds", min=1, help="Repetitions; each measures everything.")
+    ] = 5,
     directory: Annotated[
         Path | None, typer.Option(help="Where to write: on the file system to be measured; default: temporary files.")
     ] = None,

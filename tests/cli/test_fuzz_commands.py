@@ -393,6 +393,7 @@ def _needed(world: World, out: Path) -> dict[tuple[str, ...], list[object]]:
         ("bench", "prep"): [world.root / "none"],
         ("bench", "reshard"): [world.root / "none"],
         ("bench", "rounds"): ["--shape", "none"],
+        ("bench", "schedule"): ["--shape", "none"],
         ("bench", "checkpoint"): [world.root / "none"],
         ("bench", "savings"): ["--preset", world.root / "none"],
     }

@@ -163,8 +163,8 @@ def test_a_missing_file_and_a_missing_tokenizer_are_named(corpus: Path, tmp_path
     ("data", "message"),
     [
         ("{sources: [{path: a}], format: sft}", "no tokenizer; begin with a checkpoint"),
-        ("{sources: [{path: a}], prompt_field: q}", "data.prompt_field is of data.format sft"),
-        ("{sources: [{path: a}], tokenizer: t}", "data.tokenizer is of data.format sft"),
+        ("{sources: [{path: a}], prompt_field: q}", "data.prompt_field applies only to data.format sft"),
+        ("{sources: [{path: a}], tokenizer: t}", "data.tokenizer applies only to data.format sft"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path, data: str, message: str) -> None:

@@ -172,9 +172,7 @@ def test_options_of_loops_in_bf16(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uniform", "poisson", "lognormal-poisson"])
-def test_a_count_drawn_each_step_neither_hangs_nor_changes_the_curve(
-    request: pytest.FixtureRequest, kind: str
-) -> None:
+def test_a_count_drawn_each_step_neither_hangs_nor_changes_the_curve(request: pytest.FixtureRequest, kind: str) -> None:
     """On pp 2 x dp 2 against one process with the same counts."""
     steps = 60 if kind == "lognormal-poisson" else 20
     changes: dict[str, Any] = {

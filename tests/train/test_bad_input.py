@@ -108,7 +108,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_kept(
     _flip(run / "checkpoints/step-00000004/optim/rank-00000.safetensors")
     before = _digest(run / "checkpoints")
     error = _refused(_train(tmp_path, configuration(corpus, run, train__steps=6), "--resume"))
-    assert "is whole (2 damaged); of the newest, step-00000004: optim/rank-00000.safetensors is altered" in error
+    assert "is complete (2 damaged); of the newest, step-00000004: optim/rank-00000.safetensors is altered" in error
     assert _digest(run / "checkpoints") == before
 
 
