@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megaloop.bench.batches import random_batches
 from megaloop.checkpoint import BackgroundSaver, Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import Config
 from megaloop.errors import MegaloopError
@@ -167,7 +168,7 @@ def run_rank(config_path: Path, folder: Path, rounds: int) -> None:
     plan, rows = config.stages[-1].plan, config.model.vocab_size or 0
     topology = Topology(*config.topology(dist.get_world_size(), plan.layers))
     engine = TrainingEngine(config, plan, topology, rows, InitialValues(config.model, config.seed, plan, rows))
-    batches = _batches(config, rows)
+    batches = random_batches(config, rows)
     saver = BackgroundSaver()
     saver.prepare(engine.pieces())
     for _ in range(_WARM_UP):
@@ -264,18 +265,6 @@ def _copy(folder: Path) -> float:
             fsync_path(target)
     _wait()
     return time.perf_counter() - began
-
-
-def _batches(config: Config, rows: int) -> Iterator[Any]:
-    """Made-up micro-batches without end, the same on every rank."""
-    generator = torch.Generator().manual_seed(0)
-    size = (config.train.micro_batch, config.data.sequence_length + 1)
-    while True:
-        tokens = torch.randint(rows, size, generator=generator)
-        inputs: Any = tokens[:, :-1].contiguous()
-        if config.model.document_masking:
-            inputs = (inputs, torch.zeros_like(inputs))
-        yield inputs, tokens[:, 1:].contiguous()
 
 
 def _wait() -> None:

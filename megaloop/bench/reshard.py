@@ -10,7 +10,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from megaloop.bench.batches import random_batches
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import Config
 from megaloop.depth import GrowthStage
@@ -174,7 +175,7 @@ def run_rank(role: Role, directory: Path, stage: int) -> None:
         result = _load(config, before, after, directory)
     else:
         engine = _engine(config, before, InitialValues(config.model, config.seed, before.plan, _rows(config)))
-        batches = _batches(config, engine)
+        batches = random_batches(config, _rows(config))
         for _ in range(_STEPS):
             engine.train_step(batches, config.optimizer.lr)
         _wait()
@@ -187,7 +188,7 @@ def _grow(config: Config, engine: TrainingEngine, after: GrowthStage) -> dict[st
     assert config.growth is not None
     world = dist.get_world_size()
     resharded = reshard(engine, after.growth, _topology(config, after, world), _STEPS, moments=config.growth.moments)
-    resharded.engine.train_step(_batches(config, resharded.engine), config.optimizer.lr)
+    resharded.engine.train_step(random_batches(config, _rows(config)), config.optimizer.lr)
     received = resharded.plan.received()
     live = _Live(
         pause=resharded.seconds,
@@ -223,7 +224,7 @@ def _load(config: Config, before: GrowthStage, after: GrowthStage, directory: Pa
         engine = _engine(config, after, GrownState(checkpoint, after.growth, fresh, config.growth.moments), _STEPS)
     _wait()
     ready = time.time()
-    engine.train_step(_batches(config, engine), config.optimizer.lr)
+    engine.train_step(random_batches(config, _rows(config)), config.optimizer.lr)
     return {"time": ready}
 
 
@@ -238,18 +239,6 @@ def _topology(config: Config, stage: GrowthStage, ranks: int) -> Topology:
 
 def _rows(config: Config) -> int:
     return config.model.vocab_size or 0
-
-
-def _batches(config: Config, engine: TrainingEngine) -> Iterator[Any]:
-    """Made-up micro-batches without end, the same on every rank."""
-    generator = torch.Generator().manual_seed(0)
-    size = (config.train.micro_batch, config.data.sequence_length + 1)
-    while True:
-        tokens = torch.randint(_rows(config), size, generator=generator)
-        inputs: Any = tokens[:, :-1].contiguous()
-        if config.model.document_masking:
-            inputs = (inputs, torch.zeros_like(inputs))
-        yield inputs, tokens[:, 1:].contiguous()
 
 
 def _bandwidth() -> float:

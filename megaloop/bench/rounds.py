@@ -23,6 +23,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from megaloop.bench.batches import random_batches
 from megaloop.bench.step import SHAPES
 from megaloop.config import Config
 from megaloop.depth import DepthSpec
@@ -31,7 +32,6 @@ from megaloop.layout.rounds import Rounds
 from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import TrainingEngine, join_ranks
-from megaloop.parallel.step_engine import Batch
 from megaloop.runtime.hardware import describe_machine
 from megaloop.terminal import SafeConsole
 from megaloop.text import format_bytes
@@ -44,7 +44,6 @@ __all__ = [
     "RoundsBenchmark",
     "Setting",
     "bench_rounds",
-    "random_batches",
     "run_rank",
     "show",
     "wait_for_all",
@@ -244,7 +243,7 @@ def run_rank(directory: Path) -> None:
     counted = [_count_messages(contender, setting) for contender in running]  # warms up as well
     for number in range(setting.rounds):
         for contender in running:
-            batches = random_batches(contender.config)
+            batches = random_batches(contender.config, contender.config.model.vocab_size or 0)
             wait_for_all()
             began = time.perf_counter()
             for _ in range(setting.steps):
@@ -284,15 +283,6 @@ def _unlooped(rounds: int) -> str:
     return f"unlooped, {rounds} round{'s' if rounds > 1 else ''}"
 
 
-def random_batches(config: Config) -> Iterator[Batch]:
-    """Made-up micro-batches without end, the same on every rank."""
-    generator = torch.Generator().manual_seed(0)
-    size = (config.train.micro_batch, config.data.sequence_length + 1)
-    while True:
-        tokens = torch.randint(config.model.vocab_size or 0, size, generator=generator)
-        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
 @dataclass
 class _Messages:
     """Bytes of one step, of this rank."""
@@ -304,7 +294,7 @@ class _Messages:
 
 def _count_messages(contender: _Running, setting: Setting) -> _Messages:
     """Two steps, of which the second is watched."""
-    batches = random_batches(contender.config)
+    batches = random_batches(contender.config, contender.config.model.vocab_size or 0)
     contender.engine.train_step(batches, 1e-4)
     counted = _Messages()
     with _watched(counted, contender.config.model.hidden_size * (contender.config.model.vocab_size or 0)):

@@ -24,13 +24,15 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megaloop.bench.rounds import random_batches, wait_for_all
+from megaloop.bench.batches import random_batches
+from megaloop.bench.rounds import wait_for_all
 from megaloop.bench.step import SHAPES
 from megaloop.config import Config
+from megaloop.data import MicroBatch
 from megaloop.errors import MegaloopError
 from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
-from megaloop.parallel.engine import Batch, StepResult, TrainingEngine, join_ranks
+from megaloop.parallel.engine import StepResult, TrainingEngine, join_ranks
 from megaloop.runtime.device import local_device
 from megaloop.runtime.hardware import describe_machine
 from megaloop.terminal import SafeConsole
@@ -203,7 +205,7 @@ def show(result: ScheduleBenchmark, console: Console) -> None:
 class StockEngine(TrainingEngine):
     """The same module, optimizer and state, in DeepSpeed's own schedule; without document masking."""
 
-    def train_step(self, batches: Iterator[Batch], lr: float, iterations: int | None = None) -> StepResult:
+    def train_step(self, batches: Iterator[MicroBatch], lr: float, iterations: int | None = None) -> StepResult:
         """One optimizer step over ``micro_batches`` items of ``batches``, as DeepSpeed orders them."""
         from megaloop.parallel.deepspeed import DeepSpeedEngine
 
@@ -211,7 +213,7 @@ class StockEngine(TrainingEngine):
         assert isinstance(engine, DeepSpeedEngine)
         assert iterations is None
         engine.set_lr(lr)
-        loss = engine.train_batch(batches)
+        loss = engine.train_batch(batch.for_model(False) for batch in batches)
         return StepResult(float(loss), engine.grad_norm, engine.step_applied)
 
 
@@ -233,7 +235,7 @@ class _Contender:
 
     def __init__(self, kind: type[TrainingEngine], config: Config, topology: Topology, rows: int):
         self.engine = kind(config, config.plan, topology, rows, InitialValues(config.model, 0, config.plan, rows))
-        self.batches = random_batches(config)
+        self.batches = random_batches(config, config.model.vocab_size or 0)
         self.seconds: list[float] = []
         self.processor: list[float] = []
         self.results: list[StepResult] = []

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megaloop.bench.batches import random_batches
 from megaloop.config import Config
 from megaloop.depth.flops import flops_per_token
 from megaloop.layout.sources import InitialValues
@@ -208,17 +208,6 @@ def _configuration(
     )
 
 
-def _batches(config: Config, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same random tokens for both."""
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = config.model.vocab_size or 0
-    while True:
-        tokens = torch.randint(
-            0, vocab_size, (config.train.micro_batch, config.data.sequence_length + 1), generator=generator
-        ).to(device)
-        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
 def _time(losses: Iterator[float], count: int, contender: _Contender) -> None:
     """Time ``count`` steps. A loss is a number on the host, so the device is done."""
     began = time.perf_counter()
@@ -244,7 +233,7 @@ def _our_steps(config: Config) -> Iterator[float]:
     engine = TrainingEngine(
         config, config.plan, Topology(), vocab_size, InitialValues(config.model, config.seed, config.plan, vocab_size)
     )
-    batches = _batches(config, local_device())
+    batches = random_batches(config, vocab_size, local_device())
     while True:
         yield engine.train_step(batches, config.optimizer.lr).loss
 
@@ -276,9 +265,9 @@ def _their_steps(config: Config) -> Iterator[float]:
         weight_decay=options.weight_decay, fused=True,
     )  # fmt: skip
     forward: Any = torch.compile(model) if config.train.compile else model
-    for tokens_BS, targets_BS in _batches(config, device):
-        logits_BSV = forward(tokens_BS).logits
-        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+    for batch in random_batches(config, model_config.vocab_size or 0, device):
+        logits_BSV = forward(batch.inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1).float(), batch.targets.flatten())
         loss.backward()
         if bf16:
             for weight, master in zip(weights, masters, strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megaloop.config import Config, ModelConfig
+from megaloop.data import MicroBatch
 from megaloop.depth import DepthPlan, LoopStyle
 from megaloop.errors import MegaloopError
 from megaloop.layout.partition import estimated_costs, partition
@@ -24,7 +25,7 @@ from megaloop.model.layers import AttentionContext, DecoderLayer, RMSNorm, rotar
 from megaloop.model.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megaloop.parallel.deepspeed import Item, ItemModule, open_engine
 from megaloop.parallel.engine import StepResult, quietly
-from megaloop.parallel.step_engine import Batch, ScheduleEngine
+from megaloop.parallel.step_engine import ScheduleEngine
 from megaloop.runtime.device import local_device
 from megaloop.runtime.dtype import training_dtype
 
@@ -73,10 +74,10 @@ class TiedEngine:
             adam = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
             self._engine: ScheduleEngine = open_engine(self.module, adam, config, self.micro_batches)
 
-    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
+    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
         """One optimizer step over ``micro_batches`` items of ``batches``."""
         self._engine.set_lr(lr)
-        loss = self._engine.train_batch(batches)
+        loss = self._engine.train_batch(batch.for_model(False) for batch in batches)
         return StepResult(float(loss), self._engine.grad_norm, self._engine.step_applied)
 
     def layer_parameters(self, ids: set[int]) -> Iterator[nn.Parameter]:

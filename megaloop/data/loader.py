@@ -48,7 +48,7 @@ class MicroBatch:
         documents: for each input the index of its document within the sample, int32 [B, S].
         sample_ids: global sample numbers (positions in the order).
         bytes: UTF-8 bytes of text that the targets stand for.
-        weights: factors of the targets' losses, float32 [B, S], where not all targets count alike: their sum over the
+        loss_weights: factors of the targets' losses, float32 [B, S], where not all targets count alike: their sum over the
             micro-batch is its loss, and the mean of micro-batches is the mean over all targets that count in the
             global batch. None: the loss is the mean of all targets.
     """
@@ -58,12 +58,23 @@ class MicroBatch:
     documents: Tensor
     sample_ids: list[int]
     bytes: int
-    weights: Tensor | None = None
+    loss_weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> MicroBatch:
+        """Of tokens that come from no data set; without ``documents`` each sample is one."""
+        documents = torch.zeros_like(inputs, dtype=torch.int32) if documents is None else documents
+        return cls(inputs, targets, documents, sample_ids=[], bytes=0)
+
+    @property
+    def labels(self) -> Tensor | tuple[Tensor, Tensor]:
+        """What the loss is of: the targets, with the factors of their losses where there are some."""
+        return self.targets if self.loss_weights is None else (self.targets, self.loss_weights)
 
     @property
     def tokens(self) -> int:
         """Predicted tokens that count."""
-        return self.targets.numel() if self.weights is None else int((self.weights > 0).sum())
+        return self.targets.numel() if self.loss_weights is None else int((self.loss_weights > 0).sum())
 
     def for_model(
         self, document_masking: bool
@@ -77,7 +88,7 @@ class MicroBatch:
             Inputs, with their documents where those matter; targets, with their weights where there are some.
         """
         inputs = (self.inputs, self.documents) if document_masking else self.inputs
-        return inputs, self.targets if self.weights is None else (self.targets, self.weights)
+        return inputs, self.labels
 
 
 class BatchLoader:
@@ -278,7 +289,7 @@ def _collate(samples: Sequence[Sample], numbers: list[int], weight: float = 0.0)
         documents=torch.from_numpy(np.cumsum(begins, axis=1, dtype=np.int32)),
         sample_ids=numbers,
         bytes=sum(sample.bytes for sample in samples),
-        weights=_weights(samples, weight),
+        loss_weights=_weights(samples, weight),
     )
 
 

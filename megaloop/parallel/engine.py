@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megaloop.config import Config
+from megaloop.data import MicroBatch
 from megaloop.depth import DepthPlan
 from megaloop.layout.partition import split_rounds
 from megaloop.layout.pieces import StatePiece
@@ -26,7 +27,7 @@ from megaloop.model import Kernels, build_adamw, choose_kernels, parameter_specs
 from megaloop.parallel.replicas import differing_replicas
 from megaloop.parallel.rounds_engine import RoundsEngine
 from megaloop.parallel.state import LocalParameter, local_parameters, state_pieces, write_state
-from megaloop.parallel.step_engine import Batch, StepEngine
+from megaloop.parallel.step_engine import StepEngine
 from megaloop.parallel.stopwatch import Stopwatch
 from megaloop.runtime.device import local_device
 from megaloop.runtime.dtype import training_dtype
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from megaloop.parallel.pipeline import PipelinedDecoder
 
 __all__ = [
-    "Batch",
     "StepResult",
     "TrainingEngine",
     "join_ranks",
@@ -195,7 +195,7 @@ class TrainingEngine:
         """This rank reads micro-batches: it holds an end of the pipeline."""
         return self.coordinate.pp in (0, self.topology.pp - 1)
 
-    def train_step(self, batches: Iterator[Batch], lr: float, iterations: int | None = None) -> StepResult:
+    def train_step(self, batches: Iterator[MicroBatch], lr: float, iterations: int | None = None) -> StepResult:
         """One optimizer step over ``micro_batches`` items of ``batches`` (ignored where ``needs_data`` is False).
 
         Args:
@@ -208,7 +208,7 @@ class TrainingEngine:
         loss = self._rounds.train(batches, self.micro_batches)
         return StepResult(float(loss), self._engine.grad_norm, self._engine.step_applied)
 
-    def evaluate(self, batches: Iterable[Batch], count: int) -> float:
+    def evaluate(self, batches: Iterable[MicroBatch], count: int) -> float:
         """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank, at the plan's depth; no gradients."""
         self._module.stage.iterations = None
         return float(self._rounds.evaluate(iter(batches), count))

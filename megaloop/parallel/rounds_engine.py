@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaloop.data import MicroBatch
 from megaloop.depth import DepthPlan
 from megaloop.layout.partition import StageMap
 from megaloop.layout.rounds import Action
@@ -28,7 +29,7 @@ from megaloop.layout.topology import Coordinate, Topology
 from megaloop.layout.work import RankSchedule
 from megaloop.model import Labels
 from megaloop.model.decoder import LoopInput
-from megaloop.parallel.step_engine import Batch, StepEngine
+from megaloop.parallel.step_engine import StepEngine
 from megaloop.parallel.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -87,20 +88,20 @@ class RoundsEngine:
         weight = next(module.stage.parameters())
         self._dtype, self._device = weight.dtype, weight.device
 
-    def train(self, batches: Iterator[Batch], micro_batches: int) -> Tensor:
+    def train(self, batches: Iterator[MicroBatch], micro_batches: int) -> Tensor:
         """One optimizer step, with the loop as often as the module's stage says; the mean loss, on every rank."""
         self._module.train()
         loss = self._run(batches, micro_batches)
         self._engine.finish_step()
         return loss
 
-    def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> Tensor:
+    def evaluate(self, batches: Iterator[MicroBatch], micro_batches: int) -> Tensor:
         """The mean loss over micro-batches, on every rank; no gradients."""
         self._module.eval()
         with torch.no_grad():
             return self._run(batches, micro_batches)
 
-    def _run(self, batches: Iterator[Batch], micro_batches: int) -> Tensor:
+    def _run(self, batches: Iterator[MicroBatch], micro_batches: int) -> Tensor:
         step = _Step(self, batches, micro_batches)
         step.run()
         loss = step.total / micro_batches
@@ -116,7 +117,7 @@ class RoundsEngine:
 class _Step:
     """One step, while it runs: what this rank holds, awaits and has sent."""
 
-    def __init__(self, engine: RoundsEngine, batches: Iterator[Batch], micro_batches: int):
+    def __init__(self, engine: RoundsEngine, batches: Iterator[MicroBatch], micro_batches: int):
         self._e, self._stage = engine, engine._module.stage
         self._micro_batches = micro_batches
         self._work = RankSchedule.of(
@@ -130,7 +131,7 @@ class _Step:
         )
         self.total = torch.zeros((), device=engine._device)
         self._source, self._taken = batches, 0
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, MicroBatch] = {}
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._documents: dict[int, Tensor] = {}
@@ -198,7 +199,7 @@ class _Step:
 
     # --- work ---
 
-    def _batch(self, number: int) -> Batch:
+    def _batch(self, number: int) -> MicroBatch:
         """A micro-batch, read when it is first needed; forgotten once this rank has its loss, if it is to have that."""
         while self._taken <= number:
             self._batches[self._taken] = next(self._source)
@@ -208,11 +209,10 @@ class _Step:
     def _forward(self, work: Action) -> None:
         e = self._e
         if self._work.is_first(work):
-            inputs, _ = self._batch(work.micro_batch)
-            if isinstance(inputs, tuple):
-                inputs, documents = inputs
-                self._documents[work.micro_batch] = documents.to(e._device)
-            x = inputs.to(e._device)
+            batch = self._batch(work.micro_batch)
+            x = batch.inputs.to(e._device)
+            if e._documents is not None:
+                self._documents[work.micro_batch] = batch.documents.to(e._device)
         else:
             x = self._receive(work)
         if self._work.is_passthrough(work):
@@ -245,7 +245,7 @@ class _Step:
             if self._work.leaves_loop(work) and not has_backward:
                 self._entered.pop(number, None)  # in validation there is no backward pass that would do it
             if is_last:
-                labels = _moved(self._batch(number)[1], e._device)
+                labels = _moved(self._batch(number).labels, e._device)
                 del self._batches[number]
                 out = e._module.loss_fn(out, labels)
                 self.total += out.detach().float()

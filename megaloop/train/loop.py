@@ -32,7 +32,7 @@ from megaloop.train.saving import Saver
 from megaloop.train.schedule import learning_rate
 from megaloop.train.signals import StopSignals
 from megaloop.train.start import Start, starting_point
-from megaloop.train.validation import Validation, engine_batches, validation_samples
+from megaloop.train.validation import Validation, validation_samples
 from megaloop.train.watchdog import Watchdog
 
 __all__ = ["Ending", "run"]
@@ -262,7 +262,7 @@ class _Run:
             for step in range(self.at.step, stage.stop):
                 lr, iterations = self._learning_rate(step), config.loop_iterations(stage.plan, step)
                 began = time.perf_counter()
-                result = self.engine.train_step(engine_batches(config, loader), lr, iterations)
+                result = self.engine.train_step(loader if loader is not None else iter(()), lr, iterations)
                 self.at = after_step(
                     self.at,
                     config,

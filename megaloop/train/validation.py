@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 from megaloop.config import Config
-from megaloop.data import MicroBatch, Sources, bits_per_byte, usable_validation, validation_batches
+from megaloop.data import Sources, bits_per_byte, usable_validation, validation_batches
 from megaloop.depth import stages_between
 from megaloop.parallel.engine import TrainingEngine
 
-__all__ = ["Validation", "engine_batches", "validation_samples"]
+__all__ = ["Validation", "validation_samples"]
 
 
 def validation_samples(config: Config, sources: Sources, world_size: int, first_step: int, stop: int | None) -> int:
@@ -24,12 +21,6 @@ def validation_samples(config: Config, sources: Sources, world_size: int, first_
             for stage in stages_between(config.stages, first_step, stop)
         },
     )
-
-
-def engine_batches(config: Config, batches: Iterable[MicroBatch] | None) -> Iterator[Any]:
-    """Micro-batches as the engine takes them; None: on a rank that reads none."""
-    masking = config.model.document_masking
-    return (batch.for_model(masking) for batch in batches) if batches is not None else iter(())
 
 
 class Validation:
@@ -56,5 +47,5 @@ class Validation:
 
     def run(self) -> tuple[float, float]:
         """(nats per token, bits per byte); collective."""
-        loss = self._engine.evaluate(engine_batches(self._config, self._batches), len(self._batches))
+        loss = self._engine.evaluate(self._batches, len(self._batches))
         return loss, bits_per_byte(loss, self._tokens, self._bytes)

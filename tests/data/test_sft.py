@@ -115,17 +115,19 @@ def test_weights_make_the_mean_over_all_answers_of_the_global_batch(
     for step in range(2):
         count = 4 // dp // micro_batch
         batches = [batch for rank in ranks for batch in rank[step * count : (step + 1) * count]]
-        weights = [batch.weights for batch in batches if batch.weights is not None]
+        weights = [batch.loss_weights for batch in batches if batch.loss_weights is not None]
         assert sum(float(weight.sum()) for weight in weights) / len(batches) == pytest.approx(1)
         assert len({round(float(weight.max()), 6) for weight in weights}) == 1  # every answer's token counts alike
     held = validation_batches(sources.datasets, samples=4, micro_batch=1)
-    assert sum(float(item.weights.sum()) for item in held if item.weights is not None) / len(held) == pytest.approx(1)
+    assert sum(float(item.loss_weights.sum()) for item in held if item.loss_weights is not None) / len(
+        held
+    ) == pytest.approx(1)
 
 
 def test_pretraining_batches_have_no_weights(corpus: Path) -> None:
     sources = open_sources(DataConfig.model_validate({"sources": [{"path": corpus}], "sequence_length": 32}))
     with BatchLoader(sources.datasets, sources.order(0), global_batch=2, micro_batch=2) as loader:
-        assert next(loader).weights is None
+        assert next(loader).loss_weights is None
     assert torch.is_tensor(validation_batches(sources.datasets, samples=2, micro_batch=2)[0].targets)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megaloop.config import Config
+from megaloop.data import MicroBatch
 from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
 from megaloop.model import Decoder, initial_values, vocab_parallel_cross_entropy
@@ -52,12 +53,12 @@ def batch(config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents.contiguous()
 
 
-def micro_batches(config: Config, dp_rank: int, dp: int, first: int = 0) -> Iterator[Any]:
+def micro_batches(config: Config, dp_rank: int, dp: int, first: int = 0) -> Iterator[MicroBatch]:
     """One data-parallel rank's micro-batches from step ``first`` on, as the engine takes them."""
     for step in range(first, config.train.steps + 1):
         tokens, targets, documents = (x.chunk(dp)[dp_rank] for x in batch(config, step))
         for part in zip(*(x.split(config.train.micro_batch) for x in (tokens, targets, documents)), strict=True):
-            yield ((part[0], part[2]) if config.model.document_masking else part[0]), part[1]
+            yield MicroBatch.of(*part)
 
 
 def train_layout(values: dict[str, Any]) -> dict[str, Any]:
