@@ -57,7 +57,6 @@ class DecoderStage(nn.Module):
         recompute: activation checkpointing per layer.
 
     Attributes:
-        iterations: how often the loop runs from now on; None: as often as the plan says.
         backprop: gradients pass only through the last this many iterations of the loop; None: through all.
     """
 
@@ -79,7 +78,6 @@ class DecoderStage(nn.Module):
         self.first, self.last = first, last
         self.tp = tp or TensorParallel()
         self.recompute = recompute
-        self.iterations: int | None = None
         self.backprop: int | None = None
         kernels = kernels or Kernels()
         self.use_flash = kernels.attention == "flash-attn"
@@ -124,7 +122,7 @@ class DecoderStage(nn.Module):
             caches: one per executed layer, for generation; x then holds the tokens after the cached ones.
             calls: the whole model's executions of layers; default: those of the plan, its loop ``iterations`` times.
         """
-        calls = self.plan.calls(self.iterations) if calls is None else calls
+        calls = self.plan.calls() if calls is None else calls
         own = [call for call in calls if str(call.layer_id) in self.layers]
         return self.run(x, own, documents_BS, caches, first=self.first, last=self.last)
 
@@ -249,7 +247,7 @@ class Decoder(DecoderStage):
         kv_heads, head_size = self.config.num_kv_heads // self.tp.size, self.config.head_size
         return [
             KeyValueCache(batch, kv_heads, max_length, head_size, parameter.dtype, parameter.device)
-            for _ in (self.plan.calls(self.iterations) if calls is None else calls)
+            for _ in (self.plan.calls() if calls is None else calls)
         ]
 
 

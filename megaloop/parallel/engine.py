@@ -153,6 +153,7 @@ class TrainingEngine:
             kernels=self.kernels,
             recompute=self.config.train.recompute,
         )
+        module.stage.backprop = self.config.loop.backprop
         if self.config.train.compile:
             module.stage.compile_layers()
         return module
@@ -201,16 +202,13 @@ class TrainingEngine:
         Args:
             iterations: how often the loop runs, the same on every rank; None: as often as the plan says.
         """
-        stage = self._module.stage
-        stage.iterations, stage.backprop = iterations, self.config.loop.backprop
         self.stopwatch.reset()
         self._engine.set_lr(lr)
-        loss = self._rounds.train(batches, self.micro_batches)
+        loss = self._rounds.train(batches, self.micro_batches, iterations)
         return StepResult(float(loss), self._engine.grad_norm, self._engine.step_applied)
 
     def evaluate(self, batches: Iterable[MicroBatch], count: int) -> float:
         """Mean loss in nats per token over ``count`` micro-batches per data-parallel rank, at the plan's depth; no gradients."""
-        self._module.stage.iterations = None
         return float(self._rounds.evaluate(iter(batches), count))
 
     def pieces(self) -> list[StatePiece]:

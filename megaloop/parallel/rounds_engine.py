@@ -88,10 +88,14 @@ class RoundsEngine:
         weight = next(module.stage.parameters())
         self._dtype, self._device = weight.dtype, weight.device
 
-    def train(self, batches: Iterator[MicroBatch], micro_batches: int) -> Tensor:
-        """One optimizer step, with the loop as often as the module's stage says; the mean loss, on every rank."""
+    def train(self, batches: Iterator[MicroBatch], micro_batches: int, iterations: int | None = None) -> Tensor:
+        """One optimizer step; the mean loss, on every rank.
+
+        Args:
+            iterations: how often the loop runs, the same on every rank; None: as often as the plan says.
+        """
         self._module.train()
-        loss = self._run(batches, micro_batches)
+        loss = self._run(batches, micro_batches, iterations)
         self._engine.finish_step()
         return loss
 
@@ -99,10 +103,10 @@ class RoundsEngine:
         """The mean loss over micro-batches, on every rank; no gradients."""
         self._module.eval()
         with torch.no_grad():
-            return self._run(batches, micro_batches)
+            return self._run(batches, micro_batches, None)
 
-    def _run(self, batches: Iterator[MicroBatch], micro_batches: int) -> Tensor:
-        step = _Step(self, batches, micro_batches)
+    def _run(self, batches: Iterator[MicroBatch], micro_batches: int, iterations: int | None) -> Tensor:
+        step = _Step(self, batches, micro_batches, iterations)
         step.run()
         loss = step.total / micro_batches
         if self._ranks > 1:
@@ -117,15 +121,15 @@ class RoundsEngine:
 class _Step:
     """One step, while it runs: what this rank holds, awaits and has sent."""
 
-    def __init__(self, engine: RoundsEngine, batches: Iterator[MicroBatch], micro_batches: int):
-        self._e, self._stage = engine, engine._module.stage
+    def __init__(self, engine: RoundsEngine, batches: Iterator[MicroBatch], micro_batches: int, iterations: int | None):
+        self._engine, self._stage = engine, engine._module.stage
         self._micro_batches = micro_batches
         self._work = RankSchedule.of(
             engine._plan,
             engine._slices,
             engine._rank,
             micro_batches,
-            iterations=self._stage.iterations,
+            iterations=iterations,
             backprop=self._stage.backprop,
             forward_only=not torch.is_grad_enabled(),
         )
@@ -166,15 +170,15 @@ class _Step:
         """Begin to receive the next message of a direction."""
         if not self._awaited[backward]:
             return
-        e, work = self._e, self._awaited[backward].popleft()
-        source = (e._rank + (1 if backward else -1)) % e._ranks
-        channel = e._channels[source, backward]
-        values = torch.empty(e._activation, dtype=e._dtype, device=e._device)
-        self._arriving[work, "values"] = _Message.of(dist.irecv(values, e._members[source], group=channel), values)
-        if e._documents is not None and not backward and work.round == 0:
-            indices = torch.empty(e._documents, dtype=torch.int32, device=e._device)
+        engine, work = self._engine, self._awaited[backward].popleft()
+        source = (engine._rank + (1 if backward else -1)) % engine._ranks
+        channel = engine._channels[source, backward]
+        values = torch.empty(engine._activation, dtype=engine._dtype, device=engine._device)
+        self._arriving[work, "values"] = _Message.of(dist.irecv(values, engine._members[source], group=channel), values)
+        if engine._documents is not None and not backward and work.round == 0:
+            indices = torch.empty(engine._documents, dtype=torch.int32, device=engine._device)
             self._arriving[work, "documents"] = _Message.of(
-                dist.irecv(indices, e._members[source], group=channel), indices
+                dist.irecv(indices, engine._members[source], group=channel), indices
             )
 
     def _receive(self, work: Action) -> Tensor:
@@ -189,10 +193,10 @@ class _Step:
 
     def _send(self, values: Tensor, *, backward: bool) -> None:
         """To the next rank, or with gradients to the one before."""
-        e = self._e
+        engine = self._engine
         values = values.detach().contiguous()
-        target = e._members[(e._rank + (-1 if backward else 1)) % e._ranks]
-        request = dist.isend(values, target, group=e._channels[e._rank, backward])
+        target = engine._members[(engine._rank + (-1 if backward else 1)) % engine._ranks]
+        request = dist.isend(values, target, group=engine._channels[engine._rank, backward])
         self._sent.append(_Message.of(request, values))
         while self._sent and self._sent[0].request.is_completed():
             self._sent.popleft()
@@ -204,31 +208,31 @@ class _Step:
         while self._taken <= number:
             self._batches[self._taken] = next(self._source)
             self._taken += 1
-        return self._batches[number] if self._e._rank == self._e._ranks - 1 else self._batches.pop(number)
+        return self._batches[number] if self._engine._rank == self._engine._ranks - 1 else self._batches.pop(number)
 
     def _forward(self, work: Action) -> None:
-        e = self._e
+        engine = self._engine
         if self._work.is_first(work):
             batch = self._batch(work.micro_batch)
-            x = batch.inputs.to(e._device)
-            if e._documents is not None:
-                self._documents[work.micro_batch] = batch.documents.to(e._device)
+            x = batch.inputs.to(engine._device)
+            if engine._documents is not None:
+                self._documents[work.micro_batch] = batch.documents.to(engine._device)
         else:
             x = self._receive(work)
         if self._work.is_passthrough(work):
             out = x
         else:
-            with e._stopwatch:
+            with engine._stopwatch:
                 out = self._compute(work, x)
         if not self._work.sends(work):
             return
         self._send(out, backward=False)
-        if e._documents is not None and work.round == 0 and e._rank < e._ranks - 1:
+        if engine._documents is not None and work.round == 0 and engine._rank < engine._ranks - 1:
             self._send(self._documents[work.micro_batch], backward=False)
 
     def _compute(self, work: Action, x: Tensor) -> Tensor:
         """Run the slice; its loss, if it ends with it."""
-        e, number, key = self._e, work.micro_batch, (work.round, work.micro_batch)
+        engine, number, key = self._engine, work.micro_batch, (work.round, work.micro_batch)
         has_backward = torch.is_grad_enabled() and self._work.has_backward(work)
         is_first, is_last = self._work.is_first(work), self._work.is_last(work)
         if not is_first:
@@ -245,9 +249,9 @@ class _Step:
             if self._work.leaves_loop(work) and not has_backward:
                 self._entered.pop(number, None)  # in validation there is no backward pass that would do it
             if is_last:
-                labels = _moved(self._batch(number).labels, e._device)
+                labels = _moved(self._batch(number).labels, engine._device)
                 del self._batches[number]
-                out = e._module.loss_fn(out, labels)
+                out = engine._module.loss_fn(out, labels)
                 self.total += out.detach().float()
         if has_backward:
             self._inputs[key], self._outputs[key] = x, out
@@ -256,7 +260,7 @@ class _Step:
     def _backward(self, work: Action) -> None:
         gradient = self._receive(work) if self._work.receives(work) else None
         if not self._work.is_passthrough(work):
-            with self._e._stopwatch:
+            with self._engine._stopwatch:
                 gradient = self._differentiate(work, gradient).grad
         if self._work.sends(work):
             assert gradient is not None
@@ -275,7 +279,7 @@ class _Step:
             made, taken = self._entered.pop(work.micro_batch)
             if taken.grad is not None:
                 roots.append((made, taken.grad))
-        self._e._engine.backward([root for root, _ in roots], [item for _, item in roots])
+        self._engine._engine.backward([root for root, _ in roots], [item for _, item in roots])
         return x
 
 

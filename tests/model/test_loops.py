@@ -68,8 +68,8 @@ STYLES = [
 @pytest.mark.parametrize("style", STYLES, ids=str)
 def test_every_option_computes_what_it_says(style: LoopStyle, iterations: int | None) -> None:
     model = decoder(style=style)
-    model.iterations = iterations
-    assert torch.allclose(model(TOKENS), by_hand(model, style, iterations or 3), atol=1e-5)
+    found = model(TOKENS, calls=model.plan.calls(iterations))
+    assert torch.allclose(found, by_hand(model, style, iterations or 3), atol=1e-5)
 
 
 @pytest.mark.parametrize("style", [STYLES[1], STYLES[2], STYLES[5]], ids=str)
@@ -103,10 +103,10 @@ def test_a_new_adapter_begins_as_plain_composition() -> None:
 @pytest.mark.parametrize("style", [STYLES[0], STYLES[5]], ids=str)
 def test_a_cache_gives_the_logits_of_the_whole_text(style: LoopStyle) -> None:
     model = decoder(style=style)
-    model.iterations = 4
-    caches = model.new_caches(2, 24)
-    parts = [model(piece, caches=caches) for piece in TOKENS.split([7, 3, *[1] * 14], dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), model(TOKENS), atol=1e-5)
+    calls = model.plan.calls(4)
+    caches = model.new_caches(2, 24, calls)
+    parts = [model(piece, caches=caches, calls=calls) for piece in TOKENS.split([7, 3, *[1] * 14], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model(TOKENS, calls=calls), atol=1e-5)
 
 
 @torch.no_grad()

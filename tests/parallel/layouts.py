@@ -238,14 +238,14 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
     for step in range(config.train.steps):
         take_masters()
         tokens, targets, documents = batch(config, step)
-        model.iterations, model.backprop = config.loop_iterations(config.plan, step), config.loop.backprop
+        model.backprop, calls = config.loop.backprop, config.plan.calls(config.loop_iterations(config.plan, step))
         # in bf16 each micro-batch's gradient is rounded by its layers, as in any run; only their sum is exact
         size = config.train.micro_batch if dtype == torch.bfloat16 else config.train.global_batch
         parts = list(zip(*(x.split(size) for x in (tokens, targets, documents)), strict=True))
         adam.zero_grad()
         total = 0.0
         for part_tokens, part_targets, part_documents in parts:
-            logits = model(part_tokens, part_documents if config.model.document_masking else None)
+            logits = model(part_tokens, part_documents if config.model.document_masking else None, calls=calls)
             loss = vocab_parallel_cross_entropy(logits, part_targets, model.tp) / len(parts)
             gradients = torch.autograd.grad(loss, list(parameters.values()))
             for name, gradient in zip(parameters, gradients, strict=True):
@@ -257,7 +257,6 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
         losses.append(total)
     take_masters()
     tokens, targets, documents = batch(config, config.train.steps)
-    model.iterations = None
     with torch.no_grad():
         logits = model(tokens, documents if config.model.document_masking else None)
         evaluated = float(vocab_parallel_cross_entropy(logits, targets, model.tp))
