@@ -297,9 +297,9 @@ def _tensor_problem(name: str, entry: TensorEntry) -> str | None:
         if not held[0] < held[1] <= box.numel:
             return f"a piece of values {held[0]} to {held[1]} does not lie in its box of {box.numel}"
         ranges[box].append(held)
-    for each_range in ranges.values():
-        each_range.sort()
-        if any(after[0] < before[1] for before, after in pairwise(each_range)):
+    for stretches in ranges.values():
+        stretches.sort()
+        if any(after[0] < before[1] for before, after in pairwise(stretches)):
             return "the same values twice"
     found, expected = sum(stop - start for held in ranges.values() for start, stop in held), prod(entry.shape)
     if not _tiles(ranges, entry.shape):

@@ -184,7 +184,7 @@ def bench_schedule_command(
     from megaloop.bench.schedule import Setting, bench_schedule, show
 
     setting = Setting(
-        shape, depth, micro_batches, micro_batch, sequence_length, steps, repeats,
+        shape, str(DepthSpec.parse(depth)), micro_batches, micro_batch, sequence_length, steps, repeats,
         tuple(item.value for item in precision or Precision),
         tuple(item.value for item in recompute or (Recompute.none, Recompute.full)),
     )  # fmt: skip

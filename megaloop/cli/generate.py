@@ -17,7 +17,7 @@ __all__ = ["generate"]
 def generate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, callback=finite, help="Sampling temperature; 0: greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[

@@ -111,7 +111,7 @@ class LoopConfig(Section):
     ramp: float = Field(default=0.0, ge=0, le=1)
     """The mean rises linearly from min_count over this fraction of the run, from the first looped step on; 0: at once."""
     backprop: PositiveInt | None = None
-    """Gradients pass only through the last this many iterations of the loop; needs an injection. Empty: through all."""
+    """Gradients pass only through the last N iterations of the loop; needs an injection. Empty: through all."""
     injection: Injection = "none"
     """What becomes of the state that entered the loop: none; add (to the state, each time but the first); concat (a linear adapter makes both into one)."""
     residual_scale: ResidualScale = "none"

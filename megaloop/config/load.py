@@ -130,7 +130,10 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where}: missing"
     if first["type"] != "extra_forbidden":
-        return f"{where}: {printable(first['msg'].removeprefix('Value error, '), 300)} (found {quoted(first['input'])})"
+        message, found = printable(first["msg"].removeprefix("Value error, "), 300), quoted(first["input"])
+        return f"{where}: {message}" + (
+            "" if isinstance(first["input"], str) and found in message else f" (found {found})"
+        )
     plain = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
     return f"unknown key {where!r}; {_nearest(plain)}"
 

@@ -11,7 +11,7 @@ ExcludedSamples = Sequence[tuple[int, int]]
 
 
 def past_excluded(start: int, count: int, excluded: ExcludedSamples) -> int:
-    """The first sample from ``start`` on that begins ``count`` samples with no hole in them."""
+    """The first sample from ``start`` on that begins ``count`` samples with no excluded one among them."""
     for begin, end in sorted(excluded):
         if begin < start + count and start < end:
             start = end

@@ -41,7 +41,7 @@ _SHUFFLED = 1024
 BLOCK_SHARDS = 4
 """Samples are shuffled within blocks as long as this many shards."""
 _LONGEST_PATTERN = 1 << 16
-"""Shares that need a longer pattern than this many samples are rounded to multiples of one in this many."""
+"""Shares that need a longer pattern than this many samples are rounded to multiples of its reciprocal."""
 
 
 def _mix(value: int) -> int:

@@ -79,7 +79,7 @@ def flops_per_token(
             last product, whose result no gradient needs (``torch.utils.checkpoint`` stops early there);
             ``selective`` keeps all matrix products and so recomputes nothing that counts.
         iterations: how often the loop runs; default: as the plan says.
-        backprop: only the last this many iterations of the loop have a backward pass; default: all.
+        backprop: only the last N iterations of the loop have a backward pass; default: all.
     """
     layer = layer_flops(shape, sequence_length)
     head = head_flops(shape, _vocabulary(shape, vocab_size))

@@ -74,6 +74,15 @@ class Rounds:
         size, larger = divmod(self.micro_batches, count)
         return tuple(size + (index < larger) for index in range(count))
 
+    @cached_property
+    def window(self) -> int:
+        """Messages of a direction that a rank holds until they have arrived: before another it waits for the oldest.
+
+        Few where there is one round. Where micro-batches go round the ring, a rank sends a whole group before it takes up what
+        comes back of it: with fewer, ranks may wait for each other in a circle (tests/layout/test_work.py executes it).
+        """
+        return 2 if self.rounds == 1 else max(self.groups)
+
     def beginning(self, passes: int = 40_000) -> Rounds:
         """The same schedule with fewer micro-batches, so that all ranks together do about ``passes`` passes.
 

@@ -27,7 +27,7 @@ class RankSchedule:
         rounds: the order of work.
         calls: the executions of layers of the whole plan.
         slices: [start, stop) of them that this rank runs, by round.
-        backprop: gradients pass only through the last this many iterations of the loop; None: all.
+        backprop: gradients pass only through the last N iterations of the loop; None: all.
         injects: the state that enters the loop is taken up again later.
     """
 

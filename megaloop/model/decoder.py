@@ -57,7 +57,7 @@ class DecoderStage(nn.Module):
         recompute: activation checkpointing per layer.
 
     Attributes:
-        backprop: gradients pass only through the last this many iterations of the loop; None: through all.
+        backprop: gradients pass only through the last N iterations of the loop; None: through all.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Training and evaluating in rounds, one or several, on a step engine.
 
 A rank has a slice of layers per round, and works in the order that
-:class:`megaloop.layout.rounds.Rounds` gives; a looped layer is held once, by the rank that runs all its uses, and its
+:class:`megaloop.layout.rounds.Rounds` gives; a looped layer is held once, by the rank that runs all its calls, and its
 gradients add up there. Reducing gradients over replicas, the tied embedding's exchange and the optimizer's step remain
 the step engine's, once per step.
 
@@ -12,7 +12,7 @@ next rank and the one before are the same.) Receives are posted ahead of need.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -142,7 +142,7 @@ class _Step:
         # of each micro-batch, what entered the loop: as it came about, and as later rounds take it, on the rank that injects
         self._entered: dict[int, tuple[Tensor, Tensor]] = {}
         self._arriving: dict[tuple[Action, str], _Message] = {}
-        self._sent: deque[_Message] = deque()
+        self._sent: dict[tuple[str, bool], deque[_Message]] = defaultdict(deque)
         self._awaited = {
             backward: deque(
                 work for work in self._work.passes() if work.backward == backward and self._work.receives(work)
@@ -160,9 +160,9 @@ class _Step:
                 self._backward(work)
             else:
                 self._forward(work)
-        for message in self._sent:
-            message.request.wait()
-        self._sent.clear()
+        for queue in self._sent.values():
+            while queue:
+                queue.popleft().request.wait()
 
     # --- messages ---
 
@@ -191,15 +191,17 @@ class _Step:
         self._post(work.backward)
         return message.tensor
 
-    def _send(self, values: Tensor, *, backward: bool) -> None:
-        """To the next rank, or with gradients to the one before."""
+    def _send(self, values: Tensor, *, backward: bool, what: str = "values") -> None:
+        """To the next rank, or with gradients to the one before; waits where too many are on their way."""
         engine = self._engine
         values = values.detach().contiguous()
         target = engine._members[(engine._rank + (-1 if backward else 1)) % engine._ranks]
         request = dist.isend(values, target, group=engine._channels[engine._rank, backward])
-        self._sent.append(_Message.of(request, values))
-        while self._sent and self._sent[0].request.is_completed():
-            self._sent.popleft()
+        queue = self._sent[what, backward]
+        queue.append(_Message.of(request, values))
+        # gloo's requests do not know that they are done until they are waited for
+        while len(queue) > self._work.rounds.window:
+            queue.popleft().request.wait()
 
     # --- work ---
 
@@ -228,7 +230,7 @@ class _Step:
             return
         self._send(out, backward=False)
         if engine._documents is not None and work.round == 0 and engine._rank < engine._ranks - 1:
-            self._send(self._documents[work.micro_batch], backward=False)
+            self._send(self._documents[work.micro_batch], backward=False, what="documents")
 
     def _compute(self, work: Action, x: Tensor) -> Tensor:
         """Run the slice; its loss, if it ends with it."""

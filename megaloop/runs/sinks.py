@@ -13,8 +13,8 @@ A tracker is a class more, with the methods that it has a use for, and a line wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,19 +77,27 @@ class Hub(Sink):
         return any(sink.lost for sink in self._sinks)
 
     def step(self, record: StepRecord) -> None:
-        waited = self.waiting
-        for sink in self._sinks:
-            sink.step(record)
-        if self.waiting and not waited:
-            self.event(DiskFull(record.step))
+        with self._telling_of_a_full_disk(record.step):
+            for sink in self._sinks:
+                sink.step(record)
 
     def ranks(self, record: RanksRecord) -> None:
         for sink in self._sinks:
             sink.ranks(record)
 
     def event(self, event: Event) -> None:
-        for sink in self._sinks:
-            sink.event(event)
+        with self._telling_of_a_full_disk(event.step):
+            for sink in self._sinks:
+                sink.event(event)
+
+    @contextmanager
+    def _telling_of_a_full_disk(self, step: int) -> Iterator[None]:
+        """What finds no room is kept by its sink; that this begins is an event of its own, which no file records."""
+        waited = self.waiting
+        yield
+        if self.waiting and not waited:
+            for sink in self._sinks:
+                sink.event(DiskFull(step))
 
     def close(self) -> None:
         """Close the sinks, the last one first, each whatever happens to the others."""

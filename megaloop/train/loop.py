@@ -300,7 +300,7 @@ class _Run:
         self._reporter.ranks(self.at.step, records)
 
     def _check_step(self, result: StepResult) -> None:
-        """Record what is wrong with the step's numbers; raises _Trouble on every rank where training cannot go on."""
+        """Record what is wrong with the step's numbers; raises _RollbackRequested on every rank where training cannot go on."""
         verdict = self.faults.stepped(self.at, result)
         if isinstance(verdict, Spike):
             self._reporter.hub.event(Spiked(self.at.step, verdict.loss, verdict.median, verdict.deviation))

@@ -84,6 +84,13 @@ def test_a_users_error_is_one_line_on_stderr(config_file: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["schedule", "rounds"])
+def test_a_bench_refuses_a_depth_that_is_none(name: str) -> None:
+    result = megaloop("bench", name, "--depth", "nan")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: depth: cannot read 'nan'")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -23,7 +23,7 @@ def test_without_holes_nothing_is_passed_over() -> None:
 def test_a_batch_that_would_reach_into_a_hole_begins_after_it() -> None:
     assert past_excluded(8, 4, [(8, 12)]) == 12
     assert past_excluded(7, 4, [(8, 12)]) == 12
-    assert past_excluded(8, 4, [(12, 16), (4, 10)]) == 16, "out of one hole, into the next"
+    assert past_excluded(8, 4, [(12, 16), (4, 10)]) == 16, "out of one range, into the next"
 
 
 @given(st.integers(0, 70), st.integers(1, 8), EXCLUDED)

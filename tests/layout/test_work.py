@@ -16,9 +16,14 @@ COSTS = LayerCosts(0.0, 1.0, 2.0)
 DEPTHS = ["8-8x1-8", "1-2x3-1", "0-4x4-0", "2-3x2-1", "4-4x4-4", "0-8x3-8", "7-1x5-0", "3-2x6-9"]
 
 
-def execute(ranks: list[RankSchedule]) -> None:
-    """Run all ranks, each in its order, receives blocking and sends not; check what arrives, and what was done in the end."""
-    programs = [deque(work.passes()) for work in ranks]
+def execute(ranks: list[RankSchedule], capacity: int | None = None) -> None:
+    """Run all ranks, each in its order, and check what arrives, and what was done in the end.
+
+    A receive blocks until its message is there; a send while ``capacity`` messages wait to be received. Default: those that
+    the schedule has on their way; receives that are posted ahead come on top of them.
+    """
+    capacity = ranks[0].rounds.window if capacity is None else capacity
+    programs = [deque((action, part) for action in work.passes() for part in ("receive", "send")) for work in ranks]
     channels: dict[tuple[int, bool], deque[tuple[Action, int]]] = defaultdict(deque)
     done: list[list[Action]] = [[] for _ in ranks]
     moved = True
@@ -27,20 +32,27 @@ def execute(ranks: list[RankSchedule]) -> None:
         moved = False
         for rank, work in enumerate(ranks):
             while programs[rank]:
-                each = programs[rank][0]
-                if work.receives(each):
-                    source = (rank + (1 if each.backward else -1)) % len(ranks)
-                    if not channels[source, each.backward]:
+                action, part = programs[rank][0]
+                if part == "receive" and work.receives(action):
+                    source = (rank + (1 if action.backward else -1)) % len(ranks)
+                    if not channels[source, action.backward]:
                         break
-                    (sent, position) = channels[source, each.backward].popleft()
-                    assert sent.micro_batch == each.micro_batch
-                    assert position == work.slices[each.round][1 if each.backward else 0], "the state at another place"
-                if each.backward:
-                    forward = Action(False, each.round, each.micro_batch)
+                    (sent, position) = channels[source, action.backward].popleft()
+                    assert sent.micro_batch == action.micro_batch
+                    assert position == work.slices[action.round][1 if action.backward else 0], (
+                        "the state at another place"
+                    )
+                if part == "send" and work.sends(action):
+                    channel = channels[rank, action.backward]
+                    if len(channel) >= capacity:
+                        break
+                    channel.append((action, work.slices[action.round][0 if action.backward else 1]))
+                if part == "receive" and action.backward:
+                    forward = Action(False, action.round, action.micro_batch)
                     assert forward in done[rank], "forward before backward"
-                if work.sends(each):
-                    channels[rank, each.backward].append((each, work.slices[each.round][0 if each.backward else 1]))
-                done[rank].append(programs[rank].popleft())
+                if part == "send":
+                    done[rank].append(action)
+                programs[rank].popleft()
                 moved = True
     assert not any(channels.values()), "something was sent that nobody received"
     _check_what_was_done(ranks, done)
@@ -102,6 +114,8 @@ def test_unlooped_models_in_rounds(pipeline: int, rounds: int) -> None:
     slices = slice_rounds(plan, pipeline, rounds, 16, COSTS)
     for micro_batches in range(pipeline, 25):
         execute(_ranks(plan, slices, micro_batches))
+    for micro_batches in (pipeline, 2 * pipeline - 1, 40):
+        execute(_ranks(plan, slices, micro_batches, forward_only=True))
 
 
 def test_times_that_do_not_learn_have_no_backward_pass_and_send_no_gradient() -> None:
@@ -135,5 +149,8 @@ def test_the_checker_finds_what_is_wrong() -> None:
     wrong = replace(ranks[1], slices=(ranks[1].slices[1], ranks[1].slices[0], *ranks[1].slices[2:]))
     with pytest.raises(AssertionError, match="another place"):
         execute([ranks[0], wrong])
+    many = _ranks(DepthPlan.plain(50), slice_rounds(DepthPlan.plain(50), 8, 2, 16, COSTS), 23)
+    with pytest.raises(AssertionError, match="wait for each other"):
+        execute(many, capacity=4)
     with pytest.raises(AssertionError, match="wait for each other"):
         execute([ranks[0], replace(ranks[1], backprop=1)])

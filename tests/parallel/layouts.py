@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +18,7 @@ from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
 from megaloop.model import Decoder, initial_values, vocab_parallel_cross_entropy
 from megaloop.model.parameters import parameter_specs
+from megaloop.parallel import rounds_engine
 from megaloop.parallel.engine import TrainingEngine, join_ranks
 
 VOCAB = 128
@@ -261,3 +263,28 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
         logits = model(tokens, documents if config.model.document_masking else None)
         evaluated = float(vocab_parallel_cross_entropy(logits, targets, model.tp))
     return {"losses": losses, "norms": norms, "evaluated": evaluated}
+
+
+def most_messages(values: dict[str, Any], count: int) -> tuple[int, int]:
+    """Messages of a direction that this rank held at most, in a training step and in a validation of ``count`` micro-batches."""
+    config = Config.model_validate(values)
+    topology = Topology(*config.topology(join_ranks()))
+    engine = TrainingEngine(
+        config, config.plan, topology, VOCAB, InitialValues(config.model, config.seed, config.plan, VOCAB)
+    )
+    most, sent = [0], rounds_engine._Step._send
+
+    def sending(step: rounds_engine._Step, *arguments: Any, **options: Any) -> None:
+        sent(step, *arguments, **options)
+        most[0] = max(most[0], *(len(queue) for queue in step._sent.values()))
+
+    rounds_engine._Step._send = sending  # type: ignore[method-assign, assignment]
+    try:
+        batches = itertools.cycle(micro_batches(config, engine.coordinate.dp, topology.dp))
+        engine.train_step(batches, LR)
+        training, most[0] = most[0], 0
+        engine.evaluate(batches, count)
+    finally:
+        rounds_engine._Step._send = sent  # type: ignore[method-assign]
+        engine.close()
+    return training, most[0]

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from tests.distributed import RankPool
-from tests.parallel.layouts import configuration, drifting_replica, reduced_gradients, train_layout, train_plainly
+from tests.parallel.layouts import (
+    configuration,
+    drifting_replica,
+    most_messages,
+    reduced_gradients,
+    train_layout,
+    train_plainly,
+)
 
 ALONE = [(1, 1, 1)]
 PAIRS = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
@@ -124,3 +131,11 @@ def test_replicas_stay_equal_where_sizes_do_not_divide_into_vectors(
     model = {"hidden_size": hidden, "num_heads": 2, "num_kv_heads": 2, "ffn_size": 3 * hidden // 2}
     values = configuration(2, 1, 2, model=model, train__precision=precision)
     assert [item["differing"] for item in ranks_4.run(train_layout, values)] == [[]] * 4
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_few_messages_are_held_however_many_are_sent(ranks_2: RankPool, rounds: int) -> None:
+    """gloo's requests do not know that they are done: whoever only asked would hold every message of a step."""
+    values = configuration(2, parallel__rounds=rounds, train__global_batch=24, train__steps=1)
+    nothing_back = 0 if rounds == 1 else 2  # validation in one round sends nothing from the last rank
+    assert ranks_2.run(most_messages, values, 24) == [(2, 2), (2, nothing_back)]
