@@ -130,8 +130,8 @@ class Job:
 
     def trained(self) -> bool:
         """The run has a checkpoint of its last step."""
-        whole = list_checkpoints(self.run / "checkpoints")
-        return bool(whole) and step_of(whole[-1]) == self.steps
+        complete = list_checkpoints(self.run / "checkpoints")
+        return bool(complete) and step_of(complete[-1]) == self.steps
 
     def look(self) -> None:
         """How far the run is."""

@@ -55,7 +55,7 @@ class LoopedCheckpoint:
 
     Attributes:
         depth: layers and loop, by places (24, 10-4x2-10); ``*_before``: of the checkpoint that was read.
-        deep: layers that run.
+        effective_depth: layers that run.
         bytes: on disk.
     """
 
@@ -64,7 +64,7 @@ class LoopedCheckpoint:
     depth_before: str
     depth: str
     layers: int
-    deep: int
+    effective_depth: int
     parameters: int
     bytes: int
     seconds: float
@@ -180,7 +180,7 @@ def loop_checkpoint(
         depth_before=before,
         depth=info.plan.notation,
         layers=info.plan.layers,
-        deep=info.plan.depth,
+        effective_depth=info.plan.depth,
         parameters=parameters(info.plan, info.model),
         bytes=size,
         seconds=time.perf_counter() - began,

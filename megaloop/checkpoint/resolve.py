@@ -101,9 +101,9 @@ def resolve_checkpoint(path: Path) -> Path:
     except OSError as error:
         raise MegaloopError(f"checkpoint {printable(path, 1000)}: cannot be read ({error.strerror})") from None
     for directory in (path / "checkpoints", path):
-        whole = list_checkpoints(directory)
-        if whole:
-            return whole[-1]
+        complete = list_checkpoints(directory)
+        if complete:
+            return complete[-1]
     raise MegaloopError(
         f"no complete checkpoint in {path}: expected a checkpoint (a directory with {MANIFEST}) or a run that has saved one"
     )
@@ -123,10 +123,10 @@ def prune(directory: Path, keep: int, every: int = 0) -> list[Path]:
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, found {keep}")
-    whole = list_checkpoints(directory)
-    gone = [path for path in whole[:-keep] if not (every and step_of(path) % every == 0)]
-    gone += [path for path in list_damaged(directory) if whole and step_of(whole[-1]) >= step_of(path)]
-    gone += [path for path in list_incomplete(directory) if whole and step_of(whole[-1]) > step_of(path)]
+    complete = list_checkpoints(directory)
+    gone = [path for path in complete[:-keep] if not (every and step_of(path) % every == 0)]
+    gone += [path for path in list_damaged(directory) if complete and step_of(complete[-1]) >= step_of(path)]
+    gone += [path for path in list_incomplete(directory) if complete and step_of(complete[-1]) > step_of(path)]
     for path in gone:
         try:
             remove_checkpoint(path)

@@ -182,8 +182,8 @@ def _collective(
             raise RuntimeError(f"checkpoint {directory} {outcome}: rank {rank}: {item.text}") from cause
     failed = {rank: item.text for rank, item in enumerate(outcomes) if isinstance(item, _Failure)}
     if failed:
-        whole = list_checkpoints(directory.parent)
-        last = f"the last complete checkpoint is {whole[-1].name}" if whole else "there is no earlier checkpoint"
+        complete = list_checkpoints(directory.parent)
+        last = f"the last complete checkpoint is {complete[-1].name}" if complete else "there is no earlier checkpoint"
         raise MegaloopError(
             f"checkpoint {directory} {outcome}: {next(iter(failed.values()))} ({_ranks(list(failed))}); {last}; "
             "make room or fix the permissions, then go on with --resume"

@@ -328,8 +328,8 @@ def status(run: Run, json: Json = False) -> None:
         found.step, found.loss = whole_number(records[-1], "step") or 0, number(records[-1], "loss")
         times = [seconds for record in records if (seconds := number(record, "seconds")) is not None]
         found.seconds_left = statistics.median(times) * (found.steps - found.step) if times else None
-    whole = list_checkpoints(run / "checkpoints")
-    found.last_checkpoint = whole[-1].name if whole else None
+    complete = list_checkpoints(run / "checkpoints")
+    found.last_checkpoint = complete[-1].name if complete else None
     if json:
         echo(json_format.dumps(asdict(found), indent=2))
         return

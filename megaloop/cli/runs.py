@@ -126,9 +126,9 @@ def _prune(run: Path, keep: int | None) -> list[Path]:
     """
     from megaloop.checkpoint import list_checkpoints, prune
     from megaloop.config import load_config
-    from megaloop.runs.directory import CONFIG, held
+    from megaloop.runs.directory import CONFIG, lock
 
-    with held(run):
+    with lock(run):
         policy = load_config(run / CONFIG, []).checkpoint
         for newest in list_checkpoints(run / "checkpoints")[-1:]:
             row = _describe(newest, verify=True)

@@ -185,10 +185,10 @@ def _some(documents: Iterable[tuple[int, str]]) -> Iterator[str]:
 @contextmanager
 def _held(directory: Path) -> Iterator[None]:
     """Only one bench at a time works in a directory."""
-    from megaloop.runs.directory import held
+    from megaloop.runs.directory import lock
 
     directory.mkdir(parents=True, exist_ok=True)
-    with held(directory):
+    with lock(directory):
         yield
 
 

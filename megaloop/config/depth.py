@@ -117,7 +117,7 @@ class LoopConfig(Section):
     residual_scale: ResidualScale = "none"
     """1/k: what looped layers add to the residual stream is divided by the number of times (arXiv 2606.18524)."""
     norm: bool = False
-    """An RMSNorm of its own at the end of each time of the loop."""
+    """An RMSNorm of its own at the end of each iteration of the loop."""
 
     @property
     def style(self) -> LoopStyle:

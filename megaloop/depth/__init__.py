@@ -2,7 +2,7 @@
 
 from megaloop.depth.counts import LoopCounts
 from megaloop.depth.growth import Growth, InsertAt, Operator, before_growth, grow
-from megaloop.depth.loops import Execution, at_depth, loop, reorder, unloop, untie
+from megaloop.depth.loops import Execution, loop, reorder, unloop, untie, with_inference_loop
 from megaloop.depth.plan import DepthPlan, LayerCall, Loop, LoopStyle
 from megaloop.depth.schedule import GrowthStage, RunFlops, growth_stages, run_flops, stage_at, stages_between
 from megaloop.depth.spec import DepthSpec
@@ -20,7 +20,6 @@ __all__ = [
     "LoopStyle",
     "Operator",
     "RunFlops",
-    "at_depth",
     "before_growth",
     "grow",
     "growth_stages",
@@ -31,4 +30,5 @@ __all__ = [
     "stages_between",
     "unloop",
     "untie",
+    "with_inference_loop",
 ]

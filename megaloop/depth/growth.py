@@ -128,7 +128,7 @@ def _step(plan: DepthPlan, operator: Operator, block: int, insert_at: InsertAt) 
         blocks = count // block
         stop = (blocks + 1) // 2 * block
         return _insert(plan, stop, plan.order[stop - block : stop], copied=True)
-    # an odd number of layers more than the block has no exact middle: one layer more stays behind the copied range
+    # an odd number of layers more than the block has no exact middle: one layer more stays after the copied range
     start = (count - block) // 2
     at = start + block if insert_at == "after" else count // 2
     return _insert(plan, at, plan.order[start : start + block], copied=operator != "random")

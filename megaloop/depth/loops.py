@@ -16,7 +16,7 @@ from megaloop.depth.plan import DepthPlan, LayerCall, LoopStyle
 from megaloop.depth.spec import DepthSpec
 from megaloop.errors import MegaloopError
 
-__all__ = ["Execution", "at_depth", "loop", "loop_layers", "reorder", "unloop", "untie"]
+__all__ = ["Execution", "loop", "loop_layers", "reorder", "unloop", "untie", "with_inference_loop"]
 
 
 def loop(plan: DepthPlan, start: int, stop: int, iterations: int, style: LoopStyle = LoopStyle()) -> DepthPlan:
@@ -111,7 +111,7 @@ class Execution:
         return cls(DepthSpec.of(plan), plan.calls())
 
 
-def at_depth(plan: DepthPlan, depth: DepthSpec) -> Execution:
+def with_inference_loop(plan: DepthPlan, depth: DepthSpec) -> Execution:
     """How to run a trained model at another depth.
 
     A loop of plain composition may be moved, taken away or put in. One with parameters or scales of its own stays where it

@@ -68,7 +68,7 @@ class Loop:
 
     @property
     def stop(self) -> int:
-        """The first position behind the loop."""
+        """The first position after the loop."""
         return self.start + self.block * self.iterations
 
 
@@ -78,22 +78,22 @@ class LayerCall:
 
     Attributes:
         layer_id: which.
-        time: of the loop, counted from 0; None outside of it.
+        iteration: of the loop, counted from 0; None outside of it.
         is_first, is_last: it is the first, the last layer of that time.
         iterations: how often that loop runs; None outside of it.
     """
 
     layer_id: int
-    time: int | None = None
+    iteration: int | None = None
     is_first: bool = False
     is_last: bool = False
     iterations: int | None = None
 
     def is_frozen(self, backprop: int | None) -> bool:
-        """No gradient passes through: it belongs to a time of the loop before the last ``backprop`` ones (None: to none)."""
-        if backprop is None or self.time is None or self.iterations is None:
+        """No gradient passes through: it belongs to an iteration of the loop before the last ``backprop`` ones (None: to none)."""
+        if backprop is None or self.iteration is None or self.iterations is None:
             return False
-        return self.time < self.iterations - backprop
+        return self.iteration < self.iterations - backprop
 
 
 @dataclass(frozen=True)
@@ -158,22 +158,22 @@ class DepthPlan:
             return cls(tuple(_read_groups(text)))
         raise MegaloopError(
             f"depth: cannot read {quoted(text)}; expected a number of layers (24) or "
-            "before-LOOPxTIMES-after (4-4x4-4: 4 layers, 4 layers 4 times, 4 layers)"
+            "PRELUDE-RECURRENTxITERATIONS-CODA (4-4x4-4: 4 layers, 4 layers 4 times, 4 layers)"
         )
 
     @classmethod
-    def looped(cls, before: int, block: int, iterations: int, after: int) -> DepthPlan:
+    def looped(cls, prelude: int, block: int, iterations: int, coda: int) -> DepthPlan:
         """Loop(e-Lxk-d): what ``e-Lxk-d`` reads as.
 
         Raises:
             MegaloopError: no layer in the loop, or no time; deeper than any model.
         """
-        text = f"{before}-{block}x{iterations}-{after}"
+        text = f"{prelude}-{block}x{iterations}-{coda}"
         if block == 0 or iterations == 0:
             raise MegaloopError(
                 f"depth: {quoted(text)} loops {block} layers {iterations} times; both must be at least 1"
             )
-        return _from_counts(before, block, iterations, after, text)
+        return _from_counts(prelude, block, iterations, coda, text)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -226,8 +226,8 @@ class DepthPlan:
             raise MegaloopError(f"depth: a loop runs at least once; found {count} times")
         block = self.order[loop.start : loop.start + loop.block]
         looped = (
-            LayerCall(layer_id, time, index == 0, index == loop.block - 1, count)
-            for time in range(count)
+            LayerCall(layer_id, iteration, index == 0, index == loop.block - 1, count)
+            for iteration in range(count)
             for index, layer_id in enumerate(block)
         )
         return (*map(LayerCall, self.order[: loop.start]), *looped, *map(LayerCall, self.order[loop.stop :]))
@@ -273,16 +273,16 @@ class DepthPlan:
 
 
 def spelled_loop(depth: str) -> tuple[int, int, int, int] | None:
-    """(before, block, times, behind) of a loop's text, even of one that runs once; None for anything else."""
+    """(prelude, block, iterations, coda) of a loop's text, even of one that runs once; None for anything else."""
     match = _LOOPED.fullmatch(depth.strip())
     return (int(match[1]), int(match[2]), int(match[3]), int(match[4])) if match else None
 
 
-def _from_counts(before: int, block: int, iterations: int, after: int, text: str) -> DepthPlan:
-    if before + block * iterations + after > _MAX_DEPTH:
+def _from_counts(prelude: int, block: int, iterations: int, coda: int, text: str) -> DepthPlan:
+    if prelude + block * iterations + coda > _MAX_DEPTH:
         raise MegaloopError(f"depth: {quoted(text)} is deeper than {_MAX_DEPTH} layers")
-    loop = tuple(range(before, before + block))
-    return DepthPlan((*range(before), *loop * iterations, *range(before + block, before + block + after)))
+    loop = tuple(range(prelude, prelude + block))
+    return DepthPlan((*range(prelude), *loop * iterations, *range(prelude + block, prelude + block + coda)))
 
 
 def _read_groups(text: str) -> Iterator[int]:
@@ -304,14 +304,14 @@ def _text(order: tuple[int, ...]) -> str:
     """The shortest of the three notations that reads back as ``order``."""
     if order == tuple(range(len(order))):
         return str(len(order))
-    before, block, iterations = _find_loop(order)
+    prelude, block, iterations = _find_loop(order)
     layers = tuple(dict.fromkeys(order))
     if iterations > 1 and layers == tuple(range(len(layers))):
-        return f"{before}-{block}x{iterations}-{len(order) - before - block * iterations}"
+        return f"{prelude}-{block}x{iterations}-{len(order) - prelude - block * iterations}"
     groups = [
-        (order[:before], 1),
-        (order[before : before + block], iterations),
-        (order[before + block * iterations :], 1),
+        (order[:prelude], 1),
+        (order[prelude : prelude + block], iterations),
+        (order[prelude + block * iterations :], 1),
     ]
     return "".join(f"({','.join(map(str, ids))})" + (f"x{count}" if count > 1 else "") for ids, count in groups if ids)
 

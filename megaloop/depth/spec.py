@@ -45,10 +45,10 @@ class DepthSpec:
         return cls(plan.notation, DepthPlan(tuple(places[layer_id] for layer_id in plan.order)), plan.loop)
 
     @classmethod
-    def looped(cls, before: int, block: int, iterations: int, after: int) -> Self:
-        """``before`` layers, a ``block`` of them ``iterations`` times, then ``after`` layers."""
-        plan = DepthPlan.looped(before, block, iterations, after)
-        return cls(f"{before}-{block}x{iterations}-{after}", plan, Loop(before, block, iterations))
+    def looped(cls, prelude: int, block: int, iterations: int, coda: int) -> Self:
+        """``prelude`` layers, a ``block`` of them ``iterations`` times, then ``coda`` layers."""
+        plan = DepthPlan.looped(prelude, block, iterations, coda)
+        return cls(f"{prelude}-{block}x{iterations}-{coda}", plan, Loop(prelude, block, iterations))
 
     @property
     def layers(self) -> int:

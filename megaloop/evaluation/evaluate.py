@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, MicroBatch, Tokenizer, bits_per_byte, held_out_batch, held_out_places
-from megaloop.depth import DepthPlan, DepthSpec, Execution, LayerCall, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, Execution, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
 from megaloop.evaluation.scoring import Question, score
@@ -103,7 +103,7 @@ def _depth(plan: DepthPlan, loops: int | None, block: Block | None) -> _Depth:
         )
     count = loops or 1
     depth = DepthSpec.looped(block.first, block.stop - block.first, count, plan.layers - block.stop)
-    return _Depth(count, at_depth(plan, depth), block)
+    return _Depth(count, with_inference_loop(plan, depth), block)
 
 
 def _middle(layers: int) -> Block:

@@ -19,7 +19,7 @@ from megaloop.checkpoint.run_state import RunState
 from megaloop.checkpoint.tensor_file import LazyTensor
 from megaloop.checkpoint.writer import CheckpointInfo, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, DepthSpec, LayerCall, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.files import OutputDirectory, open_weights, read_json, write_json, write_weights
 from megaloop.huggingface.tokenizer import write_tokenizer
@@ -96,7 +96,7 @@ def export_huggingface(
                 f"checkpoint {source.path}: its loop has an injection or a norm, which a Llama decoder has no place for; "
                 "only loops of plain composition (and residual_scale) can be exported"
             )
-        calls = plan.calls() if depth is None else at_depth(plan, depth).calls
+        calls = plan.calls() if depth is None else with_inference_loop(plan, depth).calls
         name = dtype or manifest.precision
         state_name = "master" if name == "fp32" and source.names("master") else "model"
         length = manifest.data.sequence_length or _DEFAULT_LENGTH

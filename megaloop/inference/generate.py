@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megaloop.depth import DepthSpec, LayerCall, at_depth
+from megaloop.depth import DepthSpec, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
@@ -66,7 +66,7 @@ def generate_text(
         MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without ``</s>``.
     """
     model, opened = load_decoder(checkpoint, precision=precision)
-    calls = None if depth is None else at_depth(model.plan, depth).calls
+    calls = None if depth is None else with_inference_loop(model.plan, depth).calls
     if opened.tokenizer is None:
         raise MegaloopError(f"checkpoint {opened.path} holds no tokenizer.model; it can't turn text into tokens")
     tokenizer = Tokenizer.load(opened.tokenizer)

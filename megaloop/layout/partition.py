@@ -90,8 +90,8 @@ def slice_rounds(plan: DepthPlan, ranks: int, rounds: int, micro_batches: int, c
     """Which rank runs which positions of a plan in which round, every layer always on the rank that owns it.
 
     A plan that runs each layer once is cut into ``rounds`` x ``ranks`` slices of even cost. Of a loop e-Lxk-d each part
-    is spread over the ranks, and every time of the loop is a round; ``rounds`` does not matter then. What comes before
-    the loop shares its first round, and what comes behind shares its last, where the ranks that own them stand in that order.
+    is spread over the ranks, and every iteration of the loop is a round; ``rounds`` does not matter then. What comes before
+    the loop shares its first round, and what comes after it shares its last, where the ranks that own them stand in that order.
     Of several ways to spread, the one is taken that makes a step shortest, by :class:`Rounds`' own timeline. Every rank
     owns a layer. On one rank everything is one round.
 
@@ -124,12 +124,12 @@ def slices_for(plan: DepthPlan, slices: StageMap, iterations: int) -> StageMap:
         return slices
     if ranks == 1:
         return (((0, plan.depth + loop.block * (iterations - loop.iterations)),),)
-    before, looped, behind = _owned_counts(plan, loop, slices)
-    return _fold(before, looped, behind, iterations)
+    prelude, recurrent, coda = _owned_counts(plan, loop, slices)
+    return _fold(prelude, recurrent, coda, iterations)
 
 
 def _owned_counts(plan: DepthPlan, loop: Loop, slices: StageMap) -> tuple[tuple[int, ...], ...]:
-    """How many layers of each part (before the loop, in it, behind it) each rank owns."""
+    """How many layers of each part (prelude, recurrent block, coda) each rank owns."""
     bounds = ((0, loop.start), (loop.start, loop.start + loop.block), (loop.stop, plan.depth))
     return tuple(
         tuple(
@@ -140,12 +140,12 @@ def _owned_counts(plan: DepthPlan, loop: Loop, slices: StageMap) -> tuple[tuple[
     )
 
 
-def _fold(before: Sequence[int], loop: Sequence[int], behind: Sequence[int], iterations: int) -> StageMap:
+def _fold(prelude: Sequence[int], loop: Sequence[int], coda: Sequence[int], iterations: int) -> StageMap:
     """Slices from the number of layers that ranks own of each part: a new round begins where the next layer's rank is lower."""
     ranks = len(loop)
     rounds: list[list[tuple[int, int]]] = [[]]
     at, current = 0, 0
-    for part in (before, *[loop] * iterations, behind):
+    for part in (prelude, *[loop] * iterations, coda):
         for rank, count in enumerate(part):
             if count == 0:
                 continue
@@ -190,39 +190,39 @@ _Spread = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def _spreads(loop: Loop, depth: int, ranks: int, costs: LayerCosts) -> Iterator[_Spread]:
-    """Ways to give each rank layers before the loop, of the loop and behind it.
+    """Ways to give each rank layers of the prelude, of the recurrent block and of the coda.
 
     The loop lies evenly on some neighbouring ranks. The other layers go where there is least to do, those before the loop
-    to the first ranks and those behind it to the last, or both mixed; or they lie evenly over all ranks.
+    to the first ranks and those after it to the last, or both mixed; or they lie evenly over all ranks.
     """
-    before, behind = loop.start, depth - loop.stop
+    prelude, coda = loop.start, depth - loop.stop
     for first in range(ranks):
         for last in range(first, min(ranks, first + loop.block)):
             width = last - first + 1
-            looped = tuple(
+            recurrent = tuple(
                 loop.block // width + (rank - first < loop.block % width) if first <= rank <= last else 0
                 for rank in range(ranks)
             )
             idle = ranks - width
-            if idle > before + behind:
+            if idle > prelude + coda:
                 continue  # a rank would own nothing
-            work = list(_work(((0,) * ranks, looped, (0,) * ranks), loop.iterations, costs))
+            work = list(_work(((0,) * ranks, recurrent, (0,) * ranks), loop.iterations, costs))
             count = [0] * ranks
             for _ in range(
-                before + behind
+                prelude + coda
             ):  # each layer to the rank with least to do; first of all, one to each without
-                rank = min(range(ranks), key=lambda rank: (looped[rank] + count[rank] > 0, work[rank], rank))
+                rank = min(range(ranks), key=lambda rank: (recurrent[rank] + count[rank] > 0, work[rank], rank))
                 count[rank] += 1
                 work[rank] += costs.layer
             left: list[int] = []
             right: list[int] = []
             for item in count:
-                left.append(min(item, before - sum(left)))
+                left.append(min(item, prelude - sum(left)))
                 right.append(item - left[-1])
-            yield tuple(left), looped, tuple(right)
-            mixed = _share(count, before)
-            yield mixed, looped, tuple(item - own for item, own in zip(count, mixed, strict=True))
-            yield _share([1] * ranks, before), looped, _share([1] * ranks, behind)
+            yield tuple(left), recurrent, tuple(right)
+            mixed = _share(count, prelude)
+            yield mixed, recurrent, tuple(item - own for item, own in zip(count, mixed, strict=True))
+            yield _share([1] * ranks, prelude), recurrent, _share([1] * ranks, coda)
 
 
 def _share(weights: Sequence[int], layers: int) -> tuple[int, ...]:
@@ -236,9 +236,9 @@ def _share(weights: Sequence[int], layers: int) -> tuple[int, ...]:
 def _work(spread: _Spread, iterations: int, costs: LayerCosts) -> Iterator[float]:
     """What each rank does in a forward pass."""
     last = len(spread[0]) - 1
-    for rank, (before, looped, behind) in enumerate(zip(*spread, strict=True)):
+    for rank, (prelude, recurrent, coda) in enumerate(zip(*spread, strict=True)):
         ends = (costs.embedding if rank == 0 else 0.0) + (costs.head if rank == last else 0.0)
-        yield (before + looped * iterations + behind) * costs.layer + ends
+        yield (prelude + recurrent * iterations + coda) * costs.layer + ends
 
 
 def _estimate(slices: StageMap, micro_batches: int, costs: LayerCosts) -> float:

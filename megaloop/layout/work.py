@@ -91,12 +91,12 @@ class RankSchedule:
 
     def enters_loop(self, work: Action) -> bool:
         """The slice begins a loop whose later times take up the state that enters it."""
-        return self.injects and any(call.is_first and call.time == 0 for call in self.calls_of(work))
+        return self.injects and any(call.is_first and call.iteration == 0 for call in self.calls_of(work))
 
     def leaves_loop(self, work: Action) -> bool:
         """The slice begins the loop's last time, the last to take up the state that entered it."""
         return self.injects and any(
-            call.is_first and call.time == (call.iterations or 1) - 1 for call in self.calls_of(work)
+            call.is_first and call.iteration == (call.iterations or 1) - 1 for call in self.calls_of(work)
         )
 
     def has_backward(self, work: Action) -> bool:

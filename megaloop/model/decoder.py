@@ -152,7 +152,7 @@ class DecoderStage(nn.Module):
         entry = entry or LoopInput()
         scaled = self.plan.style.residual_scale != "none"
         for index, call in enumerate(calls):
-            if call.is_first and call.time == 0 and self.plan.style.injection != "none":
+            if call.is_first and call.iteration == 0 and self.plan.style.injection != "none":
                 entry.state = x
             with torch.no_grad() if call.is_frozen(self.backprop) else nullcontext():
                 if call.is_first:
@@ -170,9 +170,9 @@ class DecoderStage(nn.Module):
         return self._logits(self.norm(x_BSD))
 
     def _inject(self, x: Tensor, call: LayerCall, entry: LoopInput) -> Tensor:
-        """The state with which a time of the loop begins."""
+        """The state with which an iteration of the loop begins."""
         injection = self.plan.style.injection
-        if injection == "none" or (injection == "add" and call.time == 0):
+        if injection == "none" or (injection == "add" and call.iteration == 0):
             return x
         assert entry.state is not None
         if injection == "add":

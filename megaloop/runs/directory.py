@@ -35,10 +35,10 @@ __all__ = [
     "NoDirectory",
     "Resumed",
     "RunDirectory",
-    "held",
     "holder",
     "is_locked",
     "last_records",
+    "lock",
 ]
 
 CONFIG = "config.yaml"
@@ -261,7 +261,7 @@ class NoDirectory:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold the directory of a run that is not running.
 
     Raises:

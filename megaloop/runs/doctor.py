@@ -204,14 +204,14 @@ def _checkpoints(diagnosis: Diagnosis, run: Path, events: Sequence[_Record]) -> 
     failed = [event for event in events if event.get("event") == "save_failed"]
     diagnosis.failed_saves = len(failed)
     diagnosis.stall_seconds = sum(_seconds(event, "stall_seconds") or 0.0 for event in saves)
-    whole, damaged = list_checkpoints(run / "checkpoints"), list_damaged(run / "checkpoints")
-    if whole:
-        behind = diagnosis.steps - step_of(whole[-1])
+    complete, damaged = list_checkpoints(run / "checkpoints"), list_damaged(run / "checkpoints")
+    if complete:
+        behind = diagnosis.steps - step_of(complete[-1])
         ago = f", {behind} steps ago" if behind > 0 else ""
         stall = (
             f"; training stood still for {_duration(diagnosis.stall_seconds)} in {len(saves)} saves" if saves else ""
         )
-        diagnosis.add("good", "checkpoints", f"{len(whole)} complete, the newest {whole[-1].name}{ago}{stall}")
+        diagnosis.add("good", "checkpoints", f"{len(complete)} complete, the newest {complete[-1].name}{ago}{stall}")
     elif diagnosis.steps:
         diagnosis.add("warning", "checkpoints", "none is complete: a run that ends now begins anew")
     if damaged:

@@ -66,9 +66,9 @@ def local_status(run: Path) -> RunStatus:
     events, records = list(read_records(run / EVENTS)), last_records(run, _RECENT)
     state = state_of(events, alive)
     start: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "start"), {})
-    whole = list_checkpoints(run / "checkpoints")
+    complete = list_checkpoints(run / "checkpoints")
     last: dict[str, Any] = records[-1] if records else {}
-    step = whole_number(last, "step") or (step_of(whole[-1]) if whole else 0)
+    step = whole_number(last, "step") or (step_of(complete[-1]) if complete else 0)
     steps = config.train.steps if config else None
     seconds = [each for record in records if (each := number(record, "seconds")) and 0 < each < _LONGEST_STEP]
     return RunStatus(
@@ -79,7 +79,7 @@ def local_status(run: Path) -> RunStatus:
         steps=steps,
         loss=number(last, "loss"),
         seconds_left=max(statistics.median(seconds) * (steps - step), 0.0) if seconds and steps else None,
-        last_checkpoint=whole[-1].name if whole else None,
+        last_checkpoint=complete[-1].name if complete else None,
         restarts=whole_number(start, "restarts") or 0,
         go_on=None if state in ("running", "finished") else _go_on(run, config, whole_number(start, "ranks")),
     )

@@ -51,11 +51,11 @@ def accepted(
 
 def newest_step(config: Config) -> int:
     """The step of the newest checkpoint, 0 if there is none."""
-    whole: list[Path] = []
+    complete: list[Path] = []
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
-            whole = list_checkpoints(config.directory / "checkpoints")
-    return broadcast_object(step_of(whole[-1]) if whole else 0)
+            complete = list_checkpoints(config.directory / "checkpoints")
+    return broadcast_object(step_of(complete[-1]) if complete else 0)
 
 
 def excluded_samples(config: Config, rolled_back: Sequence[RollBack]) -> ExcludedSamples:

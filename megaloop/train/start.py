@@ -138,24 +138,26 @@ def _newest_complete(directory: Path) -> tuple[Path | None, tuple[Damage, ...]]:
         if dist.get_rank() == 0:
             candidates, incomplete = list_checkpoints(directory), list_incomplete(directory)
     damaged: dict[Path, str] = {}
-    whole: Path | None = None
+    complete: Path | None = None
     for path in reversed(broadcast_object(candidates)):
         problem = _damage(path)
         if problem is None:
-            whole = path
+            complete = path
             break
         damaged[path] = problem
-    if whole is None and damaged:
+    if complete is None and damaged:
         newest, problem = next(iter(damaged.items()))
         raise MegaloopError(
             f"no checkpoint in {directory} is complete ({len(damaged)} damaged); of the newest, {newest.name}: {problem}; "
             "restore one from a copy, or start again in another run_dir"
         )
-    if whole is not None:
+    if complete is not None:
         # older ones without a manifest are what is left of a deletion; a newer one had a manifest once
-        damaged |= {path: "no manifest.json" for path in broadcast_object(incomplete) if step_of(path) > step_of(whole)}
+        damaged |= {
+            path: "no manifest.json" for path in broadcast_object(incomplete) if step_of(path) > step_of(complete)
+        }
     found = [Damage(path, problem) for path, problem in damaged.items()]
-    return whole, tuple(sorted(found, key=lambda result: -result.step))
+    return complete, tuple(sorted(found, key=lambda result: -result.step))
 
 
 def _damage(path: Path) -> str | None:

@@ -16,13 +16,13 @@ from megaloop.depth import (
     Execution,
     LoopCounts,
     LoopStyle,
-    at_depth,
     grow,
     growth_stages,
     loop,
     reorder,
     unloop,
     untie,
+    with_inference_loop,
 )
 from megaloop.depth.counts import CountKind
 from megaloop.depth.flops import flops_per_token, layer_flops, parameters
@@ -92,14 +92,14 @@ def test_uses_say_where_each_time_begins_and_ends(item: tuple[DepthPlan, int, in
             *plan.order[stop:],
         ]
         assert (
-            [call.time for call in calls if call.is_first]
+            [call.iteration for call in calls if call.is_first]
             == list(range(real))
-            == [call.time for call in calls if call.is_last]
+            == [call.iteration for call in calls if call.is_last]
         )
         assert all(call.layer_id == plan.order[start] for call in calls if call.is_first)
         assert all(call.layer_id == plan.order[stop - 1] for call in calls if call.is_last)
         assert {call.iterations for call in calls} - {None} == {real}
-        assert all((call.time is None) == (call.iterations is None) for call in calls)
+        assert all((call.iteration is None) == (call.iterations is None) for call in calls)
         assert sum(call.is_frozen(1) for call in calls) == (real - 1) * (stop - start)
 
 
@@ -145,17 +145,21 @@ def test_a_style_belongs_to_one_loop() -> None:
 def test_a_trained_model_runs_at_other_depths() -> None:
     plain, styled = DepthPlan.parse("1-2x2-1"), reorder(DepthPlan.plain(4), DepthSpec.parse("1-2x2-1"), CONCAT)
     for way, depth, calls in (
-        (at_depth(plain, DepthSpec.parse("0-4x3-0")), "0-4x3-0", DepthPlan.parse("0-4x3-0").calls()),
-        (at_depth(plain, DepthSpec.parse("4")), "4", DepthPlan.plain(4).calls()),
-        (at_depth(plain, DepthSpec.parse("1-2x1-1")), "4", DepthPlan.plain(4).calls()),
-        (at_depth(styled, DepthSpec.parse("1-2x5-1")), "1-2x5-1", styled.calls(5)),
-        (at_depth(styled, DepthSpec.parse("1-2x1-1")), "1-2x1-1", styled.calls(1)),  # its loop keeps what it has
+        (with_inference_loop(plain, DepthSpec.parse("0-4x3-0")), "0-4x3-0", DepthPlan.parse("0-4x3-0").calls()),
+        (with_inference_loop(plain, DepthSpec.parse("4")), "4", DepthPlan.plain(4).calls()),
+        (with_inference_loop(plain, DepthSpec.parse("1-2x1-1")), "4", DepthPlan.plain(4).calls()),
+        (with_inference_loop(styled, DepthSpec.parse("1-2x5-1")), "1-2x5-1", styled.calls(5)),
+        (
+            with_inference_loop(styled, DepthSpec.parse("1-2x1-1")),
+            "1-2x1-1",
+            styled.calls(1),
+        ),  # its loop keeps what it has
         (Execution.as_trained(styled), "1-2x2-1", styled.calls()),
     ):
         assert (str(way.depth), way.calls) == (depth, calls)
     for depth in ("4", "0-2x2-2", "1-2x0-1"):
         with pytest.raises(MegaloopError):
-            at_depth(styled, DepthSpec.parse(depth))
+            with_inference_loop(styled, DepthSpec.parse(depth))
 
 
 # --- in a run ---

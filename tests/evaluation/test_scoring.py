@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, with_inference_loop
 from megaloop.depth.loops import reorder
 from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import generate_tokens
@@ -66,7 +66,7 @@ def test_packed_rows_score_as_one_answer_at_a_time(plan: str, shared: bool) -> N
 def test_another_execution_is_given_and_leaves_the_model_as_it_is(plan: str, depth: str) -> None:
     model, (beginning, questions) = _model(plan), _questions(5)
     before = score(model, beginning, questions)
-    way = at_depth(model.plan, DepthSpec.parse(depth))
+    way = with_inference_loop(model.plan, DepthSpec.parse(depth))
     found = score(model, beginning, questions, calls=way.calls)
     assert found != before == score(model, beginning, questions)
     assert model.plan == PLANS[plan]

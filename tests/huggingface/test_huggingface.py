@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.tokenizer import train_tokenizer
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, at_depth
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.tokenizer import write_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
@@ -154,7 +154,7 @@ def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path, depth: str | None,
     unrolled = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert unrolled.config.num_hidden_layers == layers
     ours, _ = load_decoder(checkpoint)
-    calls = None if spec is None else at_depth(ours.plan, spec).calls
+    calls = None if spec is None else with_inference_loop(ours.plan, spec).calls
     assert torch.allclose(ours(_tokens(), calls=calls), unrolled(_tokens()).logits, atol=1e-4)
 
 

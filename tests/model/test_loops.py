@@ -39,10 +39,10 @@ def by_hand(model: Decoder, style: LoopStyle, iterations: int, *, learning: int 
     loop: Any = getattr(model, "loop", None)
     entered = x = first(model.embedding(TOKENS), context)
     scale = 1 / iterations if style.residual_scale == "1/k" else 1.0
-    for time in range(iterations):
-        if learning is not None and time == iterations - learning:
+    for iteration in range(iterations):
+        if learning is not None and iteration == iterations - learning:
             x = x.detach()
-        if style.injection == "add" and time > 0:
+        if style.injection == "add" and iteration > 0:
             x = x + entered
         elif style.injection == "concat":
             x = torch.cat([x, entered], -1) @ loop["adapter"].weight.T

@@ -285,7 +285,7 @@ def _looped(run: Path) -> Path:
 
 def test_looping_and_unlooping_changes_no_bit(plain_run: Path, tmp_path: Path) -> None:
     looped = loop_checkpoint(plain_run, tmp_path / "looped", DepthSpec.parse("1-2x3-1"))
-    assert (looped.depth_before, looped.depth, looped.layers, looped.deep) == ("4", "1-2x3-1", 4, 8)
+    assert (looped.depth_before, looped.depth, looped.layers, looped.effective_depth) == ("4", "1-2x3-1", 4, 8)
     loop_checkpoint(tmp_path / "looped", tmp_path / "plain", DepthSpec.parse("4"))
     newest = plain_run / "checkpoints" / "step-00000002"
     with Checkpoint.open(newest) as before, Checkpoint.open(tmp_path / "plain") as after:
