@@ -139,7 +139,7 @@ def with_events(
         last = made[-1]
         if not last.first_step < event.step < last.stop:
             raise MegaloopError(
-                f"depth_events: one at step {event.step}, but events come one after another after the last growth: "
+                f"depth_events: one at step {event.step}, but events come one after another, all after the last growth: "
                 f"after step {last.first_step} and before {last.stop}"
             )
         if event.depth is None:

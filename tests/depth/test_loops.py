@@ -183,7 +183,7 @@ def test_events_cut_the_last_stage() -> None:
     ]  # fmt: skip
     assert made[3].growth.lineage == {8: 2, 9: 3, 10: 4, 11: 5}
     for step in (10, 5, 40):
-        with pytest.raises(MegaloopError, match="behind the last growth: after step 10 and before 40"):
+        with pytest.raises(MegaloopError, match="all after the last growth: after step 10 and before 40"):
             with_events(stages, [DepthEvent(step, DepthSpec.parse("2-4x2-2"))], PLAIN)
 
 
