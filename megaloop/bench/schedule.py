@@ -151,8 +151,8 @@ def bench_schedule(setting: Setting, pipelines: Sequence[int], start: Callable[[
             result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
         machine = result["machine"]
         comparisons += [
-            Comparison(**item | {name: tuple(item[name]) for name in ("spread", "processor_spread")})
-            for item in result["comparisons"]
+            Comparison(**compared | {name: tuple(compared[name]) for name in ("spread", "processor_spread")})
+            for compared in result["comparisons"]
         ]
     return ScheduleBenchmark(
         machine=machine,
@@ -262,8 +262,8 @@ def _compare(setting: Setting, pp: int, precision: str, recompute: str) -> Compa
     ours, theirs = (_Contender(kind, config, Topology(pp=pp), rows) for kind in (TrainingEngine, StockEngine))
     tokens = setting.steps * setting.micro_batches * setting.micro_batch * setting.sequence_length
     for number in range(-1, setting.repeats):  # -1 warms up
-        for item in (ours, theirs) if number % 2 == 0 else (theirs, ours):
-            item.run(setting.steps)
+        for contender in (ours, theirs) if number % 2 == 0 else (theirs, ours):
+            contender.run(setting.steps)
         if number >= 0 and dist.get_rank() == 0:
             print(
                 f"pp {pp}, {precision}, recompute {recompute}, repetition {number + 1}: tokens/s: "

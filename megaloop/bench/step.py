@@ -136,7 +136,7 @@ def bench_step(
     if apart and on_round is not None:
         for number, (our_seconds, their_seconds) in enumerate(pairs, 1):
             on_round(number, tokens / our_seconds, tokens / their_seconds)
-    our_rate, their_rate = (tokens / statistics.median(item.seconds) for item in (ours, theirs))
+    our_rate, their_rate = (tokens / statistics.median(trainer.seconds) for trainer in (ours, theirs))
     ratios = [their_seconds / our_seconds for our_seconds, their_seconds in pairs]
     product = _product_tflops(training_dtype(precision))
     flops = flops_per_token(config.depth.plan, config.model, sequence_length).total
@@ -156,13 +156,13 @@ def _in_turns(
     """Both in this process, in turns."""
     running = [(_our_steps(config), _Contender()), (_their_steps(config), _Contender())]
     for number in range(-1, rounds):  # round -1 warms up and compiles
-        for losses, item in running:
-            _time(losses, steps, item)
+        for losses, contender in running:
+            _time(losses, steps, contender)
         if number < 0:
-            for _, item in running:
-                item.seconds.clear()
+            for _, contender in running:
+                contender.seconds.clear()
         elif on_round is not None:
-            on_round(number + 1, *(tokens / item.seconds[-1] for _, item in running))
+            on_round(number + 1, *(tokens / contender.seconds[-1] for _, contender in running))
     (_, ours), (_, theirs) = running
     return ours, theirs
 

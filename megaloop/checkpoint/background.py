@@ -54,11 +54,11 @@ class HostCopy:
         self._wait()
         assert self._buffer is not None
         copies = []
-        for item, start in zip(written, _offsets(written), strict=False):
-            size = item.data.numel() * item.data.element_size()
-            values = self._buffer[start : start + size].view(item.data.dtype).view(item.data.shape)
-            values.copy_(item.data, non_blocking=True)
-            copies.append(replace(item, data=values))
+        for state_piece, start in zip(written, _offsets(written), strict=False):
+            size = state_piece.data.numel() * state_piece.data.element_size()
+            values = self._buffer[start : start + size].view(state_piece.data.dtype).view(state_piece.data.shape)
+            values.copy_(state_piece.data, non_blocking=True)
+            copies.append(replace(state_piece, data=values))
         if any(state_piece.data.is_cuda for state_piece in written):
             torch.cuda.synchronize()
         return copies

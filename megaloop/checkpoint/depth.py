@@ -217,7 +217,7 @@ def _rewrite(
             config=manifest.config,
             growth=entry,
         )
-        total, done = sum(item.bytes for item in pieces), 0
+        total, done = sum(piece.bytes for piece in pieces), 0
 
         def count(piece: LazyPiece) -> Tensor:
             nonlocal done
@@ -226,7 +226,7 @@ def _rewrite(
             tell("writing", done, total)
             return values
 
-        counted = [LazyPiece(item.state_name, item.piece, item.dtype, partial(count, item)) for item in pieces]
+        counted = [LazyPiece(lazy.state_name, lazy.piece, lazy.dtype, partial(count, lazy)) for lazy in pieces]
         saved = save_checkpoint(out, counted, info, tokenizer=source.tokenizer)
     return info, saved.bytes
 

@@ -394,7 +394,7 @@ def _check_checksum(directory: Path, text: bytes, expected: str) -> None:
 
 def _unknown_decoder(error: ValidationError) -> str | None:
     """What cannot be built, where that is all that is wrong; None: something else is."""
-    causes = [item.get("ctx", {}).get("error") for item in error.errors()]
+    causes = [problem.get("ctx", {}).get("error") for problem in error.errors()]
     if not all(isinstance(cause, _UnknownDecoder) for cause in causes):
         return None
     return str(causes[-1])  # the model's, where the plan is wrong as well

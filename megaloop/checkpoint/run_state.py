@@ -121,6 +121,6 @@ class RunState(Entry):
         depth = plan.notation
         if self.depths and self.depths[-1].depth == depth:
             return self
-        before = tuple(item for item in self.depths if item.step < self.step)
+        before = tuple(reached for reached in self.depths if reached.step < self.step)
         entry = DepthState(step=self.step, layers=plan.layers, depth=depth, grown=grown)
         return self.model_copy(update={"depths": (*before, entry)})

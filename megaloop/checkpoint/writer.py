@@ -177,10 +177,10 @@ def _collective(
     except Exception as error:  # a mistake of ours: the other ranks wait, and must hear of it
         result, cause = _Failure(f"{type(error).__name__}: {error}", False), error
     outcomes = gather_objects(result, group)
-    for rank, item in enumerate(outcomes):
-        if isinstance(item, _Failure) and not item.expected:
-            raise RuntimeError(f"checkpoint {directory} {outcome}: rank {rank}: {item.text}") from cause
-    failed = {rank: item.text for rank, item in enumerate(outcomes) if isinstance(item, _Failure)}
+    for rank, reported in enumerate(outcomes):
+        if isinstance(reported, _Failure) and not reported.expected:
+            raise RuntimeError(f"checkpoint {directory} {outcome}: rank {rank}: {reported.text}") from cause
+    failed = {rank: reported.text for rank, reported in enumerate(outcomes) if isinstance(reported, _Failure)}
     if failed:
         complete = list_checkpoints(directory.parent)
         last = f"the last complete checkpoint is {complete[-1].name}" if complete else "there is no earlier checkpoint"

@@ -173,7 +173,7 @@ def _stages(config: Config, chain: str | None, nodes: int | None, tasks: int) ->
         raise MegaloopError(
             f"--chain {printable(chain, 60)}: expected a number of nodes for each growth stage, for example 1,1,2"
         )
-    counts = [int(item) for item in chain.split(",")]
+    counts = [int(number) for number in chain.split(",")]
     if len(counts) != len(config.stages):
         have = ", ".join(f"{stage.plan.layers} layers until step {stage.stop}" for stage in config.stages)
         raise MegaloopError(
@@ -321,7 +321,7 @@ def status(run: Run, json: Json = False) -> None:
         found.restarts += event in ("requeue", "restart")
         if job in last and event is not None:
             last[job] = event
-    found.jobs = [{**item, **states[job], "last": last[job]} for job, item in jobs.items()]
+    found.jobs = [{**record, **states[job], "last": last[job]} for job, record in jobs.items()]
     found.steps = load_config(run / SUBMITTED).train.steps
     records = last_records(run, 50)
     if records:

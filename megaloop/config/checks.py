@@ -146,7 +146,7 @@ def _check_growth(config: Config, growth: GrowthConfig) -> None:
             f"growth: to {late[0].plan.layers} layers at step {late[0].first_step}, but the cooldown begins at step "
             f"{begin} (schedule.cooldown {config.schedule.cooldown:g}); end the growth earlier (growth.end, or the list of stages)"
         )
-    counts = [item.layers for item in growth.topology]
+    counts = [stage.layers for stage in growth.topology]
     if counts != sorted(set(counts)):
         raise MegaloopError(
             f"growth.topology: layers {', '.join(map(str, counts))}; each must be more than the one before"

@@ -121,7 +121,9 @@ def _explain(error: ValidationError) -> str:
     """The first problem of a validation error, as one line."""
     errors: list[Mapping[str, Any]] = [*error.errors()]
     # of a schedule that is a list, what is wrong inside, not that it is no text; an unknown key before what it left out
-    listed = [item for item in errors if item["loc"][-1] not in _BRANCHES and set(item["loc"]) & set(_BRANCHES)]
+    listed = [
+        problem for problem in errors if problem["loc"][-1] not in _BRANCHES and set(problem["loc"]) & set(_BRANCHES)
+    ]
     first = min(listed or errors[:1], key=lambda item: item["type"] != "extra_forbidden")
     if first["loc"][:2] == ("growth", "schedule") or "weight" in first["loc"]:
         plain_names = ("str", "constrained-float", *_BRANCHES)

@@ -140,7 +140,7 @@ class Config(Section):
 
     def parallel_at(self, layers: int) -> tuple[int, int, int | None, str]:
         """(pp, tp, dp or None, the section that says so) at a number of layers."""
-        reached = [item for item in (self.growth.topology if self.growth else ()) if item.layers <= layers]
+        reached = [stage for stage in (self.growth.topology if self.growth else ()) if stage.layers <= layers]
         if not reached:
             return self.parallel.pp, self.parallel.tp, self.parallel.dp, "parallel"
         index, entry = len(reached) - 1, reached[-1]

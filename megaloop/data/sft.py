@@ -114,13 +114,13 @@ class FineTuningSet:
                 "give more, or raise data.sequence_length"
             )
         limit = max(int(config.validation_fraction * 2**64), min(number for number, _ in hashed))
-        for number, item in hashed:
-            examples["validation" if number <= limit else "train"].append((number, item))
+        for number, sample in hashed:
+            examples["validation" if number <= limit else "train"].append((number, sample))
         if not examples["train"]:
             raise MegaloopError(f"data {path}: all examples are held out; lower data.validation_fraction")
         self._splits = {
             name: FineTuningSplit(
-                list(_packed([item for _, item in found], config.sequence_length)),
+                list(_packed([sample for _, sample in found], config.sequence_length)),
                 config.sequence_length,
                 opened.eos_id,
             )

@@ -79,10 +79,12 @@ def open_sources(config: DataConfig, init: Path | None = None) -> Sources:
     Raises:
         MegaloopError: one cannot be opened, holds no training sample, or has another tokenizer than the first.
     """
-    stable, cooldown = (tuple(item.weights[phase] for item in config.sources) for phase in (0, 1))
+    stable, cooldown = (tuple(source.weights[phase] for source in config.sources) for phase in (0, 1))
     if config.format == "sft":
         tokenizer = config.tokenizer or _tokenizer_of(init)
-        return Sources(tuple(FineTuningSet(item.path, tokenizer, config) for item in config.sources), stable, cooldown)
+        return Sources(
+            tuple(FineTuningSet(source.path, tokenizer, config) for source in config.sources), stable, cooldown
+        )
     datasets = tuple(DataSet.open(source.path, config.sequence_length) for source in config.sources)
     for dataset in datasets:
         entry = dataset.description.tokenizer

@@ -2,9 +2,9 @@
 
 The operators and their sources, for L layers and a block of b (all counted from 0):
 
-- ``lidas`` (arXiv 2512.08819): copy the exact middle, positions [(L-b)/2, (L+b)/2), right behind itself, as the paper
+- ``lidas`` (arXiv 2512.08819): copy the exact middle, positions [(L-b)/2, (L+b)/2), right after itself, as the paper
   does (section 3.1, figure 2); ``insert_at: middle``, a variant of ours, puts the copy at L/2.
-- ``midas`` (arXiv 2409.19044): of the n = L/b blocks, copy number ceil(n/2), counted from 1, right behind itself.
+- ``midas`` (arXiv 2409.19044): of the n = L/b blocks, copy number ceil(n/2), counted from 1, right after itself.
 - ``stack`` (G_stack, arXiv 2405.15319): repeat the whole stack g times in one step.
 - ``last`` (gradual stacking): copy the last block to the end.
 - ``random``: a control; fresh layers where ``lidas`` would put its copies.

@@ -304,8 +304,8 @@ class _Work:
         ]
         results = score(self._model, beginning, asked, calls=depth.execution.calls, vocab_size=self._vocab_size)
         return [
-            (result.best == item.correct, result.greedy[item.correct])
-            for result, item in zip(results, block, strict=True)
+            (result.best == example.correct, result.greedy[example.correct])
+            for result, example in zip(results, block, strict=True)
         ]
 
     def _validation(self, depth: _Depth, dataset: DataSet, subject: Subject) -> dict[str, Any]:
@@ -335,7 +335,7 @@ class _Work:
             self._on_step(label, number, len(parts))
             own[number] = run(number, parts[number])
         self._on_step(label, len(parts), len(parts))
-        results = {number: result for item in gather_objects(own) for number, result in item.items()}
+        results = {number: result for of_rank in gather_objects(own) for number, result in of_rank.items()}
         return [results[number] for number in range(len(parts))]
 
     def _open_tokenizer(self) -> Tokenizer:
@@ -361,7 +361,7 @@ def _sample_losses(model: Decoder, batch: MicroBatch, calls: Sequence[LayerCall]
     inputs, targets = batch.for_model(model.config.document_masking)
     assert isinstance(targets, Tensor), "shards have no weights"
     x = inputs if isinstance(inputs, tuple) else (inputs,)
-    logits_BSV = model(*(item.to(model.device) for item in x), calls=calls)
+    logits_BSV = model(*(tensor.to(model.device) for tensor in x), calls=calls)
     targets_BS = targets.to(model.device)
     rows = (slice(row, row + 1) for row in range(len(targets_BS)))
     return [float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp)) for row in rows]

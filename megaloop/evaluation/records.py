@@ -115,7 +115,7 @@ def clustered(values: Sequence[float], clusters: Sequence[int]) -> Measured:
     count = len(sums)
     if count < 2:
         return Measured(mean, math.nan)
-    variance = math.fsum(item**2 for item in sums.values()) * count / (count - 1)
+    variance = math.fsum(total**2 for total in sums.values()) * count / (count - 1)
     return Measured(mean, math.sqrt(variance) / len(values))
 
 

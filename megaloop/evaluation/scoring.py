@@ -92,7 +92,7 @@ def score(
         chosen = [questions[index] for index in batch]
         for index, result in zip(batch, _score_batch(model, calls, caches, chosen, tables, vocab_size), strict=True):
             scores[index] = result
-    return [item for item in scores if item is not None]
+    return [score for score in scores if score is not None]
 
 
 def _batches(questions: Sequence[Question], tokens: int) -> Iterator[list[int]]:

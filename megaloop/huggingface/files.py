@@ -81,7 +81,7 @@ def write_weights(tensors: Iterable[LazyTensor], folder: Path) -> tuple[int, int
             filled = 0
         parts[-1].append(tensor)
         filled += tensor.bytes
-    total = sum(item.bytes for part in parts for item in part)
+    total = sum(tensor.bytes for part in parts for tensor in part)
     if len(parts) == 1:
         write_tensors(folder / _SINGLE, parts[0])
         return 1, total
@@ -89,7 +89,7 @@ def write_weights(tensors: Iterable[LazyTensor], folder: Path) -> tuple[int, int
     for number, part in enumerate(parts, start=1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         write_tensors(folder / name, part)
-        weight_map |= {item.name: name for item in part}
+        weight_map |= {tensor.name: name for tensor in part}
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return len(parts), total
 

@@ -216,12 +216,12 @@ def _spreads(loop: Loop, depth: int, ranks: int, costs: LayerCosts) -> Iterator[
                 work[rank] += costs.layer
             left: list[int] = []
             right: list[int] = []
-            for item in count:
-                left.append(min(item, prelude - sum(left)))
-                right.append(item - left[-1])
+            for layers in count:
+                left.append(min(layers, prelude - sum(left)))
+                right.append(layers - left[-1])
             yield tuple(left), recurrent, tuple(right)
             mixed = _share(count, prelude)
-            yield mixed, recurrent, tuple(item - own for item, own in zip(count, mixed, strict=True))
+            yield mixed, recurrent, tuple(layers - own for layers, own in zip(count, mixed, strict=True))
             yield _share([1] * ranks, prelude), recurrent, _share([1] * ranks, coda)
 
 

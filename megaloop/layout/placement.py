@@ -71,7 +71,7 @@ class Placement:
                         )
                         for state_name in STATE_NAMES[1:]:
                             holders[state_name, name].append(holder)
-        return cls(plan, topology, slices, {slot: tuple(item) for slot, item in holders.items()})
+        return cls(plan, topology, slices, {slot: tuple(ranks) for slot, ranks in holders.items()})
 
     def held_by(self, rank: int) -> Iterator[tuple[str, Piece]]:
         """(kind, piece) of everything that a rank holds."""

@@ -107,7 +107,7 @@ class Rounds:
             warm_up = 2 * warm_up + (self.rounds - 1) * self.groups[0]
         warm_up = min(warm_up, len(forward))
         steady = len(forward) - warm_up
-        turns = [item for pair in zip(forward[warm_up:], backward[:steady], strict=True) for item in pair]
+        turns = [action for pair in zip(forward[warm_up:], backward[:steady], strict=True) for action in pair]
         return (*forward[:warm_up], *turns, *backward[steady:])
 
     def _sorted(self, backward: bool) -> Iterator[Action]:

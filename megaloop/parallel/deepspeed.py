@@ -156,12 +156,12 @@ class ItemModule(_CutModule):
     """
 
     def __init__(self, items: Sequence[Item], cuts: Sequence[int], topology: Topology, loss: Callable[..., Tensor]):
-        super().__init__([_specification(item) for item in items], cuts, topology, loss)
+        super().__init__([_specification(layer) for layer in items], cuts, topology, loss)
 
     def own(self) -> Iterator[tuple[int, nn.Module]]:
         """This rank's items by number, and their modules; a module that is tied may come twice."""
-        for number, item in zip(range(self._local_start, self._local_stop), self.forward_funcs, strict=True):
-            yield number, item if isinstance(item, nn.Module) else item.args[0]  # with a forward it is a partial
+        for number, layer in zip(range(self._local_start, self._local_stop), self.forward_funcs, strict=True):
+            yield number, layer if isinstance(layer, nn.Module) else layer.args[0]  # with a forward it is a partial
 
 
 def _specification(item: Item) -> LayerSpec:

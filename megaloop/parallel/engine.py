@@ -134,7 +134,7 @@ class TrainingEngine:
 
     def _check_placement(self) -> None:
         """What the engine holds is what the planner thinks: otherwise resharding would mix up values."""
-        found = {(item.state_name, item.piece) for item in self.pieces()}
+        found = {(state_piece.state_name, state_piece.piece) for state_piece in self.pieces()}
         planned = set(self.placement.held_by(dist.get_rank()))
         if found != planned:
             differing = sorted({f"{state_name} of {piece.name}" for state_name, piece in found ^ planned})

@@ -59,7 +59,7 @@ class PipelinedDecoder(StageModule):
             )  # fmt: skip
             return self.stage, self.stage.embedding if config.tied_embeddings and (first or last) else None
 
-        layers = [len(item) for item in owned]
+        layers = [len(of_rank) for of_rank in owned]
         super().__init__(topology, layers, build, self._finite_loss, tied=config.tied_embeddings)
 
     def _finite_loss(self, logits_BSV: Tensor, labels: Labels) -> Tensor:

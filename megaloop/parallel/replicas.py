@@ -30,7 +30,7 @@ def differing_replicas(pieces: Iterable[StatePiece]) -> list[str]:
     moments likewise. Fragments that overlap only in part (the two ends' ZeRO fragments of the tied
     embedding) are cut at every rank's boundaries and compared cut by cut.
     """
-    mine = {(item.state_name, item.piece.name, item.piece.box.offset): item for item in pieces}
+    mine = {(held.state_name, held.piece.name, held.piece.box.offset): held for held in pieces}
     bounds: dict[_Key, set[int]] = defaultdict(set)
     for held in gather_objects({key: _range(piece) for key, piece in mine.items()}):
         for key, (start, stop) in held.items():

@@ -281,7 +281,7 @@ class _Step:
             made, taken = self._entered.pop(work.micro_batch)
             if taken.grad is not None:
                 roots.append((made, taken.grad))
-        self._engine._engine.backward([root for root, _ in roots], [item for _, item in roots])
+        self._engine._engine.backward([root for root, _ in roots], [gradient for _, gradient in roots])
         return x
 
 

@@ -141,8 +141,8 @@ class RunPreview:
         """Everything as one value that JSON can hold; bytes, FLOPs and steps as they are."""
         values = asdict(self) | {"flops": self.flops, "fraction": self.fraction, "saved_percent": self.saved_percent}
         for stage, written in zip(self.stages, values["stages"], strict=True):
-            for rank, item in zip(stage.ranks, written["ranks"], strict=True):
-                item["total"] = rank.total
+            for rank, memory in zip(stage.ranks, written["ranks"], strict=True):
+                memory["total"] = rank.total
             written["worst_rank"] = {
                 "pipeline_rank": stage.ranks.index(stage.worst),
                 **asdict(stage.worst),

@@ -70,7 +70,7 @@ class StepPicture:
         Each micro-batch that is not simulated takes as long as the slowest rank works on one.
         """
         spans = self.spans()
-        busy = sum(span.stop - span.start for item in spans for span in item)
+        busy = sum(span.stop - span.start for of_rank in spans for span in of_rank)
         end = _end(spans)
         if more := self.rounds.micro_batches - self._simulated.micro_batches:
             each = [sum(times) for times in zip(*self.forward, *self.backward, strict=True)]
@@ -90,13 +90,13 @@ def draw_text(picture: StepPicture, width: int) -> Text:
         width: columns at most. Where the step is too long for it, the beginning is shown.
     """
     spans = picture.spans()
-    tick = min(seconds for item in picture.forward for seconds in item if seconds)
+    tick = min(seconds for of_rank in picture.forward for seconds in of_rank if seconds)
     label = len(str(len(spans) - 1)) + 2
     columns = min(round(_end(spans) / tick), max(width - label - 4, 10))
     lines = Text(f"{picture.title}  ranks wait {picture.waiting:.1%} of a step{picture.note}\n", no_wrap=True)
-    for rank, item in enumerate(spans):
+    for rank, of_rank in enumerate(spans):
         lines.append(f"{rank:>{label - 2}}  ", "dim")
-        upcoming = iter(item)
+        upcoming = iter(of_rank)
         span: Span | None = next(upcoming)
         for column in range(columns):
             middle = (column + 0.5) * tick
@@ -130,16 +130,16 @@ def draw_png(pictures: Sequence[StepPicture], path: Path) -> None:
     axes = figure.subplots(len(pictures), 1, squeeze=False, height_ratios=heights)[:, 0]
     for picture, axis in zip(pictures, axes, strict=True):
         spans = picture.spans()
-        for rank, item in enumerate(spans):
+        for rank, of_rank in enumerate(spans):
             axis.broken_barh(
-                [(span.start, span.stop - span.start) for span in item],
+                [(span.start, span.stop - span.start) for span in of_rank],
                 (rank - 0.42, 0.84),
-                facecolors=[_colour(span.work, picture.rounds.rounds) for span in item],
+                facecolors=[_colour(span.work, picture.rounds.rounds) for span in of_rank],
                 edgecolor="white",
                 linewidth=0.5,
             )
             if sum(map(len, spans)) <= 600:  # more would be illegible
-                for span in item:
+                for span in of_rank:
                     axis.text(
                         (span.start + span.stop) / 2, rank, str(span.work.micro_batch),
                         ha="center", va="center", fontsize=7, color="white", clip_on=True,

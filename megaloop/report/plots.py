@@ -111,7 +111,7 @@ def _limits(groups: Sequence[Group], measure: Measure) -> tuple[float, float]:
     runs = [run for group in groups for run in group.runs]
     shown = [measure.of(run) for run in runs] + ([run.loss for run in runs] if measure is NATS else [])
     finite = [curve[np.isfinite(curve)] for curve in shown]
-    lowest = min((float(item.min()) for item in finite if len(item)), default=0.0)
+    lowest = min((float(values.min()) for values in finite if len(values)), default=0.0)
     losses = finite[len(runs) :] or finite
     early = max(
         (float(np.median(loss[len(loss) // 20 : len(loss) // 10 + 1])) for loss in losses if len(loss)), default=lowest

@@ -222,9 +222,9 @@ def _plain(value: Any, file: Path) -> Any:
                 f"report: {file} is no configuration of a run (more than {_VALUES} values, or nested deeper than {_NESTED})"
             )
         if isinstance(value, dict):
-            return {printable(key): plain(item, nested + 1) for key, item in value.items()}
+            return {printable(key): plain(element, nested + 1) for key, element in value.items()}
         if isinstance(value, list | tuple | set):
-            return [plain(item, nested + 1) for item in value]
+            return [plain(element, nested + 1) for element in value]
         if isinstance(value, int) and abs(value) >= _LARGEST:
             return "a very large number"
         return value if isinstance(value, bool | int | float | None) else printable(value, 500)

@@ -273,7 +273,7 @@ class _RankLists:
         hosts = record.get("hosts")
         if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
             return None
-        pp, tp, dp = (item or 0 for item in shape)
+        pp, tp, dp = (size or 0 for size in shape)
         if not hosts or pp * tp * dp != len(hosts):
             return None
         busy, clocks = (_finite_numbers(record, key, len(hosts)) for key in ("busy_seconds", "clock_seconds"))

@@ -41,7 +41,7 @@ def read_excluded(run: Path) -> list[tuple[int, int]]:
     try:
         values = json.loads(path.read_bytes())
         excluded = [(start, stop) for start, stop in values["samples"]]
-        if not all(type(item) is int and 0 <= item < _MOST_SAMPLES for gap in excluded for item in gap):
+        if not all(type(edge) is int and 0 <= edge < _MOST_SAMPLES for gap in excluded for edge in gap):
             raise ValueError("something else than sample numbers")
         return excluded
     except FileNotFoundError:

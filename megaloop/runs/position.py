@@ -36,8 +36,10 @@ def begin(config: Config, sources: Sources) -> RunState:
     """The state of a run that has done nothing yet."""
     datasets: Sequence[DataSet | FineTuningSet] = sources.datasets
     described = tuple(
-        SourceState(train=item.sha256("train"), validation=item.sha256("validation"), stable=stable, cooldown=cooldown)
-        for item, stable, cooldown in zip(datasets, sources.weights, sources.cooldown, strict=True)
+        SourceState(
+            train=dataset.sha256("train"), validation=dataset.sha256("validation"), stable=stable, cooldown=cooldown
+        )
+        for dataset, stable, cooldown in zip(datasets, sources.weights, sources.cooldown, strict=True)
     )
     data = DataState(
         sequence_length=config.data.sequence_length, cooldown_sample=config.cooldown_sample, sources=described

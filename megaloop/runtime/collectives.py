@@ -60,6 +60,6 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except MegaloopError as caught:
         error = str(caught)
-    first = next((item for item in gather_objects(error) if item is not None), None)
+    first = next((problem for problem in gather_objects(error) if problem is not None), None)
     if first is not None:
         raise MegaloopError(first)

@@ -223,7 +223,7 @@ def _change(before: DepthPlan, after: DepthPlan) -> str:
 def _layout(layout: events.Layout) -> str:
     ranks = f"{layout.topology.world_size} rank{'s' if layout.topology.world_size > 1 else ''}"
     by_rank = zip(*layout.slices, strict=True)  # more rounds than one: 2+2+1
-    stages = ", ".join("+".join(f"{stop - start}" for start, stop in item) for item in by_rank)
+    stages = ", ".join("+".join(f"{stop - start}" for start, stop in of_rank) for of_rank in by_rank)
     return (
         f"{ranks}: {layout.topology}, layers per stage {stages}, "
         f"{layout.micro_batches} micro-batches of {layout.micro_batch}"

@@ -93,7 +93,7 @@ class Faults:
         if not self._config.spike_deviations or len(self._recent) < min(_FEWEST, self._config.spike_window):
             return None
         median = statistics.median(self._recent)
-        deviation = _NORMAL * statistics.median(abs(item - median) for item in self._recent)
+        deviation = _NORMAL * statistics.median(abs(loss - median) for loss in self._recent)
         return Spike(loss, median, deviation) if loss > median + self._config.spike_deviations * deviation else None
 
 

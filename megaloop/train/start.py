@@ -169,7 +169,7 @@ def _damage(path: Path) -> str | None:
                 checkpoint.verify(share=dist.get_rank(), of=dist.get_world_size())
         except DamagedCheckpoint as error:
             problem = str(error).removeprefix(f"checkpoint {path}: ").removesuffix("; use another checkpoint")
-    return next((item for item in gather_objects(problem) if item is not None), None)
+    return next((found for found in gather_objects(problem) if found is not None), None)
 
 
 def _position(
