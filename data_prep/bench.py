@@ -1,7 +1,8 @@
-"""``megaloop bench prep``: our tokenization against sentencepiece's own multi-threaded batch encoding, and its memory."""
+"""``megaloop bench prep``: our tokenization against the library's own multi-threaded batch encoding, and its memory."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -10,13 +11,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
 from data_prep.prepare import available_cores, encode_documents
 from data_prep.sources import Inputs, find_inputs
-from data_prep.tokenizer import train_tokenizer
+from data_prep.tokenizer import train_sentencepiece
 from megaloop.runtime.hardware import describe_machine
-from megaloop.tokenizer.sentencepiece import Tokenizer
+from megaloop.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = ["PrepBenchmark", "bench_prep"]
 
@@ -38,7 +37,7 @@ class PrepBenchmark:
 
     Attributes:
         ours: MB/s of text, reading, splitting into batches and arrays included; the median over rounds.
-        theirs: MB/s of one call of sentencepiece's batch encoding of all documents with as many threads.
+        theirs: MB/s of one call of sentencepiece's, or tokenizers', batch encoding of all documents with as many threads.
         ratio, spread: median, smallest and largest of ours / theirs, round by round.
         peak_bytes, peak_bytes_4x: largest resident memory of a whole ``prep`` of the input, and of four times the input.
     """
@@ -65,8 +64,8 @@ def bench_prep(
     """Encode the inputs ``rounds`` times with ours and theirs in turn, then prepare 1x and 4x of them for the memory.
 
     Args:
-        inputs: as ``prepare`` takes them; read into memory for sentencepiece.
-        tokenizer: sentencepiece model to encode with; None: one of ``vocab_size`` is trained on the inputs first.
+        inputs: as ``prepare`` takes them; read into memory for the library.
+        tokenizer: to encode with, as ``prepare`` takes it; None: a sentencepiece model of ``vocab_size`` is trained on the inputs first.
         workers: threads of both; default: one per core.
 
     Raises:
@@ -75,22 +74,21 @@ def bench_prep(
     if tokenizer is None:
         with tempfile.TemporaryDirectory() as folder:
             trained = Path(folder) / "tokenizer.model"
-            trained.write_bytes(train_tokenizer((text for _, text in Inputs(find_inputs(inputs))), vocab_size))
+            trained.write_bytes(train_sentencepiece((text for _, text in Inputs(find_inputs(inputs))), vocab_size))
             return bench_prep(inputs, tokenizer=trained, workers=workers, rounds=rounds)
     workers = workers or available_cores()
-    model = Tokenizer.load(tokenizer).path.read_bytes()
+    opened = load_tokenizer(tokenizer)
     files = find_inputs(inputs)
     texts = [text for _, text in Inputs(files)]
     size = sum(len(text.encode()) for text in texts) / 1e6
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    dtype = "uint16" if processor.get_piece_size() <= 1 << 16 else "uint32"
+    dtype = "uint16" if opened.vocab_size <= 1 << 16 else "uint32"
     rates: list[tuple[float, float]] = []
     for _ in range(rounds):
         began = time.perf_counter()
-        for _ in encode_documents(iter(Inputs(files)), model, dtype, workers):
+        for _ in encode_documents(iter(Inputs(files)), opened, dtype, workers):
             pass
         middle = time.perf_counter()
-        processor.encode(texts, num_threads=workers)
+        _batch_encode(opened, texts, workers)
         rates.append((size / (middle - began), size / (time.perf_counter() - middle)))
     ratios = [ours / theirs for ours, theirs in rates]
     ours, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
@@ -105,6 +103,21 @@ def bench_prep(
         peak_bytes=_peak(files, tokenizer, workers),
         peak_bytes_4x=_peak(files * 4, tokenizer, workers),
     )
+
+
+def _batch_encode(tokenizer: Tokenizer, texts: list[str], workers: int) -> None:
+    """The library's own call for many texts, its own threads included."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer.processor.encode(texts, num_threads=workers)
+        return
+    import tokenizers
+
+    before = dict(os.environ)
+    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(workers)}
+    try:
+        tokenizers.Tokenizer.from_file(str(tokenizer.path)).encode_batch(texts, add_special_tokens=False)
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before.get("TOKENIZERS_PARALLELISM", "false")
 
 
 def _peak(files: list[Path], tokenizer: Path, workers: int) -> int:

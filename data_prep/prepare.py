@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import sentencepiece
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,15 +21,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from data_prep.pack import SplitWriter
 from data_prep.publish import Output
 from data_prep.sources import Inputs, find_inputs
-from data_prep.tokenizer import token_bytes, train_tokenizer
+from data_prep.tokenizer import train_byte_level, train_sentencepiece
 from megaloop import __version__
 from megaloop.data.dataset import FORMAT_VERSION, Description, SourceEntry, TokenizerEntry
 from megaloop.errors import MegaloopError
-from megaloop.tokenizer.sentencepiece import Tokenizer, file_sha256
+from megaloop.tokenizer import Tokenizer, copy_tokenizer, file_sha256, load_tokenizer
+from megaloop.tokenizer.files import FOLDER, SENTENCEPIECE
 
 __all__ = ["PrepSummary", "available_cores", "encode_documents", "prepare"]
 
-TOKENIZER = "tokenizer.model"
 _BATCH_BYTES = 1 << 20
 """Text per task of a worker, characters."""
 _TRAINING_BYTES = 32 << 20
@@ -61,6 +60,7 @@ def prepare(
     *,
     vocab_size: int | None = None,
     tokenizer: Path | None = None,
+    train_bpe: bool = False,
     sequence_length: int = 2048,
     validation_fraction: float = 0.01,
     errors: Literal["stop", "skip"] = "stop",
@@ -79,7 +79,8 @@ def prepare(
     Args:
         inputs: files or directories.
         vocab_size: train a tokenizer of this size; or
-        tokenizer: reuse this sentencepiece model.
+        tokenizer: reuse this one: a sentencepiece model, a ``tokenizer.json``, or a directory that holds either.
+        train_bpe: what is trained is a byte-level BPE of Hugging Face instead of a sentencepiece model.
         sequence_length: tokens per sample.
         validation_fraction: share of documents held out, chosen by a hash of the document; at least enough for a
             few samples.
@@ -94,24 +95,31 @@ def prepare(
     """
     began = time.perf_counter()
     if (vocab_size is None) == (tokenizer is None):
-        raise MegaloopError("give either --vocab-size N to train a tokenizer, or --tokenizer FILE to reuse one")
+        raise MegaloopError("give either --vocab-size N to train a tokenizer, or --tokenizer PATH to reuse one")
+    if train_bpe and tokenizer is not None:
+        raise MegaloopError("--train-bpe trains a tokenizer, and --tokenizer reuses one; give --vocab-size N instead")
     documents = Inputs(find_inputs(inputs), text_field, errors, template)
-    output = Output(out, overwrite, [*documents.files, *([tokenizer] if tokenizer else [])])
-    reused = _tokenizer_model(tokenizer) if tokenizer is not None else None
+    reused = _reusable(tokenizer) if tokenizer is not None else None
+    output = Output(out, overwrite, [*documents.files, *([reused.path] if reused else [])])
     with output:
         held_out, sample = _scan(documents, validation_fraction, sequence_length, reused is None, console)
-        model = reused if reused is not None else _train_tokenizer(sample, vocab_size or 0, console)
-        (output.folder / TOKENIZER).write_bytes(model)
+        if reused is not None:
+            kept = copy_tokenizer(reused.path, output.folder)[0]
+        else:
+            kept = _train(sample, vocab_size or 0, train_bpe, output.folder, console)
         description = _write_shards(
             documents,
             output.folder,
+            load_tokenizer(kept),
             held_out,
             sequence_length,
             validation_fraction,
             workers or available_cores(),
             console,
         )
-        output.publish(description, ("train", "validation", TOKENIZER), lambda note: _note(note, console))
+        own = FOLDER if kept.parent != output.folder else SENTENCEPIECE
+        other = SENTENCEPIECE if own == FOLDER else FOLDER
+        output.publish(description, ("train", "validation", own), (other,), lambda note: _note(note, console))
     train, validation = description.splits["train"], description.splits["validation"]
     return PrepSummary(
         out=str(output.path),
@@ -138,20 +146,30 @@ def _note(text: str, console: Console | None) -> None:
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _tokenizer_model(path: Path) -> bytes:
-    """A sentencepiece model that a data set can be made with, checked before the input is read."""
-    tokenizer = Tokenizer.load(path)
+def _reusable(path: Path) -> Tokenizer:
+    """A tokenizer that a data set can be made with, checked before the input is read."""
+    tokenizer = load_tokenizer(path)
     if tokenizer.eos_id < 0:
         raise MegaloopError(
-            f"tokenizer {path} has no end-of-text token (</s>); documents could not be told apart: use another"
+            f"tokenizer {tokenizer.path} has no end-of-text token, so documents could not be told apart; use another"
+            + (
+                ", or name it as eos_token in a tokenizer_config.json beside it"
+                if tokenizer.path.suffix == ".json"
+                else ""
+            )
         )
-    return path.read_bytes()
+    return tokenizer
 
 
-def _train_tokenizer(sample: list[str], vocab_size: int, console: Console | None) -> bytes:
+def _train(sample: list[str], vocab_size: int, byte_level: bool, folder: Path, console: Console | None) -> Path:
     if console is not None:
         console.print(f"training a tokenizer of {vocab_size} tokens", highlight=False)
-    return train_tokenizer(sample, vocab_size)
+    if byte_level:
+        (folder / FOLDER).mkdir()
+        return train_byte_level(sample, vocab_size, folder / FOLDER)
+    path = folder / SENTENCEPIECE
+    path.write_bytes(train_sentencepiece(sample, vocab_size))
+    return path
 
 
 # --- first pass ---
@@ -202,22 +220,18 @@ def _hash(text: str, salt: bytes = b"") -> int:
 
 
 def encode_documents(
-    documents: Iterator[tuple[int, str]], model: bytes, dtype: str, workers: int
+    documents: Iterator[tuple[int, str]], tokenizer: Tokenizer, dtype: str, workers: int
 ) -> Iterator[tuple[int, str, NDArray[Any]]]:
     """(file number, text, tokens) in the order of ``documents``, tokenized by ``workers`` threads.
 
-    sentencepiece encodes outside Python's lock, so threads use all cores, and no text is sent between processes.
+    Both libraries encode outside Python's lock, so threads use all cores, and no text is sent between processes.
     At most a few megabytes of text per worker are in flight: memory does not grow with the input.
     """
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-
-    # from 0.2.3 on sentencepiece hands out buffers: no Python list of integers is built under the lock
-    buffers: dict[str, Any] = {"return_type": "numpy"} if hasattr(processor, "EncodeAsNumpy") else {}
+    prefix = np.array(tokenizer.prefix_ids, dtype=dtype)
 
     def encode(batch: list[tuple[int, str]]) -> list[NDArray[Any]]:
-        # by itself a call would start a thread for every core of the machine
-        encoded = processor.encode([text for _, text in batch], num_threads=1, **buffers)
-        return [np.asarray(ids).astype(dtype) for ids in encoded]
+        encoded = [ids.astype(dtype) for ids in tokenizer.encode_batch([text for _, text in batch])]
+        return [np.concatenate([prefix, ids]) for ids in encoded] if len(prefix) else encoded
 
     waiting: deque[tuple[list[tuple[int, str]], Future[list[NDArray[Any]]]]] = deque()
 
@@ -251,6 +265,7 @@ def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, s
 def _write_shards(
     documents: Inputs,
     partial: Path,
+    tokenizer: Tokenizer,
     held_out: int,
     sequence_length: int,
     fraction: float,
@@ -258,17 +273,15 @@ def _write_shards(
     console: Console | None,
 ) -> Description:
     """Tokenize, pack and write both splits."""
-    tokenizer = Tokenizer.load(partial / TOKENIZER)
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    model = (partial / TOKENIZER).read_bytes()
-    sizes = token_bytes(sentencepiece.SentencePieceProcessor(model_proto=model))
+    sizes = tokenizer.token_bytes()
     writers = {
         name: SplitWriter(partial / name, sequence_length, dtype, sizes, tokenizer.eos_id)
         for name in ("train", "validation")
     }
     try:
         with _Progress(console, "tokenizing", documents) as advance:
-            for number, text, tokens in encode_documents(iter(documents), model, dtype, workers):
+            for number, text, tokens in encode_documents(iter(documents), tokenizer, dtype, workers):
                 writers["validation" if _hash(text) <= held_out else "train"].add(tokens)
                 advance(number)
         splits = {name: writer.finish() for name, writer in writers.items()}
@@ -285,13 +298,7 @@ def _write_shards(
     return Description(
         format_version=FORMAT_VERSION,
         megaloop=__version__,
-        tokenizer=TokenizerEntry(
-            file=TOKENIZER,
-            sha256=file_sha256(partial / TOKENIZER),
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-        ),
+        tokenizer=TokenizerEntry.of(tokenizer, partial),
         sequence_length=sequence_length,
         dtype=dtype,
         splits=splits,  # type: ignore[arg-type]

@@ -120,11 +120,14 @@ class Output:
             f"and start again: {what}"
         )
 
-    def publish(self, description: Description, parts: Sequence[str], on_note: Callable[[str], None]) -> None:
+    def publish(
+        self, description: Description, parts: Sequence[str], gone: Sequence[str], on_note: Callable[[str], None]
+    ) -> None:
         """Make what is in the folder the data set of the directory.
 
         Args:
             parts: names of the files and directories in the folder that belong to it.
+            gone: names that only the data set before may have had.
             on_note: is told where the new data set is in its place and whole, but something could not be tidied up.
 
         Raises:
@@ -139,19 +142,20 @@ class Output:
             self._check()
             (self.folder / DATA_JSON).replace(self.path / DATA_JSON)
             try:
-                self._tidy(description, parts)
+                self._tidy(description, parts, gone)
             except OSError as error:
                 on_note(
                     f"output {self.path}: the new data set is there and whole, but the old one's parts could not all be "
                     f"removed ({error.strerror or error}); the next prep --overwrite tries again"
                 )
 
-    def _tidy(self, description: Description, parts: Sequence[str]) -> None:
+    def _tidy(self, description: Description, parts: Sequence[str], gone: Sequence[str]) -> None:
         fsync_path(self.path)
-        for name in parts:
+        for name in (*parts, *gone):
             if os.path.lexists(self.path / name):  # a link moves as a link: what it points to stays as it is
                 (self.path / name).rename(self.folder / f"old-{name}")
-            (self.folder / name).rename(self.path / name)
+            if name in parts:
+                (self.folder / name).rename(self.path / name)
         fsync_path(self.path)
         fsync_path(self.folder)
         _write(self.folder / DATA_JSON, description)
@@ -163,8 +167,7 @@ class Output:
 
 def _write(path: Path, description: Description) -> None:
     """Write data.json; a folder is only named where there is one."""
-    values = description.model_dump(mode="json", exclude=None if description.folder else {"folder"})
-    replace_file(path, json.dumps(values, indent=1).encode())
+    replace_file(path, description.to_json())
 
 
 def _lock_of(folder: Path) -> Path:

@@ -1,24 +1,28 @@
-"""Training a sentencepiece BPE tokenizer that loses nothing: decode(encode(text)) == text."""
+"""Training tokenizers that lose nothing: decode(encode(text)) == text."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-import numpy as np
 import sentencepiece
-from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megaloop.errors import MegaloopError
+from megaloop.tokenizer.huggingface import write_tokenizer_json
 
-__all__ = ["token_bytes", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "train_byte_level", "train_sentencepiece"]
+
+END_OF_TEXT = "<|endoftext|>"
+"""What ends a text in the byte-level tokenizers that are trained here, as in SmolLM's."""
 
 _LONGEST = 4000
 """Bytes of a training sentence; sentencepiece leaves longer ones out."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-pair encoding (arXiv 1508.07909) with byte fallback; returns the serialised model.
 
     Text is taken as it is: no normalisation, no added or removed spaces. Ids: <unk> 0, <s> 1, </s> 2.
@@ -48,15 +52,37 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def token_bytes(processor: sentencepiece.SentencePieceProcessor) -> NDArray[np.int64]:
-    """UTF-8 bytes of text that each token stands for; 0 for special tokens."""
-    sizes = np.zeros(processor.get_piece_size(), dtype=np.int64)
-    for token in range(len(sizes)):
-        if processor.is_byte(token):
-            sizes[token] = 1
-        elif not processor.is_control(token) and not processor.is_unknown(token):
-            sizes[token] = len(processor.id_to_piece(token).replace("\u2581", " ").encode())
-    return sizes
+def train_byte_level(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
+    """Train a byte-level BPE as SmolLM's is: GPT-2's splitting with every digit by itself, nothing normalised.
+
+    Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers opens, into ``folder``. The ids: ``<|endoftext|>`` 0, then
+    the 256 bytes, then what is merged. The result depends on the text alone, not on threads.
+
+    Returns:
+        The ``tokenizer.json``.
+
+    Raises:
+        MegaloopError: fewer than 257 tokens are asked for, or more than the text supports (the largest number is named).
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise MegaloopError(
+            f"--vocab-size {vocab_size} is smaller than 256 bytes and {END_OF_TEXT} need; use {len(alphabet) + 1} or more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (largest := tokenizer.get_vocab_size()) < vocab_size:
+        raise MegaloopError(
+            f"--vocab-size {vocab_size} is larger than the text supports; use {largest} or less, or give more text"
+        )
+    return write_tokenizer_json(tokenizer, folder, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

@@ -99,12 +99,21 @@ class TensorEntry(Entry):
 
 
 class TokenizerEntry(Entry):
-    """The sentencepiece model that the tokens came from."""
+    """The file that names the tokenizer, and its SHA-256. Where it lies in a directory, all files there belong to it."""
 
     file: str
     sha256: str
 
     _path_inside = field_validator("file")(_inside)
+
+    @property
+    def folder(self) -> str:
+        """The directory within the checkpoint; empty: the tokenizer is one file."""
+        return self.file.rpartition("/")[0]
+
+    def holds(self, path: str) -> bool:
+        """Whether a file of the checkpoint belongs to the tokenizer."""
+        return path.rpartition("/")[0] == self.folder if self.folder else path == self.file
 
 
 class GrowthEntry(Entry):
@@ -207,7 +216,7 @@ class _Content(Entry):
                 for piece in entry.pieces:
                     if piece.file not in room:
                         raise ValueError(f"{printable(piece.file)} is not among its files")
-                    if self.tokenizer and piece.file == self.tokenizer.file:
+                    if self.tokenizer and self.tokenizer.holds(piece.file):
                         raise ValueError(f"{printable(piece.file)} is said to hold both the tokenizer and tensors")
                     room[piece.file] -= piece.piece(name, tuple(entry.shape)).numel * ITEM_BYTES[entry.dtype]
         for path, left in room.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +24,7 @@ from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.layout.pieces import Box, Piece
 from megaloop.model import ParameterSpec
 from megaloop.text import printable
+from megaloop.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Checkpoint", "file_checksum"]
 
@@ -120,7 +122,7 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The tokenizer's file, if the checkpoint holds one; its bytes are compared with those that were saved.
+        """The file that names the tokenizer, if the checkpoint holds one; all its files are compared with those that were saved.
 
         Raises:
             DamagedCheckpoint: they are others.
@@ -129,9 +131,42 @@ class Checkpoint:
         if entry is None:
             return None
         if not self._tokenizer_checked:
-            _check_file(self.path, next(file for file in self.manifest.files if file.path == entry.file), "checksums")
+            own = [file for file in self.manifest.files if entry.holds(file.path)]
+            for file in own:
+                _check_file(self.path, file, "checksums")
+            known = {file.path for file in own}
+            if entry.folder and (
+                new := sorted({f"{entry.folder}/{name}" for name in os.listdir(self.path / entry.folder)} - known)
+            ):
+                raise DamagedCheckpoint(
+                    f"checkpoint {self.path}: {printable(new[0])} lies with the tokenizer, but was not saved with it; remove it"
+                )
             self._tokenizer_checked = True
         return self.path / entry.file
+
+    def open_tokenizer(self, purpose: str) -> Tokenizer:
+        """The tokenizer.
+
+        Args:
+            purpose: what needs one, for the error: ``generate writes text``.
+
+        Raises:
+            MegaloopError: the checkpoint holds none, or a damaged one.
+        """
+        if self.tokenizer is None:
+            raise MegaloopError(
+                f"checkpoint {self.path} holds no tokenizer, and {purpose}; import it again with --tokenizer PATH"
+            )
+        return load_tokenizer(self.tokenizer)
+
+    def check_tokenizer(self, data: Path, sha256: str) -> None:
+        """Raise MegaloopError where data was prepared with another tokenizer; a checkpoint without one takes any."""
+        entry = self.manifest.tokenizer
+        if entry is not None and entry.sha256 != sha256:
+            raise MegaloopError(
+                f"data {data} has another tokenizer (SHA-256 {printable(sha256[:12])}) than checkpoint {self.path} "
+                f"({printable(entry.sha256[:12])}); prepare the data again with --tokenizer {self.path / entry.file}"
+            )
 
     def names(self, state_name: str) -> list[str]:
         """Names of the tensors of a kind, in the order in which they were saved; empty if there are none."""

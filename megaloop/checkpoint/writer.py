@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections import defaultdict
@@ -40,10 +39,9 @@ from megaloop.files import fsync_path, replace_file
 from megaloop.layout.pieces import Piece, StatePiece
 from megaloop.layout.topology import Topology
 from megaloop.runtime.collectives import gather_objects
+from megaloop.tokenizer import copy_tokenizer, file_sha256
 
 __all__ = ["CheckpointInfo", "LazyPiece", "SaveResult", "save_checkpoint"]
-
-TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def save_checkpoint(
     Args:
         directory: the final name, on a file system that all ranks share.
         pieces: this rank's state; those without ``writes`` are left to other ranks.
-        tokenizer: a sentencepiece model to keep with it.
+        tokenizer: the file that names the tokenizer to keep with it.
         then: called by rank 0 once the checkpoint has its name; for what that makes superfluous.
         group: the ranks; None: all, over the default process group.
 
@@ -262,10 +260,10 @@ def _finish(partial: Path, directory: Path, indices: list[_Index], info: Checkpo
         raise RuntimeError(f"the ranks' pieces do not make up a checkpoint: {problem}")
     token_entry = None
     if tokenizer is not None:
-        copy = partial / TOKENIZER
-        shutil.copyfile(tokenizer, copy)
-        files.append(_entry(partial, copy))
-        token_entry = TokenizerEntry(file=TOKENIZER, sha256=hashlib.sha256(copy.read_bytes()).hexdigest())
+        copies = copy_tokenizer(tokenizer, partial)
+        files += [_entry(partial, copy) for copy in copies]
+        fsync_path(copies[0].parent)
+        token_entry = TokenizerEntry(file=copies[0].relative_to(partial).as_posix(), sha256=file_sha256(copies[0]))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         megaloop=__version__,

@@ -20,7 +20,14 @@ def prep(
     ],
     out: Annotated[Path, typer.Option(help="Directory to write the data set to.")],
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Use this sentencepiece model instead.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Use this one instead: a sentencepiece model, a tokenizer.json, or a directory with either."),
+    ] = None,
+    train_bpe: Annotated[
+        bool,
+        typer.Option("--train-bpe", help="Train a byte-level BPE (tokenizer.json) instead of a sentencepiece model."),
+    ] = False,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 2048,
     validation_fraction: Annotated[
         float, typer.Option(min=0, max=0.5, callback=finite, help="Share of documents held out.")
@@ -45,6 +52,7 @@ def prep(
         out,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
+        train_bpe=train_bpe,
         sequence_length=sequence_length,
         validation_fraction=validation_fraction,
         errors=errors.value,

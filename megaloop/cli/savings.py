@@ -148,7 +148,7 @@ def _prepare_data(config: Config, folder: Path, documents: int, text: list[Path]
     from data_prep.prepare import prepare
     from data_prep.sources import Inputs, find_inputs
     from data_prep.synthetic import write_jsonl
-    from data_prep.tokenizer import train_tokenizer
+    from data_prep.tokenizer import train_sentencepiece
 
     if (folder / "text" / "data.json").is_file() and (folder / "math" / "data.json").is_file():
         return
@@ -161,7 +161,7 @@ def _prepare_data(config: Config, folder: Path, documents: int, text: list[Path]
     write_jsonl(folder / "math.jsonl", count=documents)
     tokenizer = folder / "tokenizer.model"
     both = find_inputs([*inputs, folder / "math.jsonl"])
-    tokenizer.write_bytes(train_tokenizer(_some(Inputs(both)), vocab_size))
+    tokenizer.write_bytes(train_sentencepiece(_some(Inputs(both)), vocab_size))
     for name, files in (("text", inputs), ("math", [folder / "math.jsonl"])):
         prepare(
             files,

@@ -13,7 +13,6 @@ from megaloop.data.loader import (
 )
 from megaloop.data.order import SampleOrder
 from megaloop.data.sources import Sources, embedding_rows, open_sources
-from megaloop.tokenizer.sentencepiece import Tokenizer
 
 __all__ = [
     "BatchLoader",
@@ -23,7 +22,6 @@ __all__ = [
     "Sample",
     "SampleOrder",
     "Sources",
-    "Tokenizer",
     "bits_per_byte",
     "embedding_rows",
     "held_out_batch",

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megaloop.data.streaming_base import mds_reader
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
+from megaloop.tokenizer import Tokenizer, file_sha256, load_tokenizer, tokenizer_files
+from megaloop.tokenizer.files import FOLDER
 
 __all__ = ["COLUMNS", "DATA_JSON", "HASH", "DataSet", "Description", "Sample", "SourceEntry", "Split", "SplitEntry"]
 
@@ -44,13 +46,27 @@ class _Model(BaseModel):
 
 
 class TokenizerEntry(_Model):
-    """The tokenizer: its file, SHA-256 and size."""
+    """The tokenizer: its file, SHA-256 and size; ``beside`` are the other files of one of Hugging Face, and their SHA-256."""
 
     file: str
     sha256: str
     vocab_size: Size
     bos_id: TokenId
     eos_id: TokenId
+    beside: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, folder: Path) -> TokenizerEntry:
+        """Describe a tokenizer whose files lie in ``folder``, the data set's."""
+        first, *others = tokenizer_files(tokenizer.path)
+        return cls(
+            file=first.relative_to(folder).as_posix(),
+            sha256=file_sha256(first),
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            beside={path.relative_to(folder).as_posix(): file_sha256(path) for path in others},
+        )
 
 
 class SplitEntry(_Model):
@@ -90,6 +106,15 @@ class Description(_Model):
     validation_fraction: float
     folder: str = ""
 
+    def to_json(self) -> bytes:
+        """The content of ``data.json``. Keys that are younger than the format are only there where they say something."""
+        values = self.model_dump(mode="json")
+        if not self.folder:
+            del values["folder"]
+        if not self.tokenizer.beside:
+            del values["tokenizer"]["beside"]
+        return json.dumps(values, indent=1).encode()
+
 
 class _Version(BaseModel):
     """The one key that every version of ``data.json`` has."""
@@ -112,6 +137,11 @@ class Sample:
     starts: NDArray[np.int32]
     bytes: int
     loss_mask: NDArray[np.bool_] | None = None
+
+
+def _is_file_of_tokenizer(name: str) -> bool:
+    """Whether this is a file of the data set, or one in its tokenizer's directory."""
+    return _is_name(name.removeprefix(f"{FOLDER}/"))
 
 
 def _is_name(name: object) -> bool:
@@ -164,7 +194,8 @@ class DataSet:
             raise MegaloopError(
                 f"data {path}: {DATA_JSON} is damaged ({where}: {printable(first['msg'])}); prepare it again"
             ) from None
-        if not _is_name(description.tokenizer.file):
+        entry = description.tokenizer
+        if not all(_is_file_of_tokenizer(name) for name in (entry.file, *entry.beside)):
             raise MegaloopError(f"data {path}: {DATA_JSON} names a tokenizer outside the data set; prepare it again")
         if description.folder and not _is_name(description.folder):
             raise MegaloopError(f"data {path}: {DATA_JSON} names a folder outside the data set; prepare it again")
@@ -193,6 +224,37 @@ class DataSet:
     @property
     def tokenizer(self) -> Path:
         return self.part(self.description.tokenizer.file)
+
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer, its files compared with what prep wrote.
+
+        Raises:
+            MegaloopError: a file of it is missing, altered or new.
+        """
+        entry = self.description.tokenizer
+        for name, expected in {entry.file: entry.sha256, **entry.beside}.items():
+            try:
+                found = file_sha256(self.part(name))
+            except OSError:
+                raise MegaloopError(f"data {self.path}: {printable(name)} is missing; prepare the data again") from None
+            if found != expected:
+                raise MegaloopError(
+                    f"data {self.path}: {printable(name)} was altered (SHA-256 differs); prepare the data again"
+                )
+        tokenizer = load_tokenizer(self.tokenizer)
+        new = {path.name for path in tokenizer_files(tokenizer.path)} - {
+            Path(n).name for n in (entry.file, *entry.beside)
+        }
+        if new:
+            raise MegaloopError(
+                f"data {self.path}: {new.pop()} lies with the tokenizer, but prep did not write it; remove it"
+            )
+        if (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) != (entry.vocab_size, entry.bos_id, entry.eos_id):
+            raise MegaloopError(
+                f"data {self.path}: data.json gives the tokenizer another size, beginning or end than it has; "
+                "prepare the data again"
+            )
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:

@@ -23,7 +23,7 @@ from megaloop.data.dataset import Sample
 from megaloop.data.jsonl import BEGINNING, MARK, NotText, field_text, foreign_encoding, read_object
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
-from megaloop.tokenizer.sentencepiece import Tokenizer, file_sha256
+from megaloop.tokenizer import Tokenizer, file_sha256
 
 __all__ = ["FineTuningSet", "FineTuningSplit"]
 
@@ -83,26 +83,27 @@ class FineTuningSet:
 
     Attributes:
         path: the file.
-        tokenizer: the sentencepiece model.
+        tokenizer: the file that names the tokenizer.
         left_out: examples that are longer than a sample.
     """
 
-    def __init__(self, path: Path, tokenizer: Path, config: DataConfig):
+    def __init__(self, path: Path, tokenizer: Tokenizer, config: DataConfig):
         """Read, tokenize and pack the examples.
 
         Raises:
             MegaloopError: a file that cannot be read, a line that is no example, or too few of them.
         """
-        self.path, self.tokenizer, self.sequence_length = path, tokenizer, config.sequence_length
-        opened = Tokenizer.load(tokenizer)
-        self.vocab_size, self.tokenizer_sha256 = opened.vocab_size, file_sha256(tokenizer)
-        if opened.eos_id < 0:
-            raise MegaloopError(f"tokenizer {tokenizer} has no end-of-text token (</s>); answers could not end")
+        self.path, self.tokenizer, self.sequence_length = path, tokenizer.path, config.sequence_length
+        self.vocab_size, self.tokenizer_sha256 = tokenizer.vocab_size, file_sha256(tokenizer.path)
+        if tokenizer.eos_id < 0:
+            raise MegaloopError(f"tokenizer {tokenizer.path} has no end-of-text token; answers could not end")
         examples: dict[str, list[tuple[int, _Example]]] = {"train": [], "validation": []}
         hashed: list[tuple[int, _Example]] = []
         self.left_out = 0
         for prompt, answer in _read(path, config):
-            made = _Example(opened.encode(prompt), [*opened.encode(answer), opened.eos_id], len(answer.encode()))
+            made = _Example(
+                tokenizer.encode_prompt(prompt), [*tokenizer.encode(answer), tokenizer.eos_id], len(answer.encode())
+            )
             if len(made) > config.sequence_length:
                 self.left_out += 1
                 continue
@@ -122,7 +123,7 @@ class FineTuningSet:
             name: FineTuningSplit(
                 list(_packed([sample for _, sample in found], config.sequence_length)),
                 config.sequence_length,
-                opened.eos_id,
+                tokenizer.eos_id,
             )
             for name, found in examples.items()
         }

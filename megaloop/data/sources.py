@@ -10,8 +10,7 @@ from megaloop.data.dataset import DataSet
 from megaloop.data.order import CURRENT, SampleOrder
 from megaloop.data.sft import FineTuningSet
 from megaloop.errors import MegaloopError
-from megaloop.text import printable
-from megaloop.tokenizer.sentencepiece import Tokenizer, file_sha256
+from megaloop.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Sources", "embedding_rows", "open_sources"]
 
@@ -81,38 +80,25 @@ def open_sources(config: DataConfig, init: Path | None = None) -> Sources:
     """
     stable, cooldown = (tuple(source.weights[phase] for source in config.sources) for phase in (0, 1))
     if config.format == "sft":
-        tokenizer = config.tokenizer or _tokenizer_of(init)
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _tokenizer_of(init)
         return Sources(
             tuple(FineTuningSet(source.path, tokenizer, config) for source in config.sources), stable, cooldown
         )
     datasets = tuple(DataSet.open(source.path, config.sequence_length) for source in config.sources)
     for dataset in datasets:
         entry = dataset.description.tokenizer
-        try:
-            checksum = file_sha256(dataset.tokenizer)
-        except OSError:
-            raise MegaloopError(
-                f"data {dataset.path}: {printable(entry.file)} is missing; prepare the data again"
-            ) from None
-        if checksum != entry.sha256:
-            raise MegaloopError(
-                f"data {dataset.path}: {printable(entry.file)} was altered (SHA-256 differs); prepare the data again"
-            )
-        if Tokenizer.load(dataset.tokenizer).vocab_size != entry.vocab_size:
-            raise MegaloopError(
-                f"data {dataset.path}: data.json gives the tokenizer another size than it has; prepare the data again"
-            )
+        dataset.open_tokenizer()
         if entry.sha256 != datasets[0].description.tokenizer.sha256:
             raise MegaloopError(
-                f"data {dataset.path} has another tokenizer than {datasets[0].path}; "
-                f"prepare it again with --tokenizer {datasets[0].tokenizer}"
+                f"data {dataset.path} has another tokenizer (SHA-256 {entry.sha256[:12]}) than {datasets[0].path} "
+                f"({datasets[0].tokenizer_sha256[:12]}); prepare it again with --tokenizer {datasets[0].tokenizer}"
             )
         if not len(dataset.split("train")):
             raise MegaloopError(f"data {dataset.path}: no training samples")
     return Sources(datasets, stable, cooldown)
 
 
-def _tokenizer_of(init: Path | None) -> Path:
+def _tokenizer_of(init: Path | None) -> Tokenizer:
     from megaloop.checkpoint import Checkpoint, resolve_checkpoint
 
     if init is None:
@@ -120,9 +106,7 @@ def _tokenizer_of(init: Path | None) -> Path:
             "data.format sft: no tokenizer; begin with a checkpoint that has one (init=CKPT), or set data.tokenizer"
         )
     with Checkpoint.open(resolve_checkpoint(init), verify="sizes") as checkpoint:
-        if checkpoint.tokenizer is None:
-            raise MegaloopError(f"checkpoint {checkpoint.path} holds no tokenizer.model; set data.tokenizer")
-        return checkpoint.tokenizer
+        return checkpoint.open_tokenizer("fine-tuning reads text (or set data.tokenizer)")
 
 
 def embedding_rows(config: Config, sources: Sources) -> int:

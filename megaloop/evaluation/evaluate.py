@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint
-from megaloop.data import DataSet, MicroBatch, Tokenizer, bits_per_byte, held_out_batch, held_out_places
+from megaloop.data import DataSet, MicroBatch, bits_per_byte, held_out_batch, held_out_places
 from megaloop.depth import DepthPlan, DepthSpec, Execution, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
@@ -29,6 +29,7 @@ from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 from megaloop.runtime.collectives import broadcast_object, gather_objects
 from megaloop.text import parse_whole, printable
+from megaloop.tokenizer import Tokenizer
 
 __all__ = ["VALIDATION", "Block", "evaluate", "with_loops"]
 
@@ -200,12 +201,7 @@ def _datasets(
             length = checkpoint.manifest.data.sequence_length
             if length is not None and dataset.sequence_length % length == 0:
                 dataset = DataSet.open(path, length)
-            tokenizer = checkpoint.manifest.tokenizer
-            if tokenizer is not None and dataset.description.tokenizer.sha256 != tokenizer.sha256:
-                raise MegaloopError(
-                    f"data {path} has another tokenizer than the model; prepare it again with --tokenizer "
-                    f"{checkpoint.path / tokenizer.file}"
-                )
+            checkpoint.check_tokenizer(path, dataset.tokenizer_sha256)
             if not len(dataset.split("validation")):
                 raise MegaloopError(f"data {path}: no held-out samples; prepare it with --validation-fraction")
             opened.append(dataset)
@@ -340,11 +336,7 @@ class _Work:
 
     def _open_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            if self._checkpoint.tokenizer is None:
-                raise MegaloopError(
-                    f"checkpoint {self._checkpoint.path} holds no tokenizer.model; questions cannot be turned into tokens"
-                )
-            self._tokenizer = Tokenizer.load(self._checkpoint.tokenizer)
+            self._tokenizer = self._checkpoint.open_tokenizer("questions are text")
         return self._tokenizer
 
     def _encode(self, text: str) -> list[int]:

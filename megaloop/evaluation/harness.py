@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 
 from megaloop.checkpoint import Checkpoint
-from megaloop.data import Tokenizer
 from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import Block, with_loops
@@ -22,6 +21,7 @@ from megaloop.inference.generate import generate_tokens
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
 from megaloop.text import printable
+from megaloop.tokenizer import Tokenizer
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -62,9 +62,8 @@ class HarnessModel(TemplateLM):
         """The model of a checkpoint, or of a run's newest; loops as :func:`megaloop.evaluation.evaluate.with_loops`."""
         model, checkpoint = load_decoder(path, precision=precision)
         calls = with_loops(model.plan, loops, block).calls
-        if checkpoint.tokenizer is None:
-            raise MegaloopError(f"checkpoint {checkpoint.path} holds no tokenizer.model; lm-eval asks in text")
-        return cls(model, Tokenizer.load(checkpoint.tokenizer), _context_length(checkpoint), calls)
+        tokenizer = checkpoint.open_tokenizer("lm-eval asks in text")
+        return cls(model, tokenizer, _context_length(checkpoint), calls)
 
     @property
     def eot_token_id(self) -> int:
@@ -76,7 +75,9 @@ class HarnessModel(TemplateLM):
         return str(self._tokens.path)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self._tokens.encode(string)
+        if add_special_tokens is False:
+            return self._tokens.encode_prompt(string)[len(self._tokens.prefix_ids) :]
+        return self._tokens.encode_prompt(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any

@@ -1,20 +1,81 @@
-"""A sentencepiece BPE model as a Hugging Face fast tokenizer that gives the same ids."""
+"""Tokenizers out to Hugging Face directories and in from them; a sentencepiece BPE as a fast tokenizer that gives the same ids."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import sentencepiece
 
 from megaloop.errors import MegaloopError
+from megaloop.tokenizer import HuggingFaceTokenizer, Tokenizer, find_tokenizer, load_tokenizer, tokenizer_files
+from megaloop.tokenizer.files import SENTENCEPIECE
+from megaloop.tokenizer.huggingface import TOKENIZER_JSON
 
-__all__ = ["write_tokenizer"]
+__all__ = ["export_tokenizer", "find_model_tokenizer"]
 
 _SPACE = "\u2581"
+_PADDING = 1024
+"""Rows of an embedding are at most rounded up to a multiple of this (as published models are)."""
 
 
-def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
+def export_tokenizer(path: Path, folder: Path, max_length: int) -> dict[str, int | None]:
+    """Write a checkpoint's tokenizer into a Hugging Face directory.
+
+    The files of one of Hugging Face are copied byte by byte, chat template included; a sentencepiece model is converted.
+
+    Returns:
+        ``bos_token_id`` and ``eos_token_id`` of the model's configuration.
+
+    Raises:
+        MegaloopError: a sentencepiece model that cannot be converted.
+    """
+    tokenizer = load_tokenizer(path)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        for file in tokenizer_files(path):
+            shutil.copyfile(file, folder / file.name)
+    else:
+        _write_converted(path, folder, max_length)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return {key: token if token >= 0 else None for key, token in ids.items()}
+
+
+def find_model_tokenizer(source: Path, rows: int) -> Path | None:
+    """The tokenizer of a model directory (or a file that was named), checked against the rows of the model's embedding.
+
+    Of a directory that megaloop exported, it is the sentencepiece model that the tokenizer.json was made from. None: there is none.
+
+    Raises:
+        MegaloopError: a damaged tokenizer, or one that is not this model's.
+    """
+    path = find_tokenizer(source)
+    if path is None:
+        return None
+    if path.name == TOKENIZER_JSON and (model := path.with_name(SENTENCEPIECE)).is_file() and _made_of(path, model):
+        path = model
+    tokenizer: Tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > rows or rows > -(-tokenizer.vocab_size // _PADDING) * _PADDING:
+        raise MegaloopError(
+            f"tokenizer {path} has {tokenizer.vocab_size} tokens and the model {rows} rows in its embedding: they do not belong "
+            "together; name the model's own with --tokenizer, or leave it out with --without-tokenizer"
+        )
+    return path
+
+
+def _made_of(written: Path, model: Path) -> bool:
+    """Whether a tokenizer.json is what an export makes of this sentencepiece model."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_converted(model, Path(folder), 1)
+            made: object = json.loads((Path(folder) / TOKENIZER_JSON).read_bytes())
+        return bool(made == json.loads(written.read_bytes()))
+    except (MegaloopError, RuntimeError, OSError, ValueError, RecursionError):
+        return False
+
+
+def _write_converted(model: Path, out: Path, max_length: int) -> None:
     """Write ``tokenizer.json``, its configuration and a copy of the model into ``out``.
 
     Text is taken as it is and no special token is added, as in training.

@@ -22,7 +22,7 @@ from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, DepthSpec, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.files import OutputDirectory, open_weights, read_json, write_json, write_weights
-from megaloop.huggingface.tokenizer import write_tokenizer
+from megaloop.huggingface.tokenizer import export_tokenizer, find_model_tokenizer
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
 from megaloop.model import parameter_specs
@@ -118,11 +118,7 @@ def export_huggingface(
         files, size = write_weights(tensors, folder)
         tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
         if source.tokenizer is not None:
-            write_tokenizer(source.tokenizer, folder, length)
-            from megaloop.tokenizer.sentencepiece import Tokenizer
-
-            tokenizer = Tokenizer.load(source.tokenizer)
-            tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            tokens = export_tokenizer(source.tokenizer, folder, length)
         write_json(folder / "config.json", _their_config(model, len(calls), name, length) | tokens)
         write_json(folder / "generation_config.json", tokens)
     count = sum(prod(tensor.shape) for tensor in tensors)
@@ -169,12 +165,12 @@ def import_huggingface(source: Path, out: Path) -> ImportSummary:
         for piece, values in weights:
             pieces.append(StatePiece("model", piece, values.to(training_dtype(precision))))
             pieces.append(StatePiece("master", piece, values.float()))
-        tokenizer = source / "tokenizer.model"
+        tokenizer = find_model_tokenizer(source, model.vocab_size or 0)
         info = CheckpointInfo(
             run=RunState.fresh(), plan=plan, model=model, topology=Topology(), precision=precision, growth=None,
             config={"data": {"sequence_length": settings.get("max_position_embeddings", _DEFAULT_LENGTH)}},
         )  # fmt: skip
-        save_checkpoint(out, pieces, info, tokenizer=tokenizer if tokenizer.is_file() else None)
+        save_checkpoint(out, pieces, info, tokenizer=tokenizer)
     return ImportSummary(str(out), str(plan), sum(piece.numel for piece, _ in weights), precision)
 
 

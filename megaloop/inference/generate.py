@@ -16,7 +16,7 @@ from megaloop.depth import DepthSpec, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
-from megaloop.tokenizer.sentencepiece import Tokenizer
+from megaloop.tokenizer import Tokenizer
 
 __all__ = ["GenerationResult", "before_document", "generate_text", "generate_tokens"]
 
@@ -63,16 +63,16 @@ def generate_text(
         on_text: called with each piece of text as it comes.
 
     Raises:
-        MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without ``</s>``.
+        MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without an end-of-text token.
     """
     model, opened = load_decoder(checkpoint, precision=precision)
     calls = None if depth is None else with_inference_loop(model.plan, depth).calls
-    if opened.tokenizer is None:
-        raise MegaloopError(f"checkpoint {opened.path} holds no tokenizer.model; it can't turn text into tokens")
-    tokenizer = Tokenizer.load(opened.tokenizer)
-    ids = tokenizer.encode(prompt)
+    tokenizer = opened.open_tokenizer("generate writes text")
+    ids = tokenizer.encode_prompt(prompt)
     if not ids and tokenizer.eos_id < 0:
-        raise MegaloopError(f"tokenizer {tokenizer.path} has no </s>, with which a document could begin; give a prompt")
+        raise MegaloopError(
+            f"tokenizer {tokenizer.path} has no end-of-text token, after which a document could begin; give a prompt"
+        )
     generator = torch.Generator(device=model.device).manual_seed(seed)
     began = time.perf_counter()
     produced: list[int] = []

@@ -1,59 +1,74 @@
-"""The sentencepiece tokenizer of a data set or a checkpoint."""
+"""Tokenizers of sentencepiece: one ``tokenizer.model``."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from megaloop.errors import MegaloopError
 
-__all__ = ["Tokenizer", "file_sha256"]
+__all__ = ["SentencePieceTokenizer"]
+
+_SPACE = "\u2581"
 
 
-class Tokenizer:
-    """Text to token ids and back. Special tokens written out in a text are text.
+class SentencePieceTokenizer:
+    """A sentencepiece model; see :class:`megaloop.tokenizer.protocol.Tokenizer`."""
 
-    Attributes:
-        path: the model's file.
-        vocab_size: number of tokens.
-        bos_id, eos_id: beginning and end of a text; -1 where the model has none.
-    """
+    prefix_ids: tuple[int, ...] = ()
 
     def __init__(self, path: Path, processor: sentencepiece.SentencePieceProcessor):
         self.path = path
-        self._processor = processor
+        self.processor = processor
         self.vocab_size: int = processor.get_piece_size()
         self.bos_id: int = processor.bos_id()
         self.eos_id: int = processor.eos_id()
+        # from 0.2.3 on sentencepiece hands out buffers: no Python list of integers is built under the lock
+        self._buffers: dict[str, Any] = {"return_type": "numpy"} if hasattr(processor, "EncodeAsNumpy") else {}
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Read a sentencepiece model.
+    def load(cls, path: Path) -> SentencePieceTokenizer:
+        """Read a model.
 
         Raises:
-            MegaloopError: no such file, or not a sentencepiece model.
+            MegaloopError: not a sentencepiece model.
         """
-        if not path.is_file():
-            raise MegaloopError(f"tokenizer {path}: no such file; expected a sentencepiece model")
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError):
-            raise MegaloopError(f"tokenizer {path}: not a sentencepiece model") from None
+            raise MegaloopError(
+                f"tokenizer {path}: neither a sentencepiece model nor a tokenizer.json; give one, or a directory that holds one"
+            ) from None
         return cls(path, processor)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.encode(text)
+        ids: list[int] = self.processor.encode(text)
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        text: str = self._processor.decode(ids)
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        # by itself a call would start a thread for every core of the machine
+        encoded = self.processor.encode(list(texts), num_threads=1, **self._buffers)
+        return [np.asarray(ids) for ids in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.processor.decode(list(ids))
         return text
 
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def token_bytes(self) -> NDArray[np.int64]:
+        processor = self.processor
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token in range(len(sizes)):
+            if processor.is_byte(token):
+                sizes[token] = 1
+            elif not processor.is_control(token) and not processor.is_unknown(token):
+                sizes[token] = len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
+        return sizes

@@ -177,11 +177,7 @@ def _position(
 ) -> tuple[RunState, tuple[Change, ...]]:
     """How far the run of a checkpoint was, and what has changed since."""
     manifest = checkpoint.manifest
-    if manifest.tokenizer and manifest.tokenizer.sha256 != sources.tokenizer_sha256:
-        raise MegaloopError(
-            f"checkpoint {checkpoint.path} was trained with another tokenizer than the data's; "
-            "use the data it was trained on, or prepare new data with its tokenizer.model"
-        )
+    checkpoint.check_tokenizer(config.data.sources[0].path, sources.tokenizer_sha256)
     if manifest.step >= config.train.steps:
         raise MegaloopError(
             f"checkpoint {checkpoint.path} is at step {manifest.step}, and train.steps is {config.train.steps}: "

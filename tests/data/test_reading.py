@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaloop.config import DataConfig, SourceConfig
-from megaloop.data import BatchLoader, DataSet, MicroBatch, Tokenizer, open_sources, validation_batches
+from megaloop.data import BatchLoader, DataSet, MicroBatch, open_sources, validation_batches
 from megaloop.data.streaming_base import mds_writer
 from megaloop.errors import MegaloopError
+from megaloop.tokenizer import Tokenizer, load_tokenizer
 from tests.data.corpus import documents
 
 
@@ -54,7 +55,7 @@ def test_reading_on_from_a_step_gives_what_reading_through_gives(corpus: Path) -
 def test_every_token_is_predicted_exactly_once_in_an_epoch(corpus: Path) -> None:
     """The packed samples, laid end to end, are the documents' tokens, each followed by end-of-text."""
     dataset = DataSet.open(corpus)
-    tokenizer = Tokenizer.load(dataset.tokenizer)
+    tokenizer = load_tokenizer(dataset.tokenizer)
     split = dataset.split("train")
     samples = [split.sample(i) for i in range(len(split))]
     assert all(a.tokens[-1] == b.tokens[0] for a, b in pairwise(samples))
@@ -133,7 +134,7 @@ def test_a_mixture_reads_its_sources_in_their_shares(corpus: Path, tmp_path: Pat
 
 
 def test_special_tokens_written_out_in_a_text_are_text(corpus: Path) -> None:
-    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    tokenizer = load_tokenizer(corpus / "tokenizer.model")
     text = "the </s> of <s> and <unk> <0x41>"
     assert tokenizer.eos_id not in tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -340,7 +341,7 @@ def test_a_vocabulary_that_the_tokenizer_does_not_have_is_refused(corpus: Path, 
     description = json.loads((copy / "data.json").read_text())
     description["tokenizer"]["vocab_size"] = 2**31 - 1
     (copy / "data.json").write_text(json.dumps(description))
-    with pytest.raises(MegaloopError, match=r"data.json gives the tokenizer another size than it has"):
+    with pytest.raises(MegaloopError, match=r"data.json gives the tokenizer another size, beginning or end than it has"):
         open_sources(DataConfig(sources=(SourceConfig(path=copy),), sequence_length=64))
 
 
@@ -365,4 +366,4 @@ _TOKENIZER: list[Tokenizer] = []
 
 @pytest.fixture(autouse=True, scope="module")
 def _tokenizer(corpus: Path) -> None:
-    _TOKENIZER.append(Tokenizer.load(corpus / "tokenizer.model"))
+    _TOKENIZER.append(load_tokenizer(corpus / "tokenizer.model"))

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from megaloop.config import Config, DataConfig, load_config
-from megaloop.data import BatchLoader, Tokenizer, open_sources, validation_batches
+from megaloop.data import BatchLoader, open_sources, validation_batches
 from megaloop.data.sft import FineTuningSet
 from megaloop.errors import MegaloopError
+from megaloop.tokenizer import load_tokenizer
 
 LENGTH = 64
 
@@ -56,7 +57,7 @@ def test_answers_and_their_ends_are_learnt_and_nothing_else(corpus: Path, tmp_pa
     """Read back from the samples: each example once, whole, its answer learnt up to the end-of-text token."""
     lines = examples()
     dataset = _opened(write(tmp_path / "a.jsonl", lines), corpus)
-    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    tokenizer = load_tokenizer(corpus / "tokenizer.model")
     found = []
     for name in ("train", "validation"):
         split = dataset.split(name)

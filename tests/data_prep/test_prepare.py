@@ -25,8 +25,9 @@ import zstandard
 from data_prep.demo import demo_text
 from data_prep.prepare import PrepSummary, prepare
 from data_prep.sources import Inputs
-from megaloop.data import DataSet, Tokenizer
+from megaloop.data import DataSet
 from megaloop.errors import MegaloopError
+from megaloop.tokenizer import load_tokenizer
 from tests.data.corpus import documents
 
 TEXTS = documents(120)
@@ -89,7 +90,7 @@ def test_every_kind_of_input_gives_the_same_shards(prepared: Path, tmp_path: Pat
 
 def test_counts_are_true(prepared: Path) -> None:
     dataset = DataSet.open(prepared)
-    tokenizer = Tokenizer.load(dataset.tokenizer)
+    tokenizer = load_tokenizer(dataset.tokenizer)
     splits = dataset.description.splits
     assert sum(split.documents for split in splits.values()) == len(TEXTS)
     assert sum(split.bytes for split in splits.values()) == sum(len(text.encode()) for text in TEXTS)

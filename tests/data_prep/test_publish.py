@@ -17,9 +17,9 @@ import pytest
 
 from data_prep.prepare import prepare
 from data_prep.publish import Output
-from megaloop.data import DataSet, Tokenizer
+from megaloop.data import DataSet
 from megaloop.errors import MegaloopError
-from megaloop.tokenizer.sentencepiece import file_sha256
+from megaloop.tokenizer import file_sha256, load_tokenizer
 from tests.data.corpus import documents
 
 PARTS = ("train", "validation", "tokenizer.model")
@@ -59,7 +59,7 @@ def _publish(new: Path, out: Path, overwrite: bool = True) -> list[str]:
             for name in PARTS:
                 copy: Callable[..., Any] = shutil.copytree if (new / name).is_dir() else shutil.copyfile
                 copy(new / name, output.folder / name)
-        output.publish(description, PARTS, notes.append)
+        output.publish(description, PARTS, (), notes.append)
     return notes
 
 
@@ -107,7 +107,7 @@ def _length(out: Path) -> int | None:
     dataset = DataSet.open(out)
     dataset.verify()
     assert file_sha256(dataset.tokenizer) == dataset.tokenizer_sha256
-    assert dataset.split("train").sample(0).tokens.max() < Tokenizer.load(dataset.tokenizer).vocab_size
+    assert dataset.split("train").sample(0).tokens.max() < load_tokenizer(dataset.tokenizer).vocab_size
     return dataset.sequence_length
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from data_prep.prepare import prepare
 from data_prep.synthetic import KINDS, Problem, documents, write_jsonl
-from megaloop.data import DataSet, Tokenizer
+from megaloop.data import DataSet
 from megaloop.errors import MegaloopError
+from megaloop.tokenizer import load_tokenizer
 from tests.cli.test_cli import megaloop
 
 PROBLEMS = {kind: [entry for _, series in documents([kind], 200, 1) for entry in series] for kind in KINDS}
@@ -122,7 +123,7 @@ def test_a_template_makes_documents_of_any_jsonl(tmp_path: Path) -> None:
         [source], tmp_path / "out", vocab_size=300, sequence_length=16, template="Q: {question}\nA: {answer} {{}}\n"
     )
     dataset = DataSet.open(tmp_path / "out")
-    tokenizer = Tokenizer.load(dataset.tokenizer)
+    tokenizer = load_tokenizer(dataset.tokenizer)
     split = dataset.split("train")
     text = "".join(tokenizer.decode(split.sample(n).tokens[:-1].tolist()) for n in range(len(split)))
     assert "Q: What is 7 and 7?\nA: 14 {}\n" in text

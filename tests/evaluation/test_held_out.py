@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megaloop.config import ModelConfig
-from megaloop.data import DataSet, Tokenizer, held_out_batch, held_out_places, validation_batches
+from megaloop.data import DataSet, held_out_batch, held_out_places, validation_batches
 from megaloop.depth import DepthPlan
 from megaloop.evaluation.evaluate import evaluate
 from megaloop.evaluation.harness import HarnessModel
@@ -20,6 +20,7 @@ from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import before_document, generate_text, generate_tokens
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
+from megaloop.tokenizer import load_tokenizer
 from tests.train.runs import metrics
 
 
@@ -91,7 +92,7 @@ def test_a_prompt_begins_as_documents_do_in_training(masked_run: Path) -> None:
     """With document masking a document of a sample has the logits that it has alone; what ends another would change them."""
     model, checkpoint = load_decoder(masked_run)
     assert checkpoint.tokenizer is not None
-    tokenizer = Tokenizer.load(checkpoint.tokenizer)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
     assert before_document(tokenizer, True) == []
     assert before_document(tokenizer, False) == [tokenizer.eos_id]
     dataset = DataSet.open(Path(checkpoint.manifest.config["data"]["sources"][0]["path"]), 32)
@@ -135,7 +136,7 @@ def test_a_text_without_prompt_begins_after_the_end_of_another(document_masking:
 def test_generation_without_prompt_is_what_follows_a_document(plain_run: Path) -> None:
     model, checkpoint = load_decoder(plain_run)
     assert checkpoint.tokenizer is not None
-    tokenizer = Tokenizer.load(checkpoint.tokenizer)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
     tokens = list(generate_tokens(model, [tokenizer.eos_id], 8, 0.0, 0, 1.0, torch.Generator(), tokenizer.vocab_size))
     assert tokenizer.eos_id not in tokens
     assert generate_text(plain_run, "", max_tokens=8, temperature=0.0).text == tokenizer.decode(tokens)

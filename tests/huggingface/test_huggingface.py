@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from data_prep.tokenizer import train_tokenizer
+from data_prep.tokenizer import train_sentencepiece
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, with_inference_loop
 from megaloop.errors import MegaloopError
-from megaloop.huggingface.tokenizer import write_tokenizer
+from megaloop.huggingface.tokenizer import export_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
 from megaloop.inference.generate import generate_text
 from megaloop.inference.load import load_decoder
@@ -198,7 +198,7 @@ def test_the_exported_tokenizer_gives_sentencepieces_ids(tmp_path: Path) -> None
         for text in TEXTS[:1]
         for word in ["create", "begin", "earth", "void", "form"]
     ]
-    model.write_bytes(train_tokenizer(corpus * 20, 330))
+    model.write_bytes(train_sentencepiece(corpus * 20, 330))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     rows = processor.get_piece_size()
     export_huggingface(_checkpoint(tmp_path / "step", "1", model, rows), tmp_path / "out")
@@ -216,8 +216,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
     directory = tmp_path_factory.mktemp("tokenizer")
     corpus = ["a" * n + " " * m + "ab" * n + " the ease of these" for n in range(20) for m in range(9)]
-    (directory / "source.model").write_bytes(train_tokenizer(corpus, 320))
-    write_tokenizer(directory / "source.model", directory, 10_000)
+    (directory / "source.model").write_bytes(train_sentencepiece(corpus, 320))
+    export_tokenizer(directory / "source.model", directory, 10_000)
     ours = sentencepiece.SentencePieceProcessor(model_file=str(directory / "source.model"))
     return ours, AutoTokenizer.from_pretrained(directory)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaloop.data import Tokenizer
 from megaloop.depth import DepthPlan, DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.weights import export_huggingface
 from megaloop.inference.generate import generate_text, generate_tokens
 from megaloop.inference.load import load_decoder
+from megaloop.tokenizer import load_tokenizer
 from tests.data.corpus import write_corpus
 from tests.distributed import run_ranks
 from tests.train.runs import configuration, train
@@ -92,7 +92,7 @@ def test_a_checkpoint_without_tokenizer_says_so(run: Path, tmp_path: Path) -> No
 
 def test_bf16_generation_is_possible(run: Path) -> None:
     result = generate_text(run, "The", max_tokens=5, temperature=0.0, precision="bf16")
-    assert Tokenizer.load(load_decoder(run)[1].tokenizer or run).decode([]) == ""
+    assert load_tokenizer(load_decoder(run)[1].tokenizer or run).decode([]) == ""
     assert result.tokens == 5
 
 
@@ -102,8 +102,8 @@ def test_the_depth_may_be_another_at_inference(run: Path) -> None:
     model, _ = load_decoder(run)
     calls = DepthPlan.parse("1-1x3-1").calls()
     looped = generate_text(run, "The king", max_tokens=8, temperature=0.0, depth=DepthSpec.parse("1-1x3-1"))
-    ids = Tokenizer.load(load_decoder(run)[1].tokenizer).encode("The king")  # type: ignore[arg-type]
+    ids = load_tokenizer(load_decoder(run)[1].tokenizer).encode("The king")  # type: ignore[arg-type]
     tokens = list(generate_tokens(model, ids, 8, 0.0, 0, 1.0, torch.Generator(), calls=calls))
-    assert looped.text == Tokenizer.load(load_decoder(run)[1].tokenizer).decode(ids + tokens)  # type: ignore[arg-type]
+    assert looped.text == load_tokenizer(load_decoder(run)[1].tokenizer).decode(ids + tokens)  # type: ignore[arg-type]
     with pytest.raises(MegaloopError, match="depth 1-2x2-1 has 4 layers of its own, and there are 3"):
         generate_text(run, "The king", depth=DepthSpec.parse("1-2x2-1"))
