@@ -341,7 +341,9 @@ def test_a_vocabulary_that_the_tokenizer_does_not_have_is_refused(corpus: Path, 
     description = json.loads((copy / "data.json").read_text())
     description["tokenizer"]["vocab_size"] = 2**31 - 1
     (copy / "data.json").write_text(json.dumps(description))
-    with pytest.raises(MegaloopError, match=r"data.json gives the tokenizer another size, beginning or end than it has"):
+    with pytest.raises(
+        MegaloopError, match=r"data.json gives the tokenizer another size, beginning or end than it has"
+    ):
         open_sources(DataConfig(sources=(SourceConfig(path=copy),), sequence_length=64))
 
 

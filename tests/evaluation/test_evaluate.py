@@ -136,7 +136,10 @@ def test_data_of_another_tokenizer_is_refused(plain_run: Path, tmp_path: Path) -
     texts = [{"text": f"{number} bottles of beer on the wall. " * 9} for number in range(80)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
     prepare([tmp_path / "text.jsonl"], tmp_path / "other", vocab_size=290, sequence_length=32, validation_fraction=0.3)
-    with pytest.raises(MegaloopError, match="has another tokenizer than the model"):
+    with pytest.raises(
+        MegaloopError,
+        match=r"has another tokenizer \(SHA-256 .*than checkpoint .*prepare the data again with --tokenizer",
+    ):
         evaluate(plain_run, tasks=["validation"], data=[tmp_path / "other"])
 
 

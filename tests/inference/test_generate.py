@@ -84,9 +84,10 @@ def test_a_checkpoint_without_tokenizer_says_so(run: Path, tmp_path: Path) -> No
     from megaloop.huggingface.weights import import_huggingface
 
     export_huggingface(run, tmp_path / "out")
-    (tmp_path / "out" / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / "out" / name).unlink()
     import_huggingface(tmp_path / "out", tmp_path / "step")
-    with pytest.raises(MegaloopError, match=r"holds no tokenizer.model"):
+    with pytest.raises(MegaloopError, match=r"holds no tokenizer, and generate writes text"):
         generate_text(tmp_path / "step", "The")
 
 
