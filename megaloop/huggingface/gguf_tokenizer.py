@@ -61,13 +61,11 @@ def write_gguf_tokenizer(source: Path, metadata: Mapping[str, Any], folder: Path
     except Exception as error:  # the library's errors have no class of their own
         raise _refused(source, f"merges that do not fit its tokens ({printable(str(error), 120)})") from None
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
-    for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+    for token, kind in zip(tokens, kinds, strict=False):
         if kind in (_CONTROL, _USER_DEFINED):
             added = AddedToken(token, normalized=False, special=kind == _CONTROL)
             (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
-            if tokenizer.token_to_id(token) != number:
-                raise _refused(source, f"token {number} ({printable(token)!r}) twice")
-    names = {name: token for name in ("bos", "eos") if (token := _named(source, metadata, tokens, name)) is not None}
+    names = {name: named for name in ("bos", "eos") if (named := _named(source, metadata, tokens, name))}
     if metadata.get("tokenizer.ggml.add_bos_token") is True and "bos" in names:
         bos = names["bos"]
         tokenizer.post_processor = processors.TemplateProcessing(

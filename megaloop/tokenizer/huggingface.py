@@ -143,7 +143,12 @@ def write_tokenizer_json(tokenizer: tokenizers.Tokenizer, folder: Path, names: d
     """
     path = folder / TOKENIZER_JSON
     tokenizer.save(str(path))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **names,
+    }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -42,7 +42,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return found
 
 
-def _chat(folder: Path, **settings: Any) -> Path:
+def chat_tokenizer(folder: Path, **settings: Any) -> Path:
     """A tokenizer with what those of chat models have: a beginning, special tokens, added text, settings, a template."""
     path = train_byte_level(TEXTS, 350, folder)
     library = tokenizers.Tokenizer.from_file(str(path))
@@ -57,6 +57,7 @@ def _chat(folder: Path, **settings: Any) -> Path:
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": {"content": "<|begin_of_text|>", "__type": "AddedToken"},
         "eos_token": "<|im_end|>",
     }
@@ -97,7 +98,7 @@ def test_bytes_of_tokens_add_up_to_those_of_the_text(tokenizer: Tokenizer) -> No
 def test_ids_of_prompts_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    ours = load_tokenizer(_chat(tmp_path))
+    ours = load_tokenizer(chat_tokenizer(tmp_path))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in NASTY:
         assert ours.encode_prompt(text) == theirs(text).input_ids
@@ -108,7 +109,7 @@ def test_ids_of_prompts_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_named_where_older_models_name_them(tmp_path: Path) -> None:
-    path = _chat(tmp_path)
+    path = chat_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").rename(tmp_path / "special_tokens_map.json")
     assert load_tokenizer(path).eos_id == load_tokenizer(path).encode_prompt("<|im_end|>")[1]
 
@@ -129,7 +130,7 @@ def test_a_directory_is_searched(name: str, byte_level: Tokenizer, sentencepiece
 
 
 def test_all_files_are_copied_byte_by_byte(tmp_path: Path) -> None:
-    path = _chat(tmp_path)
+    path = chat_tokenizer(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a file of the tokenizer")
     (tmp_path / "tokenizer.model").write_bytes(
         b"GGUF: transformers saves the file that a tokenizer came from under this name"
@@ -244,7 +245,7 @@ def test_any_flipped_byte_gives_a_tokenizer_or_one_line(byte_level: Tokenizer, t
     ],
 )
 def test_damaged_settings_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    path = _chat(tmp_path)
+    path = chat_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     with pytest.raises(MegaloopError, match=message):
         load_tokenizer(path)
