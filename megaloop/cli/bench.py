@@ -78,12 +78,12 @@ def bench_layers_command(
 def bench_prep_command(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Text, as megaloop prep takes it.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="The sentencepiece model to encode with; default: train one on the text.")
+        Path | None, typer.Option(help="As megaloop prep takes it; default: train a sentencepiece model.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
     json: Json = False,
 ) -> None:
-    """Time tokenization against sentencepiece's own multi-threaded batch encoding."""
+    """Time tokenization against the library's own multi-threaded batch encoding."""
     from data_prep.bench import bench_prep
 
     show_result(bench_prep(inputs, tokenizer=tokenizer, workers=workers), json)

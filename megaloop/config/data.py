@@ -50,7 +50,7 @@ class DataConfig(Section):
     answer_field: str = "answer"
     """sft only: the field that holds the answer."""
     tokenizer: Path | None = None
-    """sft only: sentencepiece model; empty: that of the checkpoint in ``init``."""
+    """sft only: as ``megaloop prep --tokenizer`` takes it; empty: that of the checkpoint in ``init``."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """sft only: share of the examples that are held out, chosen by a hash of their text; at least one."""
     prefetch: int = Field(default=4, ge=0)

