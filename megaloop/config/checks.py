@@ -39,6 +39,10 @@ def check(config: Config) -> None:
         raise MegaloopError(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is more than train.steps {config.train.steps}"
         )
+    if config.schedule.kind == "cosine" and config.schedule.decay != "linear":
+        raise MegaloopError(
+            f"schedule.decay {config.schedule.decay} applies only to schedule.kind trapezoid; set that, or leave decay out"
+        )
     _check_weights(config)
     _check_fine_tuning(config)
     if config.growth is not None:

@@ -100,11 +100,13 @@ class ScheduleConfig(Section):
     """Learning rate over the run."""
 
     kind: Literal["trapezoid", "cosine"] = "trapezoid"
-    """trapezoid: warm-up, stable, linear cooldown (arXiv 2405.18392); cosine: warm-up, then half a cosine."""
+    """trapezoid: warm-up, stable, cooldown (arXiv 2405.18392); cosine: warm-up, then half a cosine."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up from 0."""
     cooldown: float = Field(default=0.15, ge=0, le=1)
     """Fraction of the run over which the trapezoid falls."""
+    decay: Literal["linear", "sqrt"] = "linear"
+    """How the trapezoid falls: by 1 - t over the fraction t of the cooldown, or by 1 - sqrt(t), first fast, then slowly."""
     final: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, as a fraction of the peak."""
 

@@ -22,9 +22,10 @@ def learning_rate(
     """The learning rate of optimizer step ``step``, counted from 0, in a run of ``total_steps``.
 
     Warm-up is linear and ends at the peak: ``(step + 1) / warmup_steps`` of it, so that the first step
-    already learns. The trapezoid then stays at the peak until the cooldown starts and falls linearly
-    (arXiv 2405.18392, section 3); the cosine falls from the end of the warm-up. Both would arrive at
-    ``final`` at step ``total_steps``, one past the last: with ``final: 0`` no step is wasted on a rate of 0.
+    already learns. The trapezoid then stays at the peak until the cooldown starts and falls linearly or by one minus
+    the square root of the fraction of the cooldown (arXiv 2405.18392, sections 3 and 4.1; the latter in arXiv 2602.16490);
+    the cosine falls from the end of the warm-up. All would arrive at ``final`` at step ``total_steps``, one past the
+    last: with ``final: 0`` no step is wasted on a rate of 0.
     Where warm-up and cooldown overlap, the lower of the two holds.
 
     Args:
@@ -41,5 +42,11 @@ def learning_rate(
     if step < begin:
         return lr * warmup
     progress = min(1.0, (step - begin) / max(total_steps - begin, 1))
-    fall = 1.0 - progress if schedule.kind == "trapezoid" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return lr * min(warmup, schedule.final + (1.0 - schedule.final) * fall)
+    return lr * min(warmup, schedule.final + (1.0 - schedule.final) * _fall(progress, schedule))
+
+
+def _fall(progress: float, schedule: ScheduleConfig) -> float:
+    """From 1 at the beginning of the fall (``progress`` 0) to 0 at its end (1)."""
+    if schedule.kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 - (math.sqrt(progress) if schedule.decay == "sqrt" else progress)

@@ -106,6 +106,7 @@ def test_a_depth_is_read_once_and_written_as_it_was(config_file: Path, value: st
         ("model.num_heads=7", "is not divisible by model.num_heads 7"),
         ("model.num_kv_heads=4", "num_heads 15 is not divisible by model.num_kv_heads 4"),
         ("schedule.warmup_steps=2000", "warmup_steps 2000 is more than train.steps 1000"),
+        ("schedule={kind: cosine, decay: sqrt}", "schedule.decay sqrt applies only to schedule.kind trapezoid"),
         ("data.sources=[]", "data.sources: .*at least 1"),
         ("name=2024-13-45", r"override 'name=2024-13-45': the value is not YAML \(month must be in 1..12\)"),
         ("seed=" + "9" * 5000, "a number of 5000 characters"),

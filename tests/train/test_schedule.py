@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ def runs(draw: st.DrawFn) -> tuple[int, ScheduleConfig]:
         warmup_steps=draw(st.integers(0, steps)),
         cooldown=draw(st.floats(0, 1)),
         final=draw(st.floats(0, 1)),
+        decay=draw(st.sampled_from(["linear", "sqrt"])),
     )
     return steps, schedule
 
@@ -62,6 +65,29 @@ def test_the_cooldown_covers_its_fraction_and_heads_for_the_final_rate() -> None
     assert learning_rate(925, 1000, 1.0, schedule) == pytest.approx(0.55)
     assert learning_rate(999, 1000, 1.0, schedule) == pytest.approx(0.106)
     assert learning_rate(1000, 1000, 1.0, schedule) == pytest.approx(0.1)
+
+
+def test_a_root_falls_first_fast_then_slowly_over_the_same_cooldown() -> None:
+    schedule = ScheduleConfig(cooldown=0.15, decay="sqrt")
+    assert learning_rate(849, 1000, 1.0, schedule) == learning_rate(850, 1000, 1.0, schedule) == 1.0
+    assert learning_rate(1000, 1000, 1.0, schedule) == 0.0
+    schedule = ScheduleConfig(cooldown=0.4, decay="sqrt", final=0.2)
+    falling = [2 * (0.2 + 0.8 * fraction) for fraction in (1.0, 0.5, 0.25, 0.0)]
+    assert [learning_rate(step, 1000, 2.0, schedule) for step in (600, 700, 825, 1000)] == pytest.approx(falling)
+
+
+@given(runs())
+def test_a_linear_cooldown_is_to_the_bit_what_it_was_before_there_was_another(run: tuple[int, ScheduleConfig]) -> None:
+    steps, drawn = run
+    schedule = drawn.model_copy(update={"decay": "linear"})
+    begin = schedule.cooldown_start(steps)
+    for step in range(begin, steps):
+        warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+        progress = min(1.0, (step - begin) / max(steps - begin, 1))
+        fall = 1.0 - progress if schedule.kind == "trapezoid" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        assert learning_rate(step, steps, 3e-3, schedule) == 3e-3 * min(
+            warmup, schedule.final + (1.0 - schedule.final) * fall
+        )
 
 
 def test_the_cosine_is_half_way_down_in_the_middle() -> None:
