@@ -48,9 +48,11 @@ class TiedEngine:
 
     def __init__(self, config: Config, plan: DepthPlan, topology: Topology, vocab_size: int, source: StateSource):
         recomputes = config.train.recompute != "none" or config.train.compile
-        if topology.tp > 1 or config.model.document_masking or plan.style != LoopStyle() or recomputes:
+        of_layers = config.model.document_masking or config.model.norm_scaling
+        if topology.tp > 1 or of_layers or plan.style != LoopStyle() or recomputes:
             raise MegaloopError(
-                "the baseline of tied layers has no tensor parallelism, documents, recomputation, compilation or options of loops"
+                "the baseline of tied layers has no tensor parallelism, documents, LN-scaling, recomputation, compilation or "
+                "options of loops"
             )
         self.topology = topology
         self.micro_batches = config.train.micro_batches(topology.dp)

@@ -178,8 +178,13 @@ def _stored_as(
     return GetPydanticSchema(schema)
 
 
+_LATER_FIELDS = ("norm_scaling",)
+"""Of a model: left out where they have their default, so that manifests of models without are the bytes that they were."""
+
+
 def _model_json(model: ModelConfig) -> dict[str, Any]:
-    return model.model_dump(mode="json")
+    values, fields = model.model_dump(mode="json"), ModelConfig.model_fields
+    return {k: v for k, v in values.items() if k not in _LATER_FIELDS or v != fields[k].default}
 
 
 class _Content(Entry):

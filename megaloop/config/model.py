@@ -33,6 +33,8 @@ class ModelConfig(Section):
     """The output head shares the embedding's weight."""
     document_masking: bool = False
     """Attention does not cross document boundaries within a packed sample."""
+    norm_scaling: bool = False
+    """Multiply what a layer's two norms give by 1/sqrt(position + 1), its place among the layers (arXiv 2502.05795)."""
 
     @property
     def head_size(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from megaloop.huggingface.files import OutputDirectory, open_weights, read_json,
 from megaloop.huggingface.tokenizer import export_tokenizer, find_model_tokenizer
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
-from megaloop.model import parameter_specs
+from megaloop.model import norm_factors, parameter_specs
 from megaloop.runtime.dtype import training_dtype
 
 __all__ = ["ExportSummary", "ImportSummary", "export_huggingface", "import_huggingface"]
@@ -76,7 +76,8 @@ def export_huggingface(
 ) -> ExportSummary:
     """Write a directory that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
-    A looped plan is written unrolled: each use of a layer becomes a layer; residuals scaled by 1/k become smaller matrices.
+    A looped plan is written unrolled: each use of a layer becomes a layer; residuals scaled by 1/k become smaller matrices,
+    and the factors of LN-scaling (``norm_scaling``) smaller norm weights.
     Takes the memory of one tensor.
 
     Args:
@@ -105,13 +106,13 @@ def export_huggingface(
                 raise MegaloopError(
                     f"checkpoint {source.path}: {state_name} of {ours} is {found}, its model makes it {spec.shape}"
                 )
-        scales = _scales(plan, calls)
+        folds = _folds(model, plan, calls)
         tensors = [
             LazyTensor(
                 theirs,
                 source.shape(state_name, ours),
                 training_dtype(name),
-                partial(_read, source, state_name, ours, name, scales.get(theirs, 1)),
+                partial(_read, source, state_name, ours, name, folds.get(theirs)),
             )
             for theirs, ours in _exported_names(calls, model.tied_embeddings)
         ]
@@ -125,21 +126,29 @@ def export_huggingface(
     return ExportSummary(str(out), manifest.step, count, size, name, files)
 
 
-def _read(source: Checkpoint, state_name: str, name: str, dtype: str, divisor: int) -> Tensor:
+_Fold = Callable[[Tensor], Tensor]
+
+
+def _read(source: Checkpoint, state_name: str, name: str, dtype: str, fold: _Fold | None) -> Tensor:
     values = source.read(state_name, name)
-    return (values / divisor if divisor > 1 else values).to(training_dtype(dtype))
+    return (values if fold is None else fold(values)).to(training_dtype(dtype))
 
 
-def _scales(plan: DepthPlan, calls: Sequence[LayerCall]) -> dict[str, int]:
-    """By their names, what the matrices that write to the residual stream are divided by in looped layers."""
-    if plan.style.residual_scale == "none":
-        return {}
-    return {
-        f"model.layers.{position}.{_LAYER[name]}.weight": call.iterations
-        for position, call in enumerate(calls)
-        if call.iterations is not None
-        for name in ("attention.wo", "mlp.w_down")
-    }
+def _folds(model: ModelConfig, plan: DepthPlan, calls: Sequence[LayerCall]) -> dict[str, _Fold]:
+    """By their names, what is done to tensors so that they hold factors of ours that a Llama has no place for.
+
+    The matrices of looped layers that write to the residual stream take the scale of residuals, and norms that of LN-scaling.
+    """
+    factors, folds = norm_factors(model, plan), dict[str, _Fold]()
+    for position, call in enumerate(calls):
+        their = f"model.layers.{position}.{{}}.weight"
+        if plan.style.residual_scale != "none" and call.iterations is not None:
+            for name in ("attention.wo", "mlp.w_down"):
+                folds[their.format(_LAYER[name])] = partial(torch.div, other=call.iterations)
+        if factors[call.layer_id] != 1.0:
+            for name in ("attention_norm", "mlp_norm"):
+                folds[their.format(_LAYER[name])] = partial(torch.mul, other=factors[call.layer_id])
+    return folds
 
 
 def import_huggingface(source: Path, out: Path) -> ImportSummary:

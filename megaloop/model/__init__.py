@@ -2,7 +2,7 @@
 
 from megaloop.model.decoder import Decoder, DecoderStage
 from megaloop.model.kernels import Kernels, build_adamw, choose_kernels
-from megaloop.model.parameters import ParameterSpec, grown_from, initial_values, parameter_specs
+from megaloop.model.parameters import ParameterSpec, grown_from, initial_values, norm_factors, parameter_specs
 from megaloop.model.tensor_parallel import Labels, TensorParallel, vocab_parallel_cross_entropy
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "choose_kernels",
     "grown_from",
     "initial_values",
+    "norm_factors",
     "parameter_specs",
     "vocab_parallel_cross_entropy",
 ]

@@ -20,7 +20,7 @@ from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, LayerCall
 from megaloop.model.kernels import Kernels
 from megaloop.model.layers import AttentionContext, DecoderLayer, KeyValueCache, LoopAdapter, RMSNorm, rotary_tables
-from megaloop.model.parameters import initial_values, loop_ends, parameter_specs
+from megaloop.model.parameters import initial_values, loop_ends, norm_factors, parameter_specs
 from megaloop.model.tensor_parallel import ColumnParallelLinear, TensorParallel, VocabParallelEmbedding
 
 __all__ = ["Decoder", "DecoderStage", "LoopInput", "Recompute"]
@@ -151,6 +151,7 @@ class DecoderStage(nn.Module):
             x = self.embedding(x)
         entry = entry or LoopInput()
         scaled = self.plan.style.residual_scale != "none"
+        factors = norm_factors(self.config, self.plan)
         for index, call in enumerate(calls):
             if call.is_first and call.iteration == 0 and self.plan.style.injection != "none":
                 entry.state = x
@@ -160,7 +161,7 @@ class DecoderStage(nn.Module):
                 layer, cache = self.layers[str(call.layer_id)], caches[index] if caches else None
                 recompute = self.recompute if torch.is_grad_enabled() else "none"
                 scale = 1.0 / call.iterations if scaled and call.iterations is not None else 1.0
-                x = self._run_layer(layer, x, context, cache, scale, recompute)
+                x = self._run_layer(layer, x, context, cache, scale, factors[call.layer_id], recompute)
                 if call.is_last and self.plan.style.norm:
                     x = self.loop["norm"](x)
         return self.logits(x) if last else x
@@ -272,17 +273,19 @@ def _run_layer(
     context: AttentionContext,
     cache: KeyValueCache | None,
     scale: float,
+    norm_factor: float,
     recompute: Recompute,
 ) -> Tensor:
     """A layer, with activation checkpointing; see :class:`megaloop.model.layers.DecoderLayer` for the arguments."""
     if recompute == "none":
-        out: Tensor = layer(x, context, cache, scale)
+        out: Tensor = layer(x, context, cache, scale, norm_factor)
         return out
     options: dict[str, Any] = {}
     if recompute == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     # nothing in a layer draws random numbers
-    out = checkpoint(layer, x, context, cache, scale, use_reentrant=False, preserve_rng_state=False, **options)
+    arguments = (x, context, cache, scale, norm_factor)
+    out = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
     return out
 
 

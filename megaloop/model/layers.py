@@ -122,8 +122,15 @@ class RMSNorm(nn.Module):
         self.use_apex = kernels.norm == "apex"
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, factor: float = 1.0) -> Tensor:
+        """Norm of [B, S, D], times ``factor``.
+
+        The gain takes the factor: D products instead of B x S x D, and the very values that an export holds. In bf16 the gain
+        is rounded once more instead of every output.
+        """
         weight_D = self.tp.replicated(self.weight)
+        if factor != 1.0:
+            weight_D = weight_D * factor
         if self.use_apex:
             from apex.normalization import fused_rms_norm_affine
 
@@ -218,15 +225,22 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, tp)
 
     def forward(
-        self, x_BSD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, scale: float = 1.0
+        self,
+        x_BSD: Tensor,
+        context: AttentionContext,
+        cache: KeyValueCache | None = None,
+        scale: float = 1.0,
+        norm_factor: float = 1.0,
     ) -> Tensor:
         """Residual stream in, residual stream out; [B, S, D], S split over ranks under sequence parallelism.
 
         Args:
             scale: factor of what attention and MLP add.
+            norm_factor: factor of what the two norms give (:func:`megaloop.model.norm_factors`).
         """
-        x_BSD = torch.add(x_BSD, self.attention(self.attention_norm(x_BSD), context, cache), alpha=scale)
-        return torch.add(x_BSD, self.mlp(self.mlp_norm(x_BSD)), alpha=scale)
+        attended_BSD = self.attention(self.attention_norm(x_BSD, norm_factor), context, cache)
+        x_BSD = torch.add(x_BSD, attended_BSD, alpha=scale)
+        return torch.add(x_BSD, self.mlp(self.mlp_norm(x_BSD, norm_factor)), alpha=scale)
 
 
 class LoopAdapter(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth
 
-__all__ = ["LOOP_ADAPTER", "LOOP_NORM", "ParameterSpec", "grown_from", "initial_values", "loop_ends", "parameter_specs"]
+__all__ = ["LOOP_ADAPTER", "LOOP_NORM", "ParameterSpec", "grown_from", "initial_values", "loop_ends", "norm_factors", "parameter_specs"]
 
 LOOP_ADAPTER, LOOP_NORM = "loop.adapter.weight", "loop.norm.weight"
 """What a loop may have besides its layers (:class:`megaloop.depth.LoopStyle`)."""
@@ -78,6 +78,17 @@ def parameter_specs(config: ModelConfig, plan: DepthPlan, vocab_size: int) -> di
     if not config.tied_embeddings:
         specs["head.weight"] = matrix(vocab_size, hidden, 0)
     return specs
+
+
+def norm_factors(config: ModelConfig, plan: DepthPlan) -> dict[int, float]:
+    """By layer id, what the outputs of a layer's two norms are multiplied by: LN-scaling (arXiv 2502.05795, section 4).
+
+    1/sqrt(l) of the l-th unique layer of the plan, counted from 1; a looped layer has one factor in all its iterations. A
+    function of the plan alone: after a growth each layer has that of its new place, wherever the growth happened.
+    """
+    if not config.norm_scaling:
+        return dict.fromkeys(plan.ids, 1.0)
+    return {layer_id: 1.0 / math.sqrt(place) for place, layer_id in enumerate(plan.ids, start=1)}
 
 
 def loop_ends(plan: DepthPlan) -> tuple[int | None, int | None]:

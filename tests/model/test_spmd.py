@@ -37,13 +37,13 @@ def mesh() -> Iterator[DeviceMesh]:
 
 
 def _check(
-    mesh: DeviceMesh, sequence_parallel: bool, *, tied: bool = True, documents: bool = False, looped: bool = False
+    mesh: DeviceMesh, sequence_parallel: bool, *, tied: bool = True, documents: bool = False, looped: bool = False, scaled: bool = False
 ) -> torch.Tensor:
-    """Type-check a one-layer decoder's forward pass and loss; returns the loss."""
+    """Type-check a decoder's forward pass and loss; returns the loss."""
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")
-    config = ModelConfig(**MODEL, tied_embeddings=tied)
+    config = ModelConfig(**MODEL, tied_embeddings=tied, norm_scaling=scaled)
     parallel = TensorParallel.over(tp, sequence_parallel)
-    plan = DepthPlan((0, 0), style=LoopStyle("concat", "1/k", norm=True)) if looped else DepthPlan.plain(1)
+    plan = DepthPlan((0, 0), style=LoopStyle("concat", "1/k", norm=True)) if looped else DepthPlan.plain(1 + scaled)
     stage = DecoderStage(config, 128, plan, tp=parallel)
     tokens_BS = torch.randint(0, 128, (2, 16))
     documents_BS = (torch.arange(16) // 5).expand(2, 16) if documents else None
@@ -76,6 +76,11 @@ def test_document_masking_keeps_gradients_right(mesh: DeviceMesh, sequence_paral
 @pytest.mark.parametrize("sequence_parallel", LAYOUTS)
 def test_a_loops_adapter_and_norm_are_reduced_like_the_rest(mesh: DeviceMesh, sequence_parallel: bool) -> None:
     _check(mesh, sequence_parallel, looped=True)
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS)
+def test_scaled_norms_are_reduced_like_the_rest(mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    _check(mesh, sequence_parallel, scaled=True)
 
 
 def test_the_checker_refuses_a_block_that_forgets_to_enter(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from megaloop.model import Decoder, initial_values, vocab_parallel_cross_entropy
 from megaloop.model.parameters import parameter_specs
 from megaloop.parallel import rounds_engine
 from megaloop.parallel.engine import TrainingEngine, join_ranks
+from tests.norm_scaling import counted, scale_outputs
 
 VOCAB = 128
 LR = 2e-3
@@ -217,7 +218,10 @@ def train_plainly(values: dict[str, Any]) -> dict[str, Any]:
     config = Config.model_validate(values)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     specs = parameter_specs(config.model, config.plan, VOCAB)
-    model = Decoder(config.model, VOCAB, config.plan)
+    # LN-scaling in another way than the decoder's: factors of outputs, not of gains
+    model = Decoder(config.model.model_copy(update={"norm_scaling": False}), VOCAB, config.plan)
+    if config.model.norm_scaling:
+        scale_outputs(model, counted(sorted(set(config.plan.order))))
     masters = {
         name: initial_values(name, specs[name], config.seed, (0,) * len(specs[name].shape), specs[name].shape)
         for name, _ in model.named_parameters()

@@ -64,14 +64,27 @@ def alone(ranks_1: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision"), [*((layout, "fp32") for layout in LAYOUTS), ((2, 1, 2), "bf16")], ids=str
+    ("layout", "precision", "scaled"),
+    [*((layout, "fp32", False) for layout in LAYOUTS), ((2, 1, 2), "bf16", False), ((2, 1, 1), "fp32", True)],
+    ids=str,
 )
 def test_live_equals_offline_equals_on_load(
-    request: pytest.FixtureRequest, corpus: Path, tmp_path: Path, alone: Path, layout: Layout, precision: str
+    request: pytest.FixtureRequest,
+    corpus: Path,
+    tmp_path: Path,
+    alone: Path,
+    layout: Layout,
+    precision: str,
+    scaled: bool,
 ) -> None:
+    """``scaled``: with LN-scaling, whose factors change with the growth."""
     pool = _pool(request, layout)
     live, kept = tmp_path / "live", tmp_path / "kept"
     changes: dict[str, Any] = {"train__precision": precision, "train__micro_batch": 2 if layout[1] > 1 else 1}
+    if scaled:
+        changes["model__norm_scaling"] = True
+        alone = tmp_path / "alone"
+        request.getfixturevalue("ranks_1").run(train, growing(corpus, alone, **changes))
     pool.run(train_keeping_growths, growing(corpus, live, layout, **changes), str(kept))
     if precision == "fp32":
         assert _furthest(_losses(live), _losses(alone)) < (1e-4 if layout[1] > 1 else 2e-5)

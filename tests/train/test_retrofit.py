@@ -71,6 +71,12 @@ CASES = {
         lambda before, out: loop_checkpoint(before, out, None),
         "grow",
     ),
+    "a looped model with scaled norms is untied": Case(
+        {"depth": "1-2x3-1", "depth_events": [{"at": 0.5, "untie": True}], "model__norm_scaling": True},
+        {0: 8, 10: 8},
+        lambda before, out: loop_checkpoint(before, out, None),
+        "grow",
+    ),
     "a loop goes, and its parameters with it": Case(
         {
             "depth": "1-2x2-1",
