@@ -153,7 +153,16 @@ def check_same_model(manifest: Manifest, model: ModelConfig, plan: DepthPlan, vo
 
 
 def _describe(model: ModelConfig, plan: DepthPlan, vocab_size: int | None) -> dict[str, object]:
-    fields = ("hidden_size", "num_heads", "num_kv_heads", "ffn_size", "tied_embeddings", "rope_theta", "norm_eps", "norm_scaling")
+    fields = (
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "ffn_size",
+        "tied_embeddings",
+        "rope_theta",
+        "norm_eps",
+        "norm_scaling",
+    )
     return {
         "depth": str(plan),
         **{name: getattr(model, name) for name in fields},

@@ -17,7 +17,16 @@ from torch import Tensor
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, Growth
 
-__all__ = ["LOOP_ADAPTER", "LOOP_NORM", "ParameterSpec", "grown_from", "initial_values", "loop_ends", "norm_factors", "parameter_specs"]
+__all__ = [
+    "LOOP_ADAPTER",
+    "LOOP_NORM",
+    "ParameterSpec",
+    "grown_from",
+    "initial_values",
+    "loop_ends",
+    "norm_factors",
+    "parameter_specs",
+]
 
 LOOP_ADAPTER, LOOP_NORM = "loop.adapter.weight", "loop.norm.weight"
 """What a loop may have besides its layers (:class:`megaloop.depth.LoopStyle`)."""

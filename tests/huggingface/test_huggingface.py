@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import sentencepiece
@@ -117,14 +117,17 @@ def _checkpoint(
     tokenizer: Path | None = None,
     vocab_size: int = 128,
     style: LoopStyle = LoopStyle(),
+    **changes: Any,
 ) -> Path:
-    """A checkpoint of initial values."""
-    model = ModelConfig(hidden_size=48, num_heads=6, num_kv_heads=2, ffn_size=80, vocab_size=vocab_size)
+    """A checkpoint of initial values; ``changes`` are of the model."""
+    model = ModelConfig(hidden_size=48, num_heads=6, num_kv_heads=2, ffn_size=80, vocab_size=vocab_size, **changes)
     plan = DepthPlan(DepthPlan.parse(depth).order, style=style)
     pieces = []
     for name, spec in parameter_specs(model, plan, vocab_size).items():
         piece = Piece(name, spec.shape, Box.whole(spec.shape))
         values = initial_values(name, spec, 0, piece.box.offset, piece.box.shape)
+        if "norm" in name:  # not all ones
+            values = values + 0.1 * torch.arange(values.numel()).sin()
         pieces += [StatePiece("model", piece, values.bfloat16()), StatePiece("master", piece, values)]
     info = CheckpointInfo(
         run=RunState.fresh(), plan=plan, model=model,
@@ -156,6 +159,32 @@ def test_a_looped_checkpoint_exports_unrolled(tmp_path: Path, depth: str | None,
     ours, _ = load_decoder(checkpoint)
     calls = None if spec is None else with_inference_loop(ours.plan, spec).calls
     assert torch.allclose(ours(_tokens(), calls=calls), unrolled(_tokens()).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [None, "6", "1-4x2-1"])
+@pytest.mark.parametrize("order", ["6", "(0,1,4,5)(2,3)", "1-4x3-1"])
+def test_factors_of_scaled_norms_are_folded_into_the_weights(tmp_path: Path, order: str, depth: str | None) -> None:
+    """Of a grown order and of loops; what comes back is a plain Llama with the same logits, to the bit."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = _checkpoint(tmp_path / "scaled", order, norm_scaling=True)
+    spec = None if depth is None else DepthSpec.parse(depth)
+    export_huggingface(checkpoint, tmp_path / "out", dtype="fp32", depth=spec)
+    export_huggingface(checkpoint, tmp_path / "bf16", depth=spec)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours, _ = load_decoder(checkpoint)
+    calls = None if spec is None else with_inference_loop(ours.plan, spec).calls
+    with torch.no_grad():
+        logits = ours(_tokens(), calls=calls)
+        found = theirs(_tokens()).logits
+        assert torch.allclose(logits, found, atol=4e-7, rtol=0)
+        dtypes: list[tuple[Literal["fp32", "bf16"], str]] = [("fp32", "out"), ("bf16", "bf16")]
+        for dtype, name in dtypes:
+            import_huggingface(tmp_path / name, tmp_path / f"{name}-again")
+            again, opened = load_decoder(tmp_path / f"{name}-again", precision=dtype)
+            mine, _ = load_decoder(checkpoint, precision=dtype)
+            assert not opened.manifest.model.norm_scaling
+            assert torch.equal(again(_tokens()), mine(_tokens(), calls=calls))
 
 
 def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> None:

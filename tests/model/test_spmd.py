@@ -37,7 +37,13 @@ def mesh() -> Iterator[DeviceMesh]:
 
 
 def _check(
-    mesh: DeviceMesh, sequence_parallel: bool, *, tied: bool = True, documents: bool = False, looped: bool = False, scaled: bool = False
+    mesh: DeviceMesh,
+    sequence_parallel: bool,
+    *,
+    tied: bool = True,
+    documents: bool = False,
+    looped: bool = False,
+    scaled: bool = False,
 ) -> torch.Tensor:
     """Type-check a decoder's forward pass and loss; returns the loss."""
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")

@@ -44,7 +44,9 @@ def test_a_checkpoint_of_the_other_kind_is_refused_in_a_line(
         values = _values(corpus, Path(shutil.copytree(straight, tmp_path / "run")), False, train__steps=30)
     else:
         values = _values(corpus, tmp_path / "run", False, init=str(straight))
-    message = "it holds norm_scaling True; the configuration asks for norm_scaling False; change the configuration to match"
+    message = (
+        "it holds norm_scaling True; the configuration asks for norm_scaling False; change the configuration to match"
+    )
     with pytest.raises(RankError, match=message):
         ranks_2.run(train, values, begin == "resume")
 
