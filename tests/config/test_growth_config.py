@@ -256,6 +256,34 @@ def test_the_retrofit_is_the_grown_model_but_for_the_loop_in_its_cooldown() -> N
     assert ours.stages[-1].plan.notation == "10-4x2-10"
 
 
+def test_the_math_heavy_cooldown_is_the_retrofit_on_the_corpus_of_the_paper() -> None:
+    ours, plain = (load_config(CONFIGS / f"smollm_1_7b_lidas_{name}.yaml") for name in ("retrofit_math", "retrofit"))
+    assert ours.model_copy(update={"name": plain.name, "data": plain.data}) == plain
+    parts = [source.weights for source in ours.data.sources]
+    stable, cooldown = ([weights[phase] / sum(part[phase] for part in parts) for weights in parts] for phase in (0, 1))
+    assert stable == pytest.approx([0.70, 0.15, 0.09, 0.06])
+    assert cooldown[3] == pytest.approx(0.20)
+    assert cooldown[:3] == pytest.approx([share * 0.80 / 0.94 for share in stable[:3]]), "the rest in proportion"
+    assert ours.cooldown_sample == 170_000 * 1024
+
+
+@pytest.mark.parametrize(("size", "peak", "tokens"), [("360m", 3e-3, 1e6), ("1_7b", 5e-4, 2e6)])
+def test_smollms_have_the_recipe_of_the_paper(size: str, peak: float, tokens: float) -> None:
+    """arXiv 2602.16490: 200k steps, warm-up 2k, plateau to 170k, then 1 - sqrt; decay 0.01, clip 1."""
+    for path in SHIPPED:
+        if path.stem.startswith(f"smollm_{size}"):
+            config = load_config(path)
+            schedule, options = config.schedule, config.optimizer
+            assert (config.train.steps, schedule.warmup_steps, schedule.cooldown_start(200_000)) == (
+                200_000,
+                2000,
+                170_000,
+            )
+            assert (schedule.decay, schedule.final) == ("sqrt", 0.0)
+            assert (options.lr, options.weight_decay, options.clip) == (peak, 0.01, 1.0)
+            assert config.train.global_batch * config.data.sequence_length == pytest.approx(tokens, rel=0.05)
+
+
 def test_the_7b_grows_on_64_ranks() -> None:
     config = load_config(CONFIGS / "llama_7b_lidas.yaml")
     config.check_world(64)
