@@ -1,6 +1,7 @@
-"""The contenders of ``megaloop bench savings``: one configuration, run in seven ways.
+"""The contenders of ``megaloop bench savings``: one configuration, run in nine ways.
 
-All have the same data, seeds, batch, learning rate and recipe; they differ in depth over time, and one in its number of steps.
+All have the same data, seeds, batch, learning rate and recipe; they differ in depth over time, one in its number of steps, and
+two have LN-scaling.
 """
 
 from __future__ import annotations
@@ -83,6 +84,23 @@ def _grown_then_looped(values: dict[str, Any], config: Config, vocab_size: int) 
     values["depth_events"] = [{"at": cooldown, "depth": depth}]
 
 
+def _scaled(
+    change: Callable[[dict[str, Any], Config, int], None],
+) -> Callable[[dict[str, Any], Config, int], None]:
+    """With LN-scaling (arXiv 2502.05795; a contender of arXiv 2512.08819)."""
+
+    def scaled(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+        if config.model.norm_scaling:
+            raise MegaloopError(
+                "bench savings: model.norm_scaling is set, so that all contenders have it, and lns and lns+lidas would be two of "
+                "the others; leave them out of --contenders, or set it to false"
+            )
+        change(values, config, vocab_size)
+        values["model"]["norm_scaling"] = True
+
+    return scaled
+
+
 def _growth(config: Config) -> GrowthConfig:
     return config.growth or GrowthConfig()
 
@@ -95,6 +113,8 @@ CONTENDERS: dict[str, Callable[[dict[str, Any], Config, int], None]] = {
     "looped": _looped,
     "looped-params": _looped_parameters,
     "lidas+loop": _grown_then_looped,
+    "lns": _scaled(_baseline),
+    "lns+lidas": _scaled(_growing("lidas")),
 }
 """What each changes of the values of the full-depth configuration."""
 

@@ -46,7 +46,8 @@ def bench_savings(
     contenders: Annotated[
         str | None,
         typer.Option(
-            help="Some of baseline, baseline-matched, midas, lidas, looped, looped-params, lidas+loop; default: all."
+            help="Some of baseline, baseline-matched, midas, lidas, looped, looped-params, lidas+loop, lns, lns+lidas; "
+            "default: all."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender, with seeds of their own.")] = 1,

@@ -1,4 +1,4 @@
-"""Contenders are one configuration in seven ways, and the bench that trains them goes on where it was killed."""
+"""Contenders are one configuration in nine ways, and the bench that trains them goes on where it was killed."""
 
 from __future__ import annotations
 
@@ -47,12 +47,15 @@ def test_every_contender_of_the_presets_is_a_run(preset: str) -> None:
     assert costs["baseline-matched"] == pytest.approx(costs["lidas"], rel=2e-3)
     assert costs["looped"] == base
     assert costs["looped-params"] > costs["lidas+loop"] > costs["lidas"]
+    assert (costs["lns"], costs["lns+lidas"]) == (base, costs["lidas"])
+    assert [name for name, item in made.items() if item.model.norm_scaling] == ["lns", "lns+lidas"]
     for name, item in made.items():
         assert item.name == f"{name}-seed1"
         assert item.seed == 1
         # the recipe is one for all
-        for section in ("model", "data", "optimizer", "parallel", "loop"):
+        for section in ("data", "optimizer", "schedule", "parallel", "loop"):
             assert getattr(item, section) == getattr(config, section)
+        assert item.model.model_copy(update={"norm_scaling": False}) == config.model
 
 
 def test_contenders_have_the_depths_that_their_names_say() -> None:
@@ -66,6 +69,8 @@ def test_contenders_have_the_depths_that_their_names_say() -> None:
         "looped": (12, 24),
         "looped-params": (24, 28),
         "lidas+loop": (24, 28),
+        "lns": (24, 24),
+        "lns+lidas": (24, 24),
     }
     stages = contender(config, "lidas+loop", VOCAB).stages
     assert stages[-1].first_step == 170  # the loop comes with the cooldown
@@ -80,7 +85,7 @@ def test_loops_have_the_shape_of_the_paper() -> None:
         looped_depth(6, 4)
 
 
-@pytest.mark.parametrize("name", ["baseline", "looped", "lidas+loop"])
+@pytest.mark.parametrize("name", ["baseline", "looped", "lidas+loop", "lns"])
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     ours, theirs = counted_flops(contender(_base(), name, VOCAB), VOCAB)
     assert ours == theirs
@@ -91,6 +96,9 @@ def test_what_makes_no_contender_is_refused() -> None:
         contender(_base(), "baselin", VOCAB)
     with pytest.raises(MegaloopError, match="loops already; give the full-depth model"):
         contender(Config.model_validate({**_base().model_dump(), "depth": "8-4x2-8", "growth": None}), "lidas", VOCAB)
+    scaled = _base().model_dump() | {"model": _base().model.model_dump() | {"norm_scaling": True}}
+    with pytest.raises(MegaloopError, match="norm_scaling is set, so that all contenders have it"):
+        contender(Config.model_validate(scaled), "lns+lidas", VOCAB)
 
 
 @pytest.fixture
