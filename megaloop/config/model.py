@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import PositiveFloat, PositiveInt
 
 from megaloop.config.section import Section
 from megaloop.errors import MegaloopError
 
 __all__ = ["ModelConfig"]
+
+
+_LATER = ("norm_scaling",)
+"""Fields that manifests of the first versions do not have; whoever adds one names it here."""
 
 
 class ModelConfig(Section):
@@ -39,6 +45,14 @@ class ModelConfig(Section):
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+    def to_json(self) -> dict[str, Any]:
+        """All values as JSON; what came later is left out where it has its default, so that older readers know the rest."""
+        values = self.model_dump(mode="json")
+        for name in _LATER:
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
+        return values
 
     def check(self) -> None:
         """Raise MegaloopError where the shape does not fit together."""
