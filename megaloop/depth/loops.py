@@ -70,7 +70,8 @@ def reorder(plan: DepthPlan, depth: DepthSpec, style: LoopStyle = LoopStyle()) -
 def untie(plan: DepthPlan) -> Growth:
     """Every repetition becomes a layer of its own, a copy of the one that it repeated; the first use stays.
 
-    The result computes the same, with more parameters: a grown model, to which growth and loops apply again.
+    The result computes the same, with more parameters: a grown model, to which growth and loops apply again. With LN-scaling it
+    computes something else: each layer has the factor of its place, which for repetitions is a new one.
 
     Raises:
         MegaloopError: the plan is not looped, or its loop is more than plain composition.
