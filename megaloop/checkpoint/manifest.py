@@ -178,10 +178,6 @@ def _stored_as(
     return GetPydanticSchema(schema)
 
 
-def _model_json(model: ModelConfig) -> dict[str, Any]:
-    return model.model_dump(mode="json")
-
-
 class _Content(Entry):
     """What manifests of all versions hold."""
 
@@ -191,7 +187,7 @@ class _Content(Entry):
     created: str = Field(pattern=r"^[0-9TZ:.+ -]{1,64}$")
     plan: Annotated[DepthPlan, _stored_as(dict[str, Any], DepthPlan, _read_plan, DepthPlan.to_json)]
     growth: GrowthEntry | None
-    model: Annotated[ModelConfig, _stored_as(dict[str, Any], ModelConfig, _read_model, _model_json)]
+    model: Annotated[ModelConfig, _stored_as(dict[str, Any], ModelConfig, _read_model, ModelConfig.to_json)]
     precision: Literal["fp32", "bf16"]
     topology: Annotated[
         Topology,
