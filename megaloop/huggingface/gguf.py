@@ -106,9 +106,14 @@ class GgufModel:
         """
         header = read_header(path)
         try:
-            return cls(path, header, path.open("rb"))
+            file = path.open("rb")
         except OSError as error:
             raise MegaloopError(f"{path}: cannot be read ({error.strerror})") from None
+        try:
+            return cls(path, header, file)
+        except BaseException:
+            file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -286,16 +291,22 @@ def _read_settings(path: Path, header: GgufHeader, read: Any) -> LlamaModel:
         )
         scaling = _scaling(path, settings, model, header.tensors.get(_ROPE_FREQUENCIES), read)
         model = model.model_copy(update={"rope_scaling": scaling})
-        model.check()
         layers = settings.whole("block_count")
         if layers > len(header.tensors):
             raise settings.bad("block_count", f"fewer than the {len(header.tensors)} tensors")
-        plan = plain_plan(layers)
     except ValueError as error:  # pydantic's
-        raise MegaloopError(
-            f"{path}: its settings are not those of a Llama decoder ({printable(' '.join(str(error).split()), 500)})"
-        ) from None
+        raise _no_decoder(path, error) from None
+    try:
+        model.check()
+        plan = plain_plan(layers)
+    except MegaloopError as error:
+        raise _no_decoder(path, error) from None
     return LlamaModel(model, plan, settings.whole("context_length", DEFAULT_LENGTH))
+
+
+def _no_decoder(path: Path, error: Exception) -> MegaloopError:
+    problem = printable(" ".join(str(error).split()), 500)
+    return MegaloopError(f"{path}: its settings are not those of a Llama decoder ({problem})")
 
 
 def _scaling(

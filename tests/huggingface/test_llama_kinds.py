@@ -107,7 +107,7 @@ def test_every_spelling_of_the_scaling_is_read(scaling: dict[str, Any]) -> None:
     settings.pop("rope_theta")
     kind = scaling["rope_type"]
     rest = {key: value for key, value in scaling.items() if key != "rope_type"}
-    spelled = [
+    spelled: list[dict[str, Any]] = [
         {"rope_theta": 5e4, "rope_scaling": scaling},
         {"rope_theta": 5e4, "rope_scaling": {"type": kind, **rest}},
         {"rope_parameters": {"rope_theta": 5e4, **scaling}},
