@@ -26,7 +26,8 @@ def grow(
     operator: Annotated[Operator, typer.Option(help="Which layers are copied.")] = "lidas",
     block: Annotated[int, typer.Option(min=1, help="Layers per copied block (stack copies all).")] = 4,
     insert_at: Annotated[
-        InsertAt, typer.Option(help="Where lidas and random put a block: after the middle range, or in it.")
+        InsertAt,
+        typer.Option(help="Where lidas and random put a block: after the middle range (as the paper does), or in it."),
     ] = "after",
     moments: Annotated[
         Literal["copy", "zero"], typer.Option(help="Adam's moments of a copied layer: its parent's, or zeros.")
