@@ -122,8 +122,8 @@ def model_of_settings(source: Path, settings: dict[str, Any]) -> LlamaModel:
     theta, scaling = _rope(source, settings)
     try:
         heads, hidden, head_dim = settings["num_attention_heads"], settings["hidden_size"], settings.get("head_dim")
-        if hidden % heads == 0 and head_dim == hidden // heads:
-            head_dim = None
+        if all(type(value) is int for value in (heads, hidden, head_dim)) and hidden == head_dim * heads:
+            head_dim = None  # as it would be without
         model = ModelConfig(
             hidden_size=hidden,
             num_heads=heads,

@@ -152,6 +152,30 @@ def test_manifests_name_what_is_new_only_where_it_is_used(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
+NONSENSE = [
+    None, True, -1, 0, 3, 10**30, 0.5, float("inf"), float("nan"), "x", "%99999999999d", "llama3", [], [[1]], {}, {"x": 1},
+    {"rope_type": ["linear"]}, {"rope_type": "linear", "factor": [2]}, {"rope_type": "linear", "factor": 10**400},
+    {"rope_type": "llama3", "factor": -1, "low_freq_factor": 0, "high_freq_factor": "", "original_max_position_embeddings": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key", [*llama_settings(ModelConfig(vocab_size=128), 2, 64), "rope_parameters", "quantization_config"]
+)
+def test_a_config_of_nonsense_is_refused_in_a_line_or_read(key: str) -> None:
+    settings = llama_settings(ModelConfig(vocab_size=128), 2, 64)
+    for value in NONSENSE:
+        try:
+            model_of_settings(Path("source"), settings | {key: value})
+        except MegaloopError as error:
+            problem = str(error)
+        else:
+            continue
+        assert problem.startswith("source: ")
+        assert len(problem) < 1000
+        assert "\n" not in problem
+
+
 @pytest.mark.parametrize("depth", [3000, 100_000])
 def test_a_config_that_is_nested_too_deep_is_refused(tmp_path: Path, depth: int) -> None:
     (tmp_path / "config.json").write_text('{"rope_scaling":' + "[" * depth + "]" * depth + "}")
