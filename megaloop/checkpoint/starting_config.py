@@ -63,7 +63,9 @@ def starting_config(checkpoint: Path) -> str:
 
 def _data_comments(path: Path, manifest: Manifest, length: int) -> list[str]:
     """How to make the data that the model reads."""
-    tokenizer = "its tokenizer" if manifest.tokenizer is None else str(path / manifest.tokenizer.file)
+    tokenizer = (
+        "the tokenizer that the model came with" if manifest.tokenizer is None else str(path / manifest.tokenizer.file)
+    )
     return [
         _comment(f"Made by: megaloop prep TEXT --out DIR --sequence-length {length} --tokenizer TOKENIZER"),
         _comment(f"with {printable(tokenizer, 1000)}"),
