@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def starting_config(checkpoint: Path) -> str:
         parts += ["\n# How its loop goes on, as it was trained.\n", _yaml({"loop": loop})]
     parts += [
         "\n",
-        *_data_comments(path, manifest, length),
+        _comment(
+            f"Made by: megaloop prep TEXT --out DIR --sequence-length {length} --tokenizer {_tokenizer(path, manifest)}"
+        ),
         _yaml({"data": {"sources": [{"path": "FILL-IN/shards"}], "sequence_length": length}}),
         "\n# Ranks: pipeline stages x tensor parallelism x replicas. Steps and batch are a beginning, not advice.\n",
         _yaml({"parallel": {"pp": 1, "tp": 1, "dp": 1}}),
@@ -61,15 +64,9 @@ def starting_config(checkpoint: Path) -> str:
     return "".join(parts)
 
 
-def _data_comments(path: Path, manifest: Manifest, length: int) -> list[str]:
-    """How to make the data that the model reads."""
-    tokenizer = (
-        "the tokenizer that the model came with" if manifest.tokenizer is None else str(path / manifest.tokenizer.file)
-    )
-    return [
-        _comment(f"Made by: megaloop prep TEXT --out DIR --sequence-length {length} --tokenizer TOKENIZER"),
-        _comment(f"with {printable(tokenizer, 1000)}"),
-    ]
+def _tokenizer(path: Path, manifest: Manifest) -> str:
+    """What ``megaloop prep --tokenizer`` takes: the checkpoint, which has its tokenizer, if it has one."""
+    return "TOKENIZER, that of the model" if manifest.tokenizer is None else shlex.quote(printable(path, 1000))
 
 
 def _comment(text: str) -> str:

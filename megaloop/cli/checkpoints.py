@@ -109,12 +109,20 @@ def import_(
         Path, typer.Argument(metavar="MODEL", help="Hugging Face directory or GGUF file of the Llama architecture.")
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Keep this tokenizer with it (file or directory); default: the model's own.")
+    ] = None,
+    without_tokenizer: Annotated[bool, typer.Option("--without-tokenizer", help="Keep no tokenizer with it.")] = False,
     json: Json = False,
 ) -> None:
     """Read a Llama-architecture model (Hugging Face directory, GGUF file) into a checkpoint."""
     from megaloop.huggingface.weights import import_huggingface
 
-    result = import_huggingface(source, out)
+    if tokenizer is not None and without_tokenizer:
+        raise MegaloopError(
+            "import: --tokenizer names a tokenizer, and --without-tokenizer keeps none; choose one of them"
+        )
+    result = import_huggingface(source, out, tokenizer=tokenizer, without_tokenizer=without_tokenizer)
     show_result(result if result is not None else {"written": str(out)}, json)
 
 

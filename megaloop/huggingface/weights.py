@@ -136,7 +136,9 @@ def _scales(plan: DepthPlan, calls: Sequence[LayerCall]) -> dict[str, int]:
     }
 
 
-def import_huggingface(source: Path, out: Path) -> ImportSummary:
+def import_huggingface(
+    source: Path, out: Path, *, tokenizer: Path | None = None, without_tokenizer: bool = False
+) -> ImportSummary:
     """Read a model of the Llama architecture into a checkpoint of step 0.
 
     The checkpoint holds weights and fp32 masters, and no moments: a run that starts from it (``init:``) begins with
@@ -145,6 +147,8 @@ def import_huggingface(source: Path, out: Path) -> ImportSummary:
     Args:
         source: a Hugging Face directory (``config.json`` and safetensors); a GGUF file, or a directory with one and no
             ``config.json``.
+        tokenizer: the tokenizer to keep with it (a file, or a directory that has one); default: the model's own.
+        without_tokenizer: keep none.
 
     Raises:
         MegaloopError: pickled weights only, another architecture or a feature that the decoder lacks, a tensor that is
@@ -163,13 +167,14 @@ def import_huggingface(source: Path, out: Path) -> ImportSummary:
             for state_name, dtype in (("model", training_dtype(precision)), ("master", torch.float32))
             for name, weight in found.weights.items()
         ]
-        tokenizer = _tokenizer_of(source, found.model.vocab_size or 0, stack)
+        rows = found.model.vocab_size or 0
+        kept = None if without_tokenizer else _tokenizer_of(source, tokenizer, rows, stack)
         info = CheckpointInfo(
             run=RunState.fresh(), plan=found.plan, model=found.model, topology=Topology(), precision=precision,
             growth=None, config={"data": {"sequence_length": found.length}},
         )  # fmt: skip
         try:
-            save_checkpoint(out, pieces, info, tokenizer=tokenizer)
+            save_checkpoint(out, pieces, info, tokenizer=kept)
         except MegaloopError as error:
             if isinstance(error.__cause__, MegaloopError):  # it is the source that is bad, not the disk
                 raise error.__cause__ from None
@@ -215,8 +220,12 @@ def _open_source(source: Path, stack: ExitStack) -> _Source:
     return _Source(llama.model, llama.plan, llama.length, weights)
 
 
-def _tokenizer_of(source: Path, rows: int, stack: ExitStack) -> Path | None:
+def _tokenizer_of(source: Path, chosen: Path | None, rows: int, stack: ExitStack) -> Path | None:
     """The tokenizer to keep with an imported model of so many rows; that in a GGUF file is written out until ``stack`` ends."""
+    if chosen is not None:
+        if (path := find_model_tokenizer(chosen, rows)) is None:
+            raise MegaloopError(f"tokenizer {chosen}: no tokenizer there; name a file, or a directory that has one")
+        return path
     gguf = find_gguf(source)
     if gguf is None:
         return find_model_tokenizer(source, rows)

@@ -20,6 +20,7 @@ from megaloop.huggingface.gguf_header import QUANTISATIONS
 from megaloop.huggingface.llama import tensor_names
 from megaloop.huggingface.weights import import_huggingface
 from megaloop.inference.load import load_decoder
+from megaloop.tokenizer import load_tokenizer
 from tests.huggingface.gguf_files import random_llama, settings_of, tensors_of, write_gguf
 
 
@@ -214,3 +215,24 @@ def test_metadata_of_every_type_is_read(tmp_path: Path) -> None:
     numbers = {"B": 0, "b": 1, "H": 2, "h": 3, "Q": 10, "q": 11, "d": 12}
     more = {code: struct.pack(f"<I{code}", kind, 3) for code, kind in numbers.items()}
     assert gguf_metadata(write_gguf(tmp_path / "y.gguf", more, {})) == dict.fromkeys(numbers, 3)
+
+
+def test_the_tokenizer_in_it_comes_along_unless_another_is_named(tmp_path: Path) -> None:
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{one}{two}" for one in "abcde" for two in "abcdef")]
+    kinds: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": words,
+             "tokenizer.ggml.merges": [f"{one} {two}" for one in "abcde" for two in "abcdef"]}  # fmt: skip
+    _, path = _write(tmp_path / "model.gguf", **kinds)
+    import_huggingface(path, tmp_path / "own")
+    assert load_tokenizer(tmp_path / "own").encode("abba") == [words.index("ab"), words.index("ba")]
+    import_huggingface(path, tmp_path / "none", without_tokenizer=True)
+    with Checkpoint.open(tmp_path / "none") as checkpoint:
+        assert checkpoint.manifest.tokenizer is None
+    import_huggingface(path, tmp_path / "named", tokenizer=tmp_path / "own")
+    assert load_tokenizer(tmp_path / "named").encode("abba") == load_tokenizer(tmp_path / "own").encode("abba")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MegaloopError, match="no tokenizer there"):
+        import_huggingface(path, tmp_path / "other", tokenizer=tmp_path / "empty")
+    _, path = _write(tmp_path / "other.gguf", **kinds | {"tokenizer.ggml.pre": "magic"})
+    with pytest.raises(MegaloopError, match=r"tokenizer.ggml.pre 'magic'; .*--without-tokenizer"):
+        import_huggingface(path, tmp_path / "other")

@@ -44,7 +44,7 @@ def imported(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = yaml.safe_load((folder / "run.yaml").read_text())
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(100)))
     _succeed(
-        "prep", folder / "text.jsonl", "--out", folder / "shards", "--tokenizer", folder / "ours/tokenizer.model",
+        "prep", folder / "text.jsonl", "--out", folder / "shards", "--tokenizer", folder / "ours",
         "--sequence-length", config["data"]["sequence_length"], "--validation-fraction", 0.1,
     )  # fmt: skip
     config["data"]["sources"][0]["path"] = str(folder / "shards")
