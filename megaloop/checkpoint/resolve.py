@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -148,7 +149,7 @@ def check_same_model(manifest: Manifest, model: ModelConfig, plan: DepthPlan, vo
     if saved != asked:
         raise MegaloopError(
             f"the checkpoint is of another shape: it holds {_differences(saved, asked)}; "
-            f"the configuration asks for {_differences(asked, saved)}; change the configuration to match"
+            f"the configuration asks for {_differences(asked, saved)}; change the configuration to match (megaloop init-config writes one from the checkpoint)"
         )
 
 
@@ -163,9 +164,12 @@ def _describe(model: ModelConfig, plan: DepthPlan, vocab_size: int | None) -> di
         "norm_eps",
         "norm_scaling",
     )
+    scaling = model.rope_scaling
     return {
         "depth": str(plan),
         **{name: getattr(model, name) for name in fields},
+        "head_dim": model.head_size,
+        "rope_scaling": "none" if scaling is None else json.dumps(scaling.model_dump(exclude_none=True)),
         "vocab_size": vocab_size or model.vocab_size,
     }
 

@@ -1,4 +1,4 @@
-"""``megaloop grow``, ``loop``, ``export`` and ``import``: a checkpoint of a checkpoint."""
+"""``megaloop grow``, ``loop``, ``export`` and ``import``: a checkpoint of a checkpoint; ``init-config``: a run of one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from megaloop.cli.options import Json, Precision, read_depth
-from megaloop.cli.output import byte_progress, show_result
+from megaloop.cli.output import byte_progress, echo, show_result
 from megaloop.depth import DepthSpec, InsertAt, Operator
 from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.errors import MegaloopError
 
-__all__ = ["export", "grow", "import_", "loop"]
+__all__ = ["export", "grow", "import_", "init_config", "loop"]
 
 
 def grow(
@@ -26,7 +26,8 @@ def grow(
     operator: Annotated[Operator, typer.Option(help="Which layers are copied.")] = "lidas",
     block: Annotated[int, typer.Option(min=1, help="Layers per copied block (stack copies all).")] = 4,
     insert_at: Annotated[
-        InsertAt, typer.Option(help="Where lidas and random put a block: after the middle range, or in it.")
+        InsertAt,
+        typer.Option(help="Where lidas and random put a block: after the middle range (as the paper does), or in it."),
     ] = "after",
     moments: Annotated[
         Literal["copy", "zero"], typer.Option(help="Adam's moments of a copied layer: its parent's, or zeros.")
@@ -104,12 +105,43 @@ def export(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face directory of the Llama architecture.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Hugging Face directory or GGUF file of the Llama architecture.")
+    ],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Keep this tokenizer with it (file or directory); default: the model's own.")
+    ] = None,
+    without_tokenizer: Annotated[bool, typer.Option("--without-tokenizer", help="Keep no tokenizer with it.")] = False,
     json: Json = False,
 ) -> None:
-    """Read a Llama-architecture directory in Hugging Face format into a checkpoint."""
+    """Read a Llama-architecture model (Hugging Face directory, GGUF file) into a checkpoint."""
     from megaloop.huggingface.weights import import_huggingface
 
-    result = import_huggingface(source, out)
+    if tokenizer is not None and without_tokenizer:
+        raise MegaloopError(
+            "import: --tokenizer names a tokenizer, and --without-tokenizer keeps none; choose one of them"
+        )
+    result = import_huggingface(source, out, tokenizer=tokenizer, without_tokenizer=without_tokenizer)
     show_result(result if result is not None else {"written": str(out)}, json)
+
+
+def init_config(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file to write; default: print it.")] = None,
+) -> None:
+    """Write a run's configuration that starts from a checkpoint and has its model and depth."""
+    from megaloop.checkpoint.starting_config import starting_config
+    from megaloop.files import replace_file
+
+    text = starting_config(checkpoint)
+    if out is None:
+        echo(text, nl=False)
+        return
+    if out.exists():
+        raise MegaloopError(f"output {out} already exists; choose another file")
+    try:
+        replace_file(out, text.encode())
+    except OSError as error:
+        raise MegaloopError(f"output {out} cannot be written ({error.strerror})") from None
+    show_result({"written": str(out)}, False)

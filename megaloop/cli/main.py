@@ -86,6 +86,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("loop", checkpoints.loop),
     ("export", checkpoints.export),
     ("import", checkpoints.import_),
+    ("init-config", checkpoints.init_config),
     ("generate", generate),
     ("eval", evaluation.evaluate_command),
     ("report", report.report),

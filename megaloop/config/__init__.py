@@ -7,7 +7,7 @@ An unknown key is an error that names the nearest known one.
 from megaloop.config.data import DataConfig, PhaseWeightsConfig, SourceConfig
 from megaloop.config.depth import DepthEventConfig, GrowthConfig, GrowthTopologyConfig, LoopConfig, StageConfig
 from megaloop.config.load import fields, load_config, parse_override
-from megaloop.config.model import ModelConfig
+from megaloop.config.model import ModelConfig, RopeScaling
 from megaloop.config.run import Config
 from megaloop.config.training import (
     CheckpointConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PhaseWeightsConfig",
+    "RopeScaling",
     "ScheduleConfig",
     "SourceConfig",
     "StageConfig",

@@ -54,7 +54,7 @@ class GrowthConfig(Section):
     moments: Literal["copy", "zero"] = "copy"
     """Adam's moments of a copied layer: those of its parent, or zeros."""
     insert_at: InsertAt = "after"
-    """Where lidas and random put the new block: right after the middle range, or at the middle itself."""
+    """Where lidas and random put the new block: right after the middle range, as the paper does, or at the middle itself."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up of the learning rate after each growth."""
     save_before: bool = False

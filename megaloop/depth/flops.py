@@ -28,6 +28,8 @@ class DecoderShape(Protocol):
     @property
     def num_kv_heads(self) -> int: ...
     @property
+    def head_size(self) -> int: ...
+    @property
     def ffn_size(self) -> int: ...
     @property
     def vocab_size(self) -> int | None: ...
@@ -103,8 +105,7 @@ def _recomputed(layers: int, layer: int, shape: DecoderShape, recompute: str) ->
 
 def layer_flops(shape: DecoderShape, sequence_length: int) -> int:
     """FLOPs per token of one layer's forward pass: projections, and scores and values of attention."""
-    head_size = shape.hidden_size // shape.num_heads
-    attention = 2 * 2 * shape.num_heads * head_size * sequence_length
+    attention = 2 * 2 * shape.num_heads * shape.head_size * sequence_length
     return 2 * _matrix_parameters(shape) + attention
 
 
@@ -128,9 +129,8 @@ def parameters(plan: DepthPlan, shape: DecoderShape, *, vocab_size: int | None =
 
 
 def _matrix_parameters(shape: DecoderShape) -> int:
-    head_size = shape.hidden_size // shape.num_heads
-    queries_and_output = 2 * shape.num_heads * head_size
-    keys_and_values = 2 * shape.num_kv_heads * head_size
+    queries_and_output = 2 * shape.num_heads * shape.head_size
+    keys_and_values = 2 * shape.num_kv_heads * shape.head_size
     return shape.hidden_size * (queries_and_output + keys_and_values + 3 * shape.ffn_size)
 
 

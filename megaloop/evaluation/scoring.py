@@ -109,8 +109,8 @@ def _batches(questions: Sequence[Question], tokens: int) -> Iterator[list[int]]:
 
 
 def _tables(model: Decoder, length: int) -> tuple[Tensor, Tensor]:
-    config, dtype = model.config, next(model.parameters()).dtype
-    cos, sin = rotary_tables(length, config.head_size, config.rope_theta, model.device)
+    dtype = next(model.parameters()).dtype
+    cos, sin = rotary_tables(model.config, length, model.device)
     return cos.to(dtype), sin.to(dtype)
 
 

@@ -21,6 +21,7 @@ __all__ = ["OutputDirectory", "open_weights", "read_json", "write_json", "write_
 
 FILE_BYTES = 5_000_000_000
 """Largest file of weights, unless one tensor alone is larger."""
+_LARGEST_JSON = 1 << 26
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -144,6 +145,10 @@ class OutputDirectory:
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; MegaloopError where it holds none."""
     try:
+        if path.exists() and not path.is_file():
+            raise MegaloopError(f"{path}: no file")
+        if path.is_file() and path.stat().st_size > _LARGEST_JSON:
+            raise MegaloopError(f"{path}: implausibly large; expected at most {_LARGEST_JSON} bytes")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise MegaloopError(f"{path.parent}: no {path.name}; expected a directory in Hugging Face format") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,36 +18,29 @@ from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import resolve_checkpoint
 from megaloop.checkpoint.run_state import RunState
 from megaloop.checkpoint.tensor_file import LazyTensor
-from megaloop.checkpoint.writer import CheckpointInfo, save_checkpoint
+from megaloop.checkpoint.writer import CheckpointInfo, LazyPiece, save_checkpoint
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, DepthSpec, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.files import OutputDirectory, open_weights, read_json, write_json, write_weights
+from megaloop.huggingface.gguf import GgufModel, find_gguf, gguf_metadata
+from megaloop.huggingface.gguf_tokenizer import write_gguf_tokenizer
+from megaloop.huggingface.llama import (
+    DEFAULT_LENGTH,
+    LAYER,
+    LlamaModel,
+    llama_settings,
+    model_of_settings,
+    tensor_names,
+)
 from megaloop.huggingface.tokenizer import export_tokenizer, find_model_tokenizer
-from megaloop.layout.pieces import Box, Piece, StatePiece
+from megaloop.layout.pieces import Box, Piece
 from megaloop.layout.topology import Topology
-from megaloop.model import norm_factors, parameter_specs
+from megaloop.model import ParameterSpec, norm_factors, parameter_specs
 from megaloop.runtime.dtype import training_dtype
+from megaloop.text import printable
 
 __all__ = ["ExportSummary", "ImportSummary", "export_huggingface", "import_huggingface"]
-
-_LAYER = {
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.w_gate": "mlp.gate_proj",
-    "mlp.w_up": "mlp.up_proj",
-    "mlp.w_down": "mlp.down_proj",
-}
-_ENDS = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-_DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ def export_huggingface(
         calls = plan.calls() if depth is None else with_inference_loop(plan, depth).calls
         name = dtype or manifest.precision
         state_name = "master" if name == "fp32" and source.names("master") else "model"
-        length = manifest.data.sequence_length or _DEFAULT_LENGTH
+        length = manifest.data.sequence_length or DEFAULT_LENGTH
         for ours, spec in parameter_specs(model, plan, manifest.vocab_size).items():
             if (found := source.shape(state_name, ours)) != spec.shape:
                 raise MegaloopError(
@@ -114,13 +108,13 @@ def export_huggingface(
                 training_dtype(name),
                 partial(_read, source, state_name, ours, name, folds.get(theirs)),
             )
-            for theirs, ours in _exported_names(calls, model.tied_embeddings)
+            for theirs, ours in tensor_names(calls, model.tied_embeddings)
         ]
         files, size = write_weights(tensors, folder)
         tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
         if source.tokenizer is not None:
             tokens = export_tokenizer(source.tokenizer, folder, length)
-        write_json(folder / "config.json", _their_config(model, len(calls), name, length) | tokens)
+        write_json(folder / "config.json", llama_settings(model, len(calls), length, name) | tokens)
         write_json(folder / "generation_config.json", tokens)
     count = sum(prod(tensor.shape) for tensor in tensors)
     return ExportSummary(str(out), manifest.step, count, size, name, files)
@@ -144,56 +138,129 @@ def _folds(model: ModelConfig, plan: DepthPlan, calls: Sequence[LayerCall]) -> d
         their = f"model.layers.{position}.{{}}.weight"
         if plan.style.residual_scale != "none" and call.iterations is not None:
             for name in ("attention.wo", "mlp.w_down"):
-                folds[their.format(_LAYER[name])] = partial(torch.div, other=call.iterations)
+                folds[their.format(LAYER[name])] = partial(torch.div, other=call.iterations)
         if factors[call.layer_id] != 1.0:
             for name in ("attention_norm", "mlp_norm"):
-                folds[their.format(_LAYER[name])] = partial(torch.mul, other=factors[call.layer_id])
+                folds[their.format(LAYER[name])] = partial(torch.mul, other=factors[call.layer_id])
     return folds
 
 
-def import_huggingface(source: Path, out: Path) -> ImportSummary:
-    """Read a Llama-architecture directory (``config.json`` and safetensors) into a checkpoint of step 0.
+def import_huggingface(
+    source: Path, out: Path, *, tokenizer: Path | None = None, without_tokenizer: bool = False
+) -> ImportSummary:
+    """Read a model of the Llama architecture into a checkpoint of step 0.
 
     The checkpoint holds weights and fp32 masters, and no moments: a run that starts from it (``init:``) begins with
-    fresh ones. A ``tokenizer.model`` comes along.
+    fresh ones. Takes the memory of one tensor.
+
+    Args:
+        source: a Hugging Face directory (``config.json`` and safetensors); a GGUF file, or a directory with one and no
+            ``config.json``.
+        tokenizer: the tokenizer to keep with it (a file, or a directory that has one); default: the model's own.
+        without_tokenizer: keep none.
 
     Raises:
         MegaloopError: pickled weights only, another architecture or a feature that the decoder lacks, a tensor that is
-            missing, unknown or of another shape; an output that exists.
+            missing, unknown, of another shape or holds NaN; a damaged GGUF file; an output that exists.
     """
     if out.exists():
         raise MegaloopError(f"output {out} already exists; choose another directory")
-    settings = read_json(source / "config.json")
-    model, plan = _our_config(source, settings)
     with ExitStack() as stack:
-        weights = _read_weights(source, open_weights(source, stack), model, plan)
+        found = _open_source(source, stack)
+        specs = parameter_specs(found.model, found.plan, found.model.vocab_size or 0)
         precision: Literal["fp32", "bf16"] = "fp32"
-        if all(values.dtype == torch.bfloat16 for _, values in weights):
+        if all(weight.dtype == torch.bfloat16 for weight in found.weights.values()):
             precision = "bf16"
-        pieces = []
-        for piece, values in weights:
-            pieces.append(StatePiece("model", piece, values.to(training_dtype(precision))))
-            pieces.append(StatePiece("master", piece, values.float()))
-        tokenizer = find_model_tokenizer(source, model.vocab_size or 0)
+        pieces = [
+            LazyPiece(state_name, _whole_piece(name, specs[name]), dtype, partial(weight.read_as, source, dtype))
+            for state_name, dtype in (("model", training_dtype(precision)), ("master", torch.float32))
+            for name, weight in found.weights.items()
+        ]
+        rows = found.model.vocab_size or 0
+        kept = None if without_tokenizer else _tokenizer_of(source, tokenizer, rows, stack)
         info = CheckpointInfo(
-            run=RunState.fresh(), plan=plan, model=model, topology=Topology(), precision=precision, growth=None,
-            config={"data": {"sequence_length": settings.get("max_position_embeddings", _DEFAULT_LENGTH)}},
+            run=RunState.fresh(), plan=found.plan, model=found.model, topology=Topology(), precision=precision,
+            growth=None, config={"data": {"sequence_length": found.length}},
         )  # fmt: skip
-        save_checkpoint(out, pieces, info, tokenizer=tokenizer)
-    return ImportSummary(str(out), str(plan), sum(piece.numel for piece, _ in weights), precision)
+        try:
+            save_checkpoint(out, pieces, info, tokenizer=kept)
+        except MegaloopError as error:
+            if isinstance(error.__cause__, MegaloopError):  # it is the source that is bad, not the disk
+                raise error.__cause__ from None
+            raise
+    count = sum(prod(specs[name].shape) for name in found.weights)
+    return ImportSummary(str(out), str(found.plan), count, precision)
 
 
-def _read_weights(
-    source: Path, stored: dict[str, Any], model: ModelConfig, plan: DepthPlan
-) -> list[tuple[Piece, Tensor]]:
-    """Every parameter with its values, mapped from the files; refuses what does not fit by name."""
-    specs = parameter_specs(model, plan, model.vocab_size or 0)
-    wanted = dict(_exported_names(plan.calls(), model.tied_embeddings))
-    ignored = {"lm_head.weight"} if model.tied_embeddings else set()
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter in the source: what it is called there, its dtype, and its values when they are asked for."""
+
+    theirs: str
+    dtype: torch.dtype | None
+    read: Callable[[], Tensor]
+
+    def read_as(self, source: Path, dtype: torch.dtype) -> Tensor:
+        values = self.read().to(dtype)
+        if not torch.isfinite(values).all():
+            raise MegaloopError(f"{source}: tensor {printable(self.theirs)} holds NaN or infinity; use another model")
+        return values
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model to import: its shape, and its parameters by our names."""
+
+    model: ModelConfig
+    plan: DepthPlan
+    length: int
+    weights: dict[str, _Weight]
+
+
+def _open_source(source: Path, stack: ExitStack) -> _Source:
+    gguf = find_gguf(source)
+    if gguf is not None:
+        opened = stack.enter_context(GgufModel.open(gguf))
+        llama = opened.llama
+        weights = {ours: _Weight(theirs, None, partial(opened.read, ours)) for ours, theirs in opened.names.items()}
+        return _Source(llama.model, llama.plan, llama.length, weights)
+    llama = model_of_settings(source, read_json(source / "config.json"))
+    weights = _safetensors(source, open_weights(source, stack), llama)
+    return _Source(llama.model, llama.plan, llama.length, weights)
+
+
+def _tokenizer_of(source: Path, chosen: Path | None, rows: int, stack: ExitStack) -> Path | None:
+    """The tokenizer to keep with an imported model of so many rows; that in a GGUF file is written out until ``stack`` ends."""
+    if chosen is not None:
+        if (path := find_model_tokenizer(chosen, rows)) is None:
+            raise MegaloopError(f"tokenizer {chosen}: no tokenizer there; name a file, or a directory that has one")
+        return path
+    gguf = find_gguf(source)
+    if gguf is None:
+        return find_model_tokenizer(source, rows)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    written = write_gguf_tokenizer(gguf, gguf_metadata(gguf), folder)
+    return None if written is None else find_model_tokenizer(written, rows)
+
+
+def _whole_piece(name: str, spec: ParameterSpec) -> Piece:
+    return Piece(name, spec.shape, Box.whole(spec.shape))
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _safetensors(source: Path, stored: dict[str, Any], llama: LlamaModel) -> dict[str, _Weight]:
+    """Every parameter, mapped from the files; refuses what does not fit by name."""
+    specs = parameter_specs(llama.model, llama.plan, llama.model.vocab_size or 0)
+    wanted = dict(tensor_names(llama.plan.calls(), llama.model.tied_embeddings))
+    ignored = {"lm_head.weight"} if llama.model.tied_embeddings else set()
     unknown = [name for name in sorted(stored.keys() - wanted.keys() - ignored) if not name.endswith(".inv_freq")]
     if unknown:
-        raise MegaloopError(f"{source}: unknown tensor {unknown[0]}; expected a Llama decoder without additions")
-    weights = []
+        raise MegaloopError(
+            f"{source}: unknown tensor {printable(unknown[0])}; expected a Llama decoder without additions"
+        )
+    weights = {}
     for theirs, ours in wanted.items():
         if theirs not in stored:
             raise MegaloopError(f"{source}: tensor {theirs} is missing; the directory is not complete")
@@ -204,104 +271,9 @@ def _read_weights(
                 f"{source}: tensor {theirs} is {tuple(described.get_shape())}, config.json makes it {shape}; "
                 "they do not belong together"
             )
-        if dtype not in ("F32", "BF16", "F16"):
+        if dtype not in _DTYPES:
             raise MegaloopError(
                 f"{source}: tensor {theirs} is of dtype {dtype}; expected F32, BF16 or F16 (no quantized weights)"
             )
-        weights.append((Piece(ours, shape, Box.whole(shape)), stored[theirs].get_tensor(theirs)))
+        weights[ours] = _Weight(theirs, _DTYPES[dtype], partial(stored[theirs].get_tensor, theirs))
     return weights
-
-
-# --- names and settings ---
-
-
-def _exported_names(calls: Sequence[LayerCall], tied: bool) -> Iterator[tuple[str, str]]:
-    """(their name, our name) of every tensor; a looped layer occurs once per use."""
-    yield _ENDS["embedding.weight"], "embedding.weight"
-    for position, call in enumerate(calls):
-        for ours, theirs in _LAYER.items():
-            yield f"model.layers.{position}.{theirs}.weight", f"layers.{call.layer_id}.{ours}.weight"
-    yield _ENDS["norm.weight"], "norm.weight"
-    if not tied:
-        yield _ENDS["head.weight"], "head.weight"
-
-
-def _their_config(model: ModelConfig, layers: int, dtype: str, length: int) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_size,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": length,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": None,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": model.tied_embeddings,
-        "initializer_range": model.init_std,
-        "torch_dtype": str(training_dtype(dtype)).removeprefix("torch."),
-    }
-
-
-def _our_config(source: Path, settings: dict[str, Any]) -> tuple[ModelConfig, DepthPlan]:
-    """The decoder that a Llama configuration describes; refuses by name what ours lacks."""
-    if settings.get("model_type") != "llama":
-        raise MegaloopError(f"{source}: model_type {settings.get('model_type')!r}; only llama can be imported")
-    expected = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
-    for key, value in expected.items():
-        if settings.get(key, value) != value:
-            raise MegaloopError(
-                f"{source}: {key} {settings[key]!r} in config.json is not supported; expected {value!r}"
-            )
-    try:
-        heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
-        if settings.get("head_dim") not in (None, hidden // heads):
-            raise MegaloopError(
-                f"{source}: head_dim {settings['head_dim']} in config.json is not supported; expected {hidden // heads}"
-            )
-        model = ModelConfig(
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=settings.get("num_key_value_heads") or heads,
-            ffn_size=settings["intermediate_size"],
-            vocab_size=settings["vocab_size"],
-            rope_theta=_rope_theta(source, settings),
-            norm_eps=settings.get("rms_norm_eps", 1e-6),
-            init_std=settings.get("initializer_range", 0.02),
-            tied_embeddings=settings.get("tie_word_embeddings", False),
-        )
-        lengths = [settings["num_hidden_layers"], settings.get("max_position_embeddings", _DEFAULT_LENGTH)]
-        if model.vocab_size is None or any(type(length) is not int or length < 1 for length in lengths):
-            raise ValueError("vocab_size, num_hidden_layers and max_position_embeddings are whole numbers")
-        plan = DepthSpec.parse(lengths[0]).plan
-    except KeyError as error:
-        raise MegaloopError(f"{source}: config.json lacks {error.args[0]!r}") from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise MegaloopError(
-            f"{source}: config.json is not that of a Llama decoder ({' '.join(str(error).split())})"
-        ) from None
-    model.check()
-    return model, plan
-
-
-def _rope_theta(source: Path, settings: dict[str, Any]) -> Any:
-    """Base of the rotary embedding. transformers 5 keeps it in ``rope_parameters``, where earlier ones had two keys."""
-    theta = settings.get("rope_theta", 10000.0)
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = settings.get(key) or {}
-        plain = isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type", "type"}
-        if not plain or rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise MegaloopError(
-                f"{source}: {key} {rope!r} in config.json is not supported; expected rotary embeddings without scaling"
-            )
-        theta = rope.get("rope_theta", theta)
-    if settings.get("partial_rotary_factor") not in (None, 1.0):
-        raise MegaloopError(f"{source}: partial_rotary_factor in config.json is not supported; expected 1.0")
-    return theta

@@ -2,6 +2,7 @@
 
 from megaloop.model.decoder import Decoder, DecoderStage
 from megaloop.model.kernels import Kernels, build_adamw, choose_kernels
+from megaloop.model.layers import rotary_frequencies
 from megaloop.model.parameters import ParameterSpec, grown_from, initial_values, norm_factors, parameter_specs
 from megaloop.model.tensor_parallel import Labels, TensorParallel, vocab_parallel_cross_entropy
 
@@ -18,5 +19,6 @@ __all__ = [
     "initial_values",
     "norm_factors",
     "parameter_specs",
+    "rotary_frequencies",
     "vocab_parallel_cross_entropy",
 ]

@@ -193,7 +193,7 @@ class DecoderStage(nn.Module):
         if key not in self._tables:
             if start:  # generation asks for another start each time
                 self._tables.clear()
-            tables = rotary_tables(start + length, self.config.head_size, self.config.rope_theta, device)
+            tables = rotary_tables(self.config, start + length, device)
             cos_Sh, sin_Sh = (table[start:].to(dtype) for table in tables)
             self._tables[key] = (cos_Sh, sin_Sh)
         context = AttentionContext(*self._tables[key])

@@ -6,6 +6,7 @@ Inside a tensor-parallel rank N, K and the MLP's width are the rank's share.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,15 @@ from megaloop.config import ModelConfig
 from megaloop.model.kernels import Kernels
 from megaloop.model.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
-__all__ = ["AttentionContext", "DecoderLayer", "KeyValueCache", "LoopAdapter", "RMSNorm", "rotary_tables"]
+__all__ = [
+    "AttentionContext",
+    "DecoderLayer",
+    "KeyValueCache",
+    "LoopAdapter",
+    "RMSNorm",
+    "rotary_frequencies",
+    "rotary_tables",
+]
 
 
 class KeyValueCache:
@@ -65,17 +74,38 @@ class AttentionContext:
     max_document: int = 0
 
 
-def rotary_tables(
-    length: int, head_size: int, theta: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: ModelConfig, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary position embedding (arXiv 2104.09864), fp32 [length, head_size / 2].
 
     Dimensions i and i + head_size/2 turn together, as in Hugging Face's Llama.
     """
-    exponent_h = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    frequency_h = 1.0 / (theta**exponent_h)
+    frequency_h = rotary_frequencies(config, device)
     angle_Sh = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency_h)
     return angle_Sh.cos(), angle_Sh.sin()
+
+
+def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """Radians per position of each pair of dimensions, scaled as the configuration says; fp32 [head_size / 2].
+
+    In the order of operations of transformers (``modeling_rope_utils``), so that the values are the same to the last bit.
+    """
+    exponent_h = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
+    frequency_h = 1.0 / (config.rope_theta**exponent_h)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency_h
+    divided_h = frequency_h / scaling.factor
+    if scaling.kind == "linear":
+        return divided_h
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length
+    assert low is not None  # ModelConfig.check has seen to it
+    assert high is not None
+    assert original is not None
+    wavelength_h = 2 * math.pi / frequency_h
+    smooth_h = (original / wavelength_h - low) / (high - low)
+    between_h = (1 - smooth_h) * frequency_h / scaling.factor + smooth_h * frequency_h
+    slow_h, fast_h = wavelength_h > original / low, wavelength_h < original / high
+    return torch.where(slow_h, divided_h, torch.where(fast_h, frequency_h, between_h))
 
 
 class _Rotate(torch.autograd.Function):

@@ -65,7 +65,7 @@ def layer_activations(config: Config, tp: int) -> Activations:
     tokens = config.train.micro_batch * config.data.sequence_length
     stream = stream_bytes(config, tp)
     whole = tokens * element * shape.hidden_size
-    heads = whole // tp
+    heads = tokens * element * shape.num_heads * shape.head_size // tp
     keys = tokens * element * shape.num_kv_heads * shape.head_size // tp
     wide = tokens * element * shape.ffn_size // tp
     logsumexp = tokens * _FP32 * shape.num_heads // tp

@@ -380,6 +380,7 @@ def _needed(world: World, out: Path) -> dict[tuple[str, ...], list[object]]:
         ("loop",): [world.run, "--out", out],
         ("export",): [world.run, "--out", out],
         ("import",): [world.root / "none", "--out", out],
+        ("init-config",): [world.run, "--out", out / "c.yaml"],
         ("generate",): [world.run, "--prompt", "x", "--max-tokens", 1],
         ("eval",): [world.run, "--tasks", "copying", "--examples", 1, "--shots", "0", "--out", out / "e.jsonl"],
         ("report",): [world.run, "--out", out / "r.html"],

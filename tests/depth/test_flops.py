@@ -25,6 +25,11 @@ class Shape:
     ffn_size: int = 160
     vocab_size: int | None = 256
     tied_embeddings: bool = True
+    head_dim: int = 16
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim
 
 
 def llama(shape: Shape, layers: int) -> Any:
@@ -32,6 +37,7 @@ def llama(shape: Shape, layers: int) -> Any:
         LlamaConfig(
             hidden_size=shape.hidden_size,
             num_attention_heads=shape.num_heads,
+            head_dim=shape.head_dim,
             num_key_value_heads=shape.num_kv_heads,
             intermediate_size=shape.ffn_size,
             vocab_size=shape.vocab_size,
@@ -43,7 +49,13 @@ def llama(shape: Shape, layers: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(), Shape(num_kv_heads=4, tied_embeddings=False), Shape(num_kv_heads=1, ffn_size=96, vocab_size=512)]
+    "shape",
+    [
+        Shape(),
+        Shape(num_kv_heads=4, tied_embeddings=False),
+        Shape(num_kv_heads=1, ffn_size=96, vocab_size=512),
+        Shape(head_dim=24),
+    ],
 )
 @pytest.mark.parametrize("length", [16, 96])
 def test_flops_equal_what_torch_counts_on_a_llama(shape: Shape, length: int) -> None:
@@ -60,9 +72,9 @@ def test_flops_equal_what_torch_counts_on_a_llama(shape: Shape, length: int) -> 
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
-@pytest.mark.parametrize("depth", ["3", "1-2x3-1"])
-def test_flops_equal_what_torch_counts_on_our_decoder(depth: str, recompute: Recompute) -> None:
-    shape, plan, batch, length = ModelConfig(**asdict(Shape())), DepthPlan.parse(depth), 2, 48
+@pytest.mark.parametrize(("depth", "head_dim"), [("3", 16), ("1-2x3-1", 16), ("3", 10)])
+def test_flops_equal_what_torch_counts_on_our_decoder(depth: str, head_dim: int, recompute: Recompute) -> None:
+    shape, plan, batch, length = ModelConfig(**asdict(Shape(head_dim=head_dim))), DepthPlan.parse(depth), 2, 48
     decoder = Decoder(shape, 256, plan, recompute=recompute)
     decoder.initialise(0)
     tokens_BS = torch.randint(256, (batch, length))
@@ -77,7 +89,7 @@ def test_flops_equal_what_torch_counts_on_our_decoder(depth: str, recompute: Rec
     assert parameters(plan, shape) == sum(parameter.numel() for parameter in decoder.parameters())
 
 
-@pytest.mark.parametrize("shape", [Shape(), Shape(num_kv_heads=4, tied_embeddings=False)])
+@pytest.mark.parametrize("shape", [Shape(), Shape(num_kv_heads=4, tied_embeddings=False), Shape(head_dim=24)])
 def test_parameters_equal_those_of_a_llama(shape: Shape) -> None:
     assert parameters(DepthPlan.plain(3), shape) == sum(p.numel() for p in llama(shape, 3).parameters())
 

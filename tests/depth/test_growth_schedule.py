@@ -25,6 +25,10 @@ class Shape:
     vocab_size: int | None = 49152
     tied_embeddings: bool = True
 
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
 
 SHAPES = {"1.7B": (24, Shape(2048, 32, 32, 8192)), "360M": (32, Shape(960, 15, 5, 2560))}
 

@@ -14,7 +14,6 @@ import yaml
 
 from data_prep.prepare import prepare
 from megaloop.checkpoint import Checkpoint
-from megaloop.cli.main import main
 from megaloop.config import Config
 from megaloop.data import open_sources
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
@@ -25,6 +24,7 @@ from megaloop.train.schedule import learning_rate
 from tests.data.corpus import documents
 from tests.debian import skip
 from tests.distributed import RankPool
+from tests.processes import run
 from tests.tokenizer.nasty import nasty_texts
 from tests.train.runs import losses, train
 
@@ -148,7 +148,7 @@ def test_three_steps_on_two_stages_are_those_of_a_plain_loop_around_transformers
 
 def _run_values(checkpoint: Path, shards: Path, folder: Path, steps: int) -> dict[str, Any]:
     """A run from the checkpoint's own configuration, as a user makes it."""
-    assert main(["init-config", str(checkpoint), "--out", str(folder / "run.yaml")]) == 0
+    assert run("init-config", checkpoint, "--out", folder / "run.yaml").returncode == 0
     values: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text())
     return values | {
         "run_dir": str(folder / "run"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megaloop.config import RopeScaling
 from tests.distributed import RankPool
 from tests.parallel.layouts import (
     configuration,
@@ -103,6 +104,17 @@ def test_document_masking_and_untied_embeddings_hold_on_every_layout(
     request: pytest.FixtureRequest, layout: tuple[int, int, int]
 ) -> None:
     changes = {"model__document_masking": True, "model__tied_embeddings": False}
+    _check(_pool(request, layout), layout, sp=layout == (2, 2, 1), **changes)
+
+
+@pytest.mark.parametrize(
+    "layout", [*ALONE, *PAIRS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in FOURS)], ids=str
+)
+def test_heads_of_another_width_and_scaled_positions_hold_on_every_layout(
+    request: pytest.FixtureRequest, layout: tuple[int, int, int]
+) -> None:
+    scaling = RopeScaling(kind="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_length=16)
+    changes = {"model__hidden_size": 62, "model__head_dim": 24, "model__rope_scaling": scaling}
     _check(_pool(request, layout), layout, sp=layout == (2, 2, 1), **changes)
 
 

@@ -125,9 +125,16 @@ def more_on_a_cpu(config: Config, tp: int = 1) -> int:
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_formulas_are_what_the_decoder_saves(kv_heads: int, precision: str, recompute: str) -> None:
-    config = configuration(model__num_kv_heads=kv_heads, train__precision=precision, train__recompute=recompute)
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(4, None), (2, None), (2, 24)])
+def test_the_formulas_are_what_the_decoder_saves(
+    kv_heads: int, head_dim: int | None, precision: str, recompute: str
+) -> None:
+    config = configuration(
+        model__num_kv_heads=kv_heads,
+        model__head_dim=head_dim,
+        train__precision=precision,
+        train__recompute=recompute,
+    )
     assert held(config) == predicted(config) + more_on_a_cpu(config)
 
 

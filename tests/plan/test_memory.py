@@ -42,10 +42,11 @@ def test_an_engine_holds_what_was_budgeted(
         assert held(planned[topology.coordinate(rank).pp]).items() <= found.items()
 
 
+@pytest.mark.parametrize("head_dim", [None, 20])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_engine_pads_where_the_budget_pads(ranks_2: RankPool, precision: str) -> None:
+def test_an_engine_pads_where_the_budget_pads(ranks_2: RankPool, precision: str, head_dim: int | None) -> None:
     values = configuration(1, 1, 2, train__precision=precision, train__steps=1, depth="3")
-    values["model"] |= {"hidden_size": 62, "num_heads": 1, "num_kv_heads": 1}
+    values["model"] |= {"hidden_size": 62, "num_heads": 1, "num_kv_heads": 1, "head_dim": head_dim}
     (planned,) = budgets(values, 2)
     assert planned.optimizer > 12 * planned.parameters / 2
     assert all(held(planned).items() <= found.items() for found in ranks_2.run(held_bytes, values))
