@@ -170,6 +170,7 @@ def _plainly(values: dict[str, Any], model: Any) -> list[float]:
     split, order = sources.datasets[0].split("train"), sources.order(config.seed)
     options = config.optimizer
     model.train()
+    model.model.embed_tokens.padding_idx = None  # the end of a document, whose look-up has a gradient in pretraining
     named = dict(model.named_parameters())
     kept = [name for name in named if "norm" in name or "embed" in name]
     groups = [
