@@ -16,6 +16,7 @@ from torch import Tensor
 from megaloop.checkpoint.manifest import GrowthEntry
 from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import resolve_checkpoint
+from megaloop.checkpoint.tensor_file import Tell, counted
 from megaloop.checkpoint.writer import CheckpointInfo, LazyPiece, save_checkpoint
 from megaloop.depth import DepthPlan, DepthSpec, Growth, InsertAt, Operator, grow, reorder, unloop, untie
 from megaloop.depth.flops import parameters
@@ -70,9 +71,6 @@ class LoopedCheckpoint:
     seconds: float
 
 
-_Tell = Callable[[str, int, int], None]
-
-
 def grow_checkpoint(
     checkpoint: Path,
     out: Path,
@@ -82,7 +80,7 @@ def grow_checkpoint(
     *,
     insert_at: InsertAt = "after",
     moments: Moments = "copy",
-    on_bytes: _Tell | None = None,
+    on_bytes: Tell | None = None,
 ) -> GrownCheckpoint:
     """Write a deeper copy of a checkpoint, with its step and its place in the data; takes the memory of one tensor.
 
@@ -140,7 +138,7 @@ def loop_checkpoint(
     *,
     changes: Mapping[str, Any] = MappingProxyType({}),
     moments: Moments = "copy",
-    on_bytes: _Tell | None = None,
+    on_bytes: Tell | None = None,
 ) -> LoopedCheckpoint:
     """Write a copy of a checkpoint whose layers run in another order; with its step and its place in the data.
 
@@ -192,7 +190,7 @@ def _rewrite(
     out: Path,
     change: Callable[[Checkpoint, DepthPlan], Growth],
     moments: Moments,
-    on_bytes: _Tell | None,
+    on_bytes: Tell | None,
     grown: GrowthEntry | None = None,
 ) -> tuple[CheckpointInfo, int]:
     """Write a checkpoint anew with the plan that ``change`` makes of its own; what was saved, and its bytes."""
@@ -217,17 +215,7 @@ def _rewrite(
             config=manifest.config,
             growth=entry,
         )
-        total, done = sum(piece.bytes for piece in pieces), 0
-
-        def count(piece: LazyPiece) -> Tensor:
-            nonlocal done
-            values = piece.read()
-            done += piece.bytes
-            tell("writing", done, total)
-            return values
-
-        counted = [LazyPiece(lazy.state_name, lazy.piece, lazy.dtype, partial(count, lazy)) for lazy in pieces]
-        saved = save_checkpoint(out, counted, info, tokenizer=source.tokenizer)
+        saved = save_checkpoint(out, counted(pieces, tell), info, tokenizer=source.tokenizer)
     return info, saved.bytes
 
 

@@ -8,10 +8,12 @@ https://github.com/huggingface/safetensors#format. Reading is left to the librar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 import xxhash
@@ -19,7 +21,10 @@ from torch import Tensor
 
 from megaloop.files import fsync_file
 
-__all__ = ["DTYPE_CODES", "LazyTensor", "write_tensors"]
+__all__ = ["DTYPE_CODES", "LazyTensor", "Tell", "counted", "write_tensors"]
+
+Tell = Callable[[str, int, int], None]
+"""Called with what is being done, bytes done and bytes in all."""
 
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16"}
 """The dtypes that are written, by torch's name, and what safetensors calls them."""
@@ -38,6 +43,34 @@ class LazyTensor:
     @property
     def bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+class Lazy(Protocol):
+    """A tensor, or a piece of one, that is read when its turn comes."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def read(self) -> Callable[[], Tensor]: ...
+
+
+_L = TypeVar("_L", bound=Lazy)
+
+
+def counted(lazy: Sequence[_L], tell: Tell | None, what: str = "writing") -> list[_L]:
+    """The same, and ``tell`` hears of each that was read."""
+    total, done = sum(one.bytes for one in lazy), 0
+
+    def read(one: _L) -> Tensor:
+        nonlocal done
+        values = one.read()
+        done += one.bytes
+        if tell is not None:
+            tell(what, done, total)
+        return values
+
+    return [replace(one, read=partial(read, one)) for one in lazy]  # type: ignore[type-var]  # dataclasses
 
 
 def write_tensors(path: Path, tensors: Iterable[LazyTensor], about: str = "") -> tuple[int, str]:

@@ -100,7 +100,10 @@ def export(
     """Write a checkpoint in Hugging Face format."""
     from megaloop.huggingface.weights import export_huggingface
 
-    result = export_huggingface(checkpoint, out, dtype=dtype.value if dtype else None, depth=read_depth(depth))
+    with byte_progress() as show:
+        result = export_huggingface(
+            checkpoint, out, dtype=dtype.value if dtype else None, depth=read_depth(depth), on_bytes=show
+        )
     show_result(result if result is not None else {"written": str(out)}, json)
 
 
@@ -122,7 +125,10 @@ def import_(
         raise MegaloopError(
             "import: --tokenizer names a tokenizer, and --without-tokenizer keeps none; choose one of them"
         )
-    result = import_huggingface(source, out, tokenizer=tokenizer, without_tokenizer=without_tokenizer)
+    with byte_progress() as show:
+        result = import_huggingface(
+            source, out, tokenizer=tokenizer, without_tokenizer=without_tokenizer, on_bytes=show
+        )
     show_result(result if result is not None else {"written": str(out)}, json)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megaloop.checkpoint.reader import Checkpoint
 from megaloop.checkpoint.resolve import resolve_checkpoint
 from megaloop.checkpoint.run_state import RunState
-from megaloop.checkpoint.tensor_file import LazyTensor
+from megaloop.checkpoint.tensor_file import LazyTensor, Tell, counted
 from megaloop.checkpoint.writer import CheckpointInfo, LazyPiece, save_checkpoint
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, DepthSpec, LayerCall, with_inference_loop
@@ -66,7 +66,12 @@ class ImportSummary:
 
 
 def export_huggingface(
-    checkpoint: Path, out: Path, *, dtype: str | None = None, depth: DepthSpec | None = None
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    depth: DepthSpec | None = None,
+    on_bytes: Tell | None = None,
 ) -> ExportSummary:
     """Write a directory that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
@@ -79,6 +84,7 @@ def export_huggingface(
         out: must not exist, or be empty.
         dtype: ``fp32`` (the masters) or ``bf16``; default: the dtype it was trained in.
         depth: run the layers in this order, such as ``10-4x3-10``; default: as trained.
+        on_bytes: told (what is done, bytes done, bytes in all) as it goes on.
 
     Raises:
         MegaloopError: a damaged checkpoint (the file is named), a loop that is more than layers in a row, an output that is not empty, a full disk.
@@ -110,7 +116,7 @@ def export_huggingface(
             )
             for theirs, ours in tensor_names(calls, model.tied_embeddings)
         ]
-        files, size = write_weights(tensors, folder)
+        files, size = write_weights(counted(tensors, on_bytes), folder)
         tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
         if source.tokenizer is not None:
             tokens = export_tokenizer(source.tokenizer, folder, length)
@@ -146,7 +152,12 @@ def _folds(model: ModelConfig, plan: DepthPlan, calls: Sequence[LayerCall]) -> d
 
 
 def import_huggingface(
-    source: Path, out: Path, *, tokenizer: Path | None = None, without_tokenizer: bool = False
+    source: Path,
+    out: Path,
+    *,
+    tokenizer: Path | None = None,
+    without_tokenizer: bool = False,
+    on_bytes: Tell | None = None,
 ) -> ImportSummary:
     """Read a model of the Llama architecture into a checkpoint of step 0.
 
@@ -158,6 +169,7 @@ def import_huggingface(
             ``config.json``.
         tokenizer: the tokenizer to keep with it (a file, or a directory that has one); default: the model's own.
         without_tokenizer: keep none.
+        on_bytes: told (what is done, bytes done, bytes in all) as it goes on.
 
     Raises:
         MegaloopError: pickled weights only, another architecture or a feature that the decoder lacks, a tensor that is
@@ -183,7 +195,7 @@ def import_huggingface(
             growth=None, config={"data": {"sequence_length": found.length}},
         )  # fmt: skip
         try:
-            save_checkpoint(out, pieces, info, tokenizer=kept)
+            save_checkpoint(out, counted(pieces, on_bytes), info, tokenizer=kept)
         except MegaloopError as error:
             if isinstance(error.__cause__, MegaloopError):  # it is the source that is bad, not the disk
                 raise error.__cause__ from None

@@ -414,3 +414,19 @@ def test_damaged_weights_and_full_outputs_are_named(theirs: tuple[Any, Path], tm
     (theirs[1] / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(MegaloopError, match=r"model.safetensors: damaged"):
         import_huggingface(theirs[1], tmp_path / "other")
+
+
+def test_export_and_import_tell_how_far_they_are(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def tell(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+
+    import_huggingface(theirs[1], tmp_path / "ours", on_bytes=tell)
+    with Checkpoint.open(tmp_path / "ours") as checkpoint:
+        size = sum(file.bytes for file in checkpoint.manifest.files)
+    assert told[-1][1] == told[-1][2] == pytest.approx(size, rel=0.2)  # headers are not counted
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    told.clear()
+    summary = export_huggingface(tmp_path / "ours", tmp_path / "out", on_bytes=tell)
+    assert told[-1] == ("writing", summary.bytes, summary.bytes)
