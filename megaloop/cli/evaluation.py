@@ -23,14 +23,17 @@ from megaloop.text import parse_whole, printable
 if TYPE_CHECKING:
     from megaloop.evaluation.records import Record
 
-__all__ = ["evaluate_command", "numbers"]
+__all__ = ["evaluate_command", "export_tasks", "numbers"]
 
 
 def evaluate_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
     tasks: Annotated[
         str | None,
-        typer.Option(help="Names, separated by commas; 'primitives' for all of those; default: these and validation."),
+        typer.Option(
+            help="Names, separated by commas: copy-random, copy-real, variables-D-basic, -math or -code with D of 0 to 2, "
+            "addition, p-hop; 'primitives' for all of these; validation; default: everything."
+        ),
     ] = None,
     shots: Annotated[str, typer.Option(help="Solved examples before each question: 5, or 0,1,2,5,10.")] = "5",
     loops: Annotated[
@@ -118,6 +121,30 @@ def evaluate_command(
         del store
 
 
+def export_tasks(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write them.")],
+    tasks: Annotated[
+        str | None, typer.Option(help="Primitives, separated by commas, as for 'megaloop eval'; default: all.")
+    ] = None,
+    shots: Annotated[str, typer.Option(help="Solved examples before each question: 5, or 0,5.")] = "5",
+    examples: Annotated[int, typer.Option(min=1, help="Questions of each primitive.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Write the primitives as task files of EleutherAI's lm-eval, to ask any model the same questions."""
+    from megaloop.evaluation.harness_files import harness_tag, write_harness_files
+    from megaloop.evaluation.tasks import tasks_named
+
+    counts = numbers("--shots", shots, 0)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    written = write_harness_files(directory, tasks_named(names), counts, count=examples, seed=seed)
+    if json:
+        echo(json_module.dumps({"directory": str(directory), "tasks": written}))
+        return
+    tags = ",".join(harness_tag(count) for count in dict.fromkeys(counts))
+    echo(f"{len(written)} tasks in {printable(directory)}; lm_eval --include_path {printable(directory)} --tasks {tags}")
+
+
 def numbers(option: str, text: str, least: int) -> list[int]:
     """Whole numbers of at least ``least`` that a comma separates, or MegaloopError in the option's name."""
     found = [parse_whole(part.strip()) for part in text.split(",") if part.strip()]
@@ -169,8 +196,6 @@ def _progress() -> Iterator[Any]:
 
 
 def _print_records(records: list[Record], as_json: bool) -> None:
-    from megaloop.evaluation.tasks import CANDIDATES
-
     values = [record.to_json() for record in records]
     if as_json:
         echo(json_module.dumps({"records": values}))
@@ -196,13 +221,13 @@ def _print_records(records: list[Record], as_json: bool) -> None:
             Text(printable(value["depth"])),
             str(value["shots"]),
             *(_percent(value.get(name), value.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
-            f"{100 * value.get('chance', 1 / CANDIDATES):.0f} %",
+            _percent(value.get("chance"), None, digits=0),
         )
     SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _percent(value: float | None, error: float | None) -> str:
-    return "-" if value is None else _with_error(100 * value, None if error is None else 100 * error, 1) + " %"
+def _percent(value: float | None, error: float | None, digits: int = 1) -> str:
+    return "-" if value is None else _with_error(100 * value, None if error is None else 100 * error, digits) + " %"
 
 
 def _with_error(value: float, error: float | None, digits: int) -> str:

@@ -89,6 +89,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("init-config", checkpoints.init_config),
     ("generate", generate),
     ("eval", evaluation.evaluate_command),
+    ("export-tasks", evaluation.export_tasks),
     ("report", report.report),
     ("submit", cluster.submit),
     ("cancel", cluster.cancel),

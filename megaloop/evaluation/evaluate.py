@@ -21,10 +21,10 @@ from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, MicroBatch, bits_per_byte, held_out_batch, held_out_places
 from megaloop.depth import DepthPlan, DepthSpec, Execution, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
+from megaloop.evaluation.prompts import questions
 from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
-from megaloop.evaluation.scoring import Question, score
+from megaloop.evaluation.scoring import score
 from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examples, shots, tasks_named
-from megaloop.inference.generate import before_document
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 from megaloop.runtime.collectives import broadcast_object, gather_objects
@@ -34,6 +34,8 @@ from megaloop.tokenizer import Tokenizer
 __all__ = ["VALIDATION", "Block", "evaluate", "with_loops"]
 
 VALIDATION = "validation"
+_VALIDATION_VERSION = 2
+"""Of how held-out loss is measured: what earlier versions of the tasks left beside it stays valid."""
 _Part = TypeVar("_Part")
 OnStep = Callable[[str, int, int], None]
 """Called with what is under way, how much of it is done, and how much there is."""
@@ -254,7 +256,7 @@ class _Work:
             examples=examples,
             seed=seed,
             precision=self._precision,
-            version=TASKS_VERSION,
+            version=_VALIDATION_VERSION if task == VALIDATION else TASKS_VERSION,
             step=manifest.step,
             checkpoint=manifest.checksum,
             document_masking=self._model.config.document_masking,
@@ -270,8 +272,8 @@ class _Work:
         return record
 
     def _primitive(self, depth: _Depth, task: Task, count: int, subject: Subject) -> dict[str, Any]:
-        questions = examples(task, self._examples, self._seed)
-        blocks = [questions[first : first + BLOCK] for first in range(0, len(questions), BLOCK)]
+        asked = examples(task, self._examples, self._seed)
+        blocks = [asked[first : first + BLOCK] for first in range(0, len(asked), BLOCK)]
         scored = self._shared(
             _label(subject), blocks, lambda number, block: self._score(depth, task, count, number, block)
         )
@@ -291,14 +293,10 @@ class _Work:
         self, depth: _Depth, task: Task, count: int, number: int, block: Sequence[Example]
     ) -> list[tuple[bool, bool]]:
         """Of each example, whether the right answer is the likeliest, and whether greedy decoding gives it."""
-        encode = self._encode
-        beginning = before_document(self._open_tokenizer(), self._model.config.document_masking) + encode(task.header)
-        for shot in shots(task, count, self._seed, number):
-            beginning += encode(shot.query) + encode(shot.answer) + encode("\n")
-        asked = [
-            Question(encode(example.query), [encode(answer) for answer in example.candidates]) for example in block
-        ]
-        results = score(self._model, beginning, asked, calls=depth.execution.calls, vocab_size=self._vocab_size)
+        tokenizer, solved = self._open_tokenizer(), shots(task, count, self._seed, number)
+        beginning, asked = questions(tokenizer, task, solved, block)
+        calls, vocab_size = depth.execution.calls, tokenizer.vocab_size
+        results = score(self._model, beginning, asked, calls=calls, vocab_size=vocab_size)
         return [
             (result.best == example.correct, result.greedy[example.correct])
             for result, example in zip(results, block, strict=True)
@@ -338,13 +336,6 @@ class _Work:
         if self._tokenizer is None:
             self._tokenizer = self._checkpoint.open_tokenizer("questions are text")
         return self._tokenizer
-
-    def _encode(self, text: str) -> list[int]:
-        return self._open_tokenizer().encode(text)
-
-    @property
-    def _vocab_size(self) -> int:
-        return self._open_tokenizer().vocab_size
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from megaloop.checkpoint import Checkpoint
 from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import Block, with_loops
+from megaloop.evaluation.prompts import encode_text
 from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import generate_tokens
 from megaloop.inference.load import load_decoder
@@ -75,9 +76,7 @@ class HarnessModel(TemplateLM):
         return str(self._tokens.path)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is False:
-            return self._tokens.encode_prompt(string)[len(self._tokens.prefix_ids) :]
-        return self._tokens.encode_prompt(string)
+        return encode_text(self._tokens, string, prefix=add_special_tokens is not False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any

@@ -1,9 +1,13 @@
-"""Reasoning primitives: small questions that need no knowledge, only steps (arXiv 2502.17416, section 3.3 and appendix).
+"""Reasoning primitives: small questions that need no knowledge, only steps.
 
-An example is a query with five candidate answers, one of which is right; a guesser scores 20%. Examples are a function of (task, seed,
-number) on every machine. They are balanced: place and rank of the right answer among the candidates go through all
-combinations, so that a guesser who always takes the same place, or always the smallest, is right in exactly a fifth of a
-multiple of 25 examples.
+The texts are those of arXiv 2409.19044, 2512.08819 and 2602.16490: copying (fill in the blank) and assignment of variables
+(basic, math, code). Addition and p-hop induction are our questions for what arXiv 2502.17416 trains on.
+
+An example is a query with ten (copying) or five candidate answers, one of which is right. Examples are a function of (task,
+seed, number) on every machine. They are balanced: they go through all combinations of the place of the right answer among
+the candidates and of its rank (where candidates have a natural order) or of the place where the copied segment begins. A guesser
+who always takes the same place, or always the smallest, is so right in exactly a tenth, or a fifth, of a multiple of
+``Task.slots`` examples.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from megaloop.text import printable
 
 __all__ = [
     "BLOCK",
-    "CANDIDATES",
+    "RENAMED",
     "TASKS",
     "TASKS_VERSION",
     "Example",
@@ -29,11 +33,12 @@ __all__ = [
     "tasks_named",
 ]
 
-TASKS_VERSION = 2
-"""Of the generators and prompts; results of different versions do not compare."""
-CANDIDATES = 5
+TASKS_VERSION = 3
+"""Of the generators and prompts, and of how they are turned into tokens; results of different versions do not compare."""
 BLOCK = 50
 """So many examples share their shots; a prompt's shots are so run through the model once for all of them."""
+_CHOICES = 5
+"""Candidates where a task has no other number, and variables of each level."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Example:
     """A question.
 
     Attributes:
-        query: the text up to where the answer begins.
-        candidates: possible answers, each with the space before it and the line's end after it.
+        query: the text up to where the answer, or the delimiter before it, begins.
+        candidates: possible answers, each with the end of its line: ``2`` must not profit from being how ``22`` begins.
         correct: index of the right one.
     """
 
@@ -62,18 +67,30 @@ class Task:
     Attributes:
         name: what ``--tasks`` calls it.
         title: what a report calls it.
-        header: the text that a prompt begins with.
-        make: an example of a number, with a random generator of its own; numbers balance.
+        header: the text that a prompt begins with, once, before the shots.
+        delimiter: what stands between a query and its answer.
+        make: an example of a slot, with a random generator of its own.
+        candidates: answers to choose from.
+        slots: combinations that balance; each is made once in so many examples.
     """
 
     name: str
     title: str
     header: str
+    delimiter: str
     make: Callable[[random.Random, int], Example]
+    candidates: int = _CHOICES
+    slots: int = _CHOICES**2
 
     @property
     def chance(self) -> float:
-        return 1 / CANDIDATES
+        """Share of right answers of a guesser."""
+        return 1 / self.candidates
+
+    def prompt(self, solved: Sequence[Example], example: Example) -> str:
+        """The whole text before the delimiter and the answer, as lm-eval joins it: a blank line after each shot."""
+        before = "".join(f"{shot.query}{self.delimiter}{shot.answer}\n" for shot in solved)
+        return f"{self.header}{before}{example.query}"
 
 
 def examples(task: Task, count: int, seed: int) -> list[Example]:
@@ -87,8 +104,8 @@ def shots(task: Task, count: int, seed: int, block: int) -> list[Example]:
 
 
 def _make(task: Task, seed: int, part: str, number: int) -> Example:
-    cycle, place = divmod(number, CANDIDATES**2)  # each cycle goes through all combinations, in an order of its own
-    slots = list(range(CANDIDATES**2))
+    cycle, place = divmod(number, task.slots)  # each cycle goes through all combinations, in an order of its own
+    slots = list(range(task.slots))
     random.Random(f"{task.name}:{seed}:{part}:cycle {cycle}").shuffle(slots)
     return task.make(random.Random(f"{task.name}:{seed}:{part}:{number}"), slots[place])
 
@@ -101,6 +118,8 @@ def tasks_named(names: Sequence[str]) -> list[Task]:
     """
     unknown = [name for name in names if name not in TASKS and name != "primitives"]
     if unknown:
+        if unknown[0] in RENAMED:
+            raise MegaloopError(f"eval: task {unknown[0]} is now called {RENAMED[unknown[0]]}, and asks another question")
         shown = printable(unknown[0])
         raise MegaloopError(
             f"eval: unknown task {shown!r}; choose from {', '.join(TASKS)}, or primitives for all; "
@@ -115,23 +134,28 @@ def tasks_named(names: Sequence[str]) -> list[Task]:
 
 def _variables(form: str, hops: int) -> Callable[[random.Random, int], Example]:
     def make(rng: random.Random, slot: int) -> Example:
-        rank, place = divmod(slot, CANDIDATES)
-        values = sorted(rng.sample(range(1, 26), CANDIDATES))
+        rank, place = divmod(slot, _CHOICES)
+        values = sorted(rng.sample(range(1, 26), _CHOICES))
         right = values.pop(rank)
         rng.shuffle(values)
         values.insert(place, right)
-        names = rng.sample(ascii_lowercase, CANDIDATES * (1 + hops))
+        names = rng.sample(ascii_lowercase, _CHOICES * (1 + hops))
         lines = [(name, str(value)) for name, value in zip(names, values, strict=False)]
         asked = names[place]
         for hop in range(hops):
-            targets = names[CANDIDATES * hop : CANDIDATES * (hop + 1)]
-            aliases = dict(zip(targets, names[CANDIDATES * (hop + 1) :], strict=False))
-            lines += rng.sample([(alias, target) for target, alias in aliases.items()], CANDIDATES)
+            targets = names[_CHOICES * hop : _CHOICES * (hop + 1)]
+            aliases = dict(zip(targets, names[_CHOICES * (hop + 1) :], strict=False))
+            lines += rng.sample([(alias, target) for target, alias in aliases.items()], _CHOICES)
             asked = aliases[asked]
-        candidates = tuple(f" {value}\n" for value in values)
+        candidates = tuple(f"{value}\n" for value in values)
         return Example(_FORMS[form](lines, asked), candidates, place)
 
     return make
+
+
+def _basic(lines: list[tuple[str, str]], asked: str) -> str:
+    body = "".join(f"{name}={value}\n" for name, value in lines)
+    return f"Fill in blank:\n{body}{asked}=___. ->\nAnswer:"
 
 
 def _math(lines: list[tuple[str, str]], asked: str) -> str:
@@ -144,8 +168,10 @@ def _code(lines: list[tuple[str, str]], asked: str) -> str:
     return f"Program:\n{body}\nQuestion:\nWhat is the value of {asked}?\nAnswer:"
 
 
-_FORMS = {"math": _math, "code": _code}
+_FORMS = {"basic": _basic, "math": _math, "code": _code}
+_DELIMITERS = {"basic": "\n", "math": " ", "code": " "}
 _HEADERS = {
+    "basic": "",
     "math": "The following is a set of simple mathematical equations.\n\n",
     "code": "The following is a very short Python program. Use the program to resolve the value of the variable in the question.\n\n",
 }
@@ -166,20 +192,32 @@ _WORD_LIST = (
 _WORDS = _WORD_LIST.split()
 
 
-def _copying(random_strings: bool) -> Callable[[random.Random, int], Example]:
+_LISTED, _REPEATED = 10, 5
+"""Words of a list, which are also the candidates, and those of the segment that stands once more."""
+_STARTS = _LISTED - _REPEATED
+"""Places where the segment can begin so that a word follows it in the list."""
+
+
+def _random_words(rng: random.Random) -> list[str]:
+    """Distinct words of three letters."""
+    drawn = rng.sample(range(26**3), _LISTED)
+    return ["".join(ascii_lowercase[number // 26**place % 26] for place in (2, 1, 0)) for number in drawn]
+
+
+def _real_words(rng: random.Random) -> list[str]:
+    return rng.sample(_WORDS, _LISTED)
+
+
+def _copying(draw: Callable[[random.Random], list[str]]) -> Callable[[random.Random, int], Example]:
     def make(rng: random.Random, slot: int) -> Example:
-        if random_strings:
-            words = ["".join(rng.choices(ascii_lowercase, k=4)) for _ in range(CANDIDATES)]
-        else:
-            words = rng.sample(_WORDS, CANDIDATES)
-        text, place = " ".join(words), slot % CANDIDATES
-        orders = [text]
-        while len(orders) < CANDIDATES:
-            other = " ".join(rng.sample(words, CANDIDATES))
-            if other not in orders:
-                orders.append(other)
-        orders.insert(place, orders.pop(0))
-        return Example(f"List: {text}\nCopy:", tuple(f" {order}\n" for order in orders), place)
+        start, place = divmod(slot, _LISTED)
+        words = draw(rng)
+        again, right = words[start : start + _REPEATED], words[start + _REPEATED]
+        candidates = [word for word in words if word != right]
+        rng.shuffle(candidates)
+        candidates.insert(place, right)
+        query = f"Fill in the blank:\n{' '.join([*words, *again])} ___. ->\nAnswer:"
+        return Example(query, tuple(f"{word}\n" for word in candidates), place)
 
     return make
 
@@ -189,15 +227,15 @@ def _copying(random_strings: bool) -> Callable[[random.Random, int], Example]:
 
 def _addition(terms: int) -> Callable[[random.Random, int], Example]:
     def make(rng: random.Random, slot: int) -> Example:
-        rank, place = divmod(slot, CANDIDATES)
+        rank, place = divmod(slot, _CHOICES)
         numbers = [rng.randint(15, 60) for _ in range(terms)]
-        total, gaps = sum(numbers), rng.choices((1, 2, 3, 7, 9, 10), k=CANDIDATES - 1)
+        total, gaps = sum(numbers), rng.choices((1, 2, 3, 7, 9, 10), k=_CHOICES - 1)
         # a ladder of sums that says nothing of which rung is right: errors around the sum would single it out
-        ladder = [sum(gaps[:rung]) for rung in range(CANDIDATES)]
+        ladder = [sum(gaps[:rung]) for rung in range(_CHOICES)]
         wrong = [total + step - ladder[rank] for step in ladder if step != ladder[rank]]
         rng.shuffle(wrong)
         wrong.insert(place, total)
-        return Example(f"{' + '.join(map(str, numbers))} =", tuple(f" {number}\n" for number in wrong), place)
+        return Example(f"{' + '.join(map(str, numbers))} =", tuple(f"{number}\n" for number in wrong), place)
 
     return make
 
@@ -207,8 +245,8 @@ def _addition(terms: int) -> Callable[[random.Random, int], Example]:
 
 def _hopping(hops: int, length: int) -> Callable[[random.Random, int], Example]:
     def make(rng: random.Random, slot: int) -> Example:
-        rank, place = divmod(slot, CANDIDATES)
-        letters = sorted(rng.sample(ascii_lowercase, CANDIDATES))
+        rank, place = divmod(slot, _CHOICES)
+        letters = sorted(rng.sample(ascii_lowercase, _CHOICES))
         right = letters[rank]
         others = [letter for letter in letters if letter != right]
         rng.shuffle(others)
@@ -220,7 +258,7 @@ def _hopping(hops: int, length: int) -> Callable[[random.Random, int], Example]:
             if sequence[-1] != right and set(sequence) == set(letters) and p_hop(sequence, hops) == right:
                 break
         query = f"Sequence: {' '.join(sequence)}\nAfter {hops} hops:"
-        return Example(query, tuple(f" {letter}\n" for letter in others), place)
+        return Example(query, tuple(f"{letter}\n" for letter in others), place)
 
     return make
 
@@ -229,19 +267,33 @@ TASKS = {
     task.name: task
     for task in (
         *(
-            Task(f"variables-{hops}-{form}", f"variables, depth {hops}, {form}", _HEADERS[form], _variables(form, hops))
-            for hops in (0, 1)
-            for form in ("math", "code")
+            Task(name, title, "", "\n", _copying(draw), _LISTED, _STARTS * _LISTED)
+            for name, title, draw in (
+                ("copy-random", "copying random words", _random_words),
+                ("copy-real", "copying real words", _real_words),
+            )
         ),
-        Task("copy-words", "copying real words", "Copy each list.\n\n", _copying(False)),
-        Task("copy-random", "copying random strings", "Copy each list.\n\n", _copying(True)),
-        Task("addition", "addition of three numbers", "Add the numbers.\n\n", _addition(3)),
+        *(
+            Task(
+                f"variables-{hops}-{form}",
+                f"variables, depth {hops}, {form}",
+                _HEADERS[form],
+                _DELIMITERS[form],
+                _variables(form, hops),
+            )
+            for form in _FORMS
+            for hops in (0, 1, 2)
+        ),
+        Task("addition", "addition of three numbers", "Add the numbers.\n\n", " ", _addition(3)),
         Task(
             "p-hop",
             "2-hop induction",
             "Go back to where the last letter stood before, and take the letter after it; do the same from there.\n\n",
+            " ",
             _hopping(2, 16),
         ),
     )
 }
 """The tasks by name."""
+RENAMED = {"copy-words": "copy-real"}
+"""Names of earlier versions, which evaluations may still hold, and what comes nearest to them."""

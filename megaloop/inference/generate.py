@@ -18,7 +18,7 @@ from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["GenerationResult", "before_document", "generate_text", "generate_tokens"]
+__all__ = ["GenerationResult", "generate_text", "generate_tokens"]
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,6 @@ def generate_tokens(
     token = next(document)
     yield token
     yield from _continue(model, [token], max_tokens - 1, vocab_size, choose, calls)
-
-
-def before_document(tokenizer: Tokenizer, document_masking: bool) -> list[int]:
-    """What the tokens of a document see before it, as in training: the end of another.
-
-    Nothing where attention stays inside documents, or where the tokenizer has no such token.
-    """
-    return [] if document_masking or tokenizer.eos_id < 0 else [tokenizer.eos_id]
 
 
 @torch.inference_mode()

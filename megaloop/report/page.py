@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from megaloop import __version__
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.tasks import CANDIDATES
 from megaloop.files import replace_file
 from megaloop.report import plots
 from megaloop.report.primitives import (
@@ -23,8 +22,10 @@ from megaloop.report.primitives import (
     by_loops,
     by_shots,
     cells,
+    chance_of,
     exact_match,
     held_out,
+    of_one_version,
     shots_shown,
     tasks_of,
 )
@@ -45,7 +46,6 @@ from megaloop.report.savings import (
 
 __all__ = ["Report", "make_report", "write_report"]
 
-_CHANCE = 1 / CANDIDATES
 _NONE = "\N{EN DASH}"
 """What the tables show for no value."""
 
@@ -84,7 +84,7 @@ def write_report(paths: Sequence[Path], out: Path, *, baseline: str | None = Non
 
 def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: str | None = None) -> tuple[Report, str]:
     """The numbers, and the page as HTML."""
-    runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
+    runs, tasks_version = of_one_version([read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)])
     if not runs:
         raise MegaloopError("report: give at least one run directory")
     groups = group_runs(runs)
@@ -92,6 +92,7 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
     measure, labels = choose_measure(groups), run_labels(runs)
     rows = savings(groups, base, measure)
     tasks, shots = tasks_of(groups), shots_shown(groups)
+    chance = chance_of(groups, MEAN) if tasks else math.nan
     report = Report(
         baseline=base.label,
         compared_by=measure.unit,
@@ -114,12 +115,13 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
         in_bits=measure is BITS,
         boundaries=[(label, boundary) for run, label in zip(runs, labels, strict=True) for boundary in run.boundaries],
         tasks=_task_rows(groups, tasks, shots),
+        tasks_version=tasks_version,
         shots=shots,
-        primitives_plot=Markup(plots.primitives_plot(groups, shots, _CHANCE)) if tasks else None,
-        shots_plot=Markup(plots.shots_plot(groups, _CHANCE))
+        primitives_plot=Markup(plots.primitives_plot(groups, shots, chance)) if tasks else None,
+        shots_plot=Markup(plots.shots_plot(groups, chance))
         if any(len(by_shots(g, MEAN)) > 1 for g in groups)
         else None,
-        loop_plots=_loop_plots(groups, shots),
+        loop_plots=_loop_plots(groups, shots, chance),
         differences=differences(groups) if len(groups) > 1 else [],
     )
     return report, page
@@ -211,6 +213,7 @@ def _task_rows(groups: Sequence[Group], tasks: list[str], shots: int) -> list[di
         rows.append(
             {
                 "task": task,
+                "chance": chance_of(groups, task),
                 "cells": [
                     (cell, other, cell is not None and cell is best) for cell, other in zip(values, exact, strict=True)
                 ],
@@ -219,15 +222,15 @@ def _task_rows(groups: Sequence[Group], tasks: list[str], shots: int) -> list[di
     return rows
 
 
-def _loop_plots(groups: Sequence[Group], shots: int) -> list[tuple[str, Markup]]:
+def _loop_plots(groups: Sequence[Group], shots: int, chance: float) -> list[tuple[str, Markup]]:
     looped = [group for group in groups if len({r.subject.loops for run in group.runs for r in run.evaluations}) > 1]
     if not looped:
         return []
     made = []
     if any(by_loops(group, MEAN, shots) for group in looped):
-        made.append((f"Primitives, {shots} shots", Markup(plots.loops_plot(groups, shots, _CHANCE))))
+        made.append((f"Primitives, {shots} shots", Markup(plots.loops_plot(groups, shots, chance))))
     for data in dict.fromkeys(held.data for group in looped for held in held_out(group)):
-        made.append((f"Held out of {data}", Markup(plots.loops_plot(groups, shots, _CHANCE, data))))
+        made.append((f"Held out of {data}", Markup(plots.loops_plot(groups, shots, chance, data))))
     return made
 
 
@@ -269,7 +272,8 @@ def _cell_numbers(cell: Cell | None) -> dict[str, Any] | None:
 
 def _primitive_numbers(groups: Sequence[Group], tasks: list[str], shots: int) -> list[dict[str, Any]]:
     return [
-        {"group": group.label, "task": task, "shots": shots, "accuracy": _cell_numbers(found), "exact_match": _cell_numbers(exact)}
+        {"group": group.label, "task": task, "shots": shots, "chance": chance_of(groups, task), "accuracy": _cell_numbers(found),
+         "exact_match": _cell_numbers(exact)}
         for task in ([*tasks, MEAN] if tasks else [])
         for group, found, exact in zip(groups, cells(groups, task, shots), cells(groups, task, shots, exact_match), strict=True)
     ]  # fmt: skip

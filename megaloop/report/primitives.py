@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from megaloop.evaluation.records import Record
-from megaloop.evaluation.tasks import TASKS
+from megaloop.evaluation.tasks import RENAMED, TASKS
 from megaloop.report.read import Run
 from megaloop.report.savings import Group, Spread, at_trained_depth
+from megaloop.runs.records import number
 
-__all__ = ["MEAN", "Cell", "Held", "by_loops", "by_shots", "cells", "held_out", "shots_shown", "tasks_of"]
+__all__ = [
+    "MEAN",
+    "Cell",
+    "Held",
+    "by_loops",
+    "by_shots",
+    "cells",
+    "chance_of",
+    "held_out",
+    "of_one_version",
+    "shots_shown",
+    "tasks_of",
+]
 
 MEAN = "mean"
 """The mean of a group's tasks, where it has all of them."""
+_TASKS = (*TASKS, *RENAMED)
+_EARLIER_CHANCE = 0.2
+"""Of records that do not say: tasks had five candidates then."""
 Metric = Callable[[Record], float | None]
 
 
@@ -65,10 +81,48 @@ def _error(record: Record) -> float:
     return math.nan
 
 
+def of_one_version(runs: Sequence[Run]) -> tuple[list[Run], int | None]:
+    """Runs without primitives of an earlier version than the newest among them: a task's name stood for other questions then.
+
+    Returns:
+        The runs, and the version whose primitives are left; None where there were no others.
+    """
+    versions = {
+        record.subject.version for run in runs for record in run.evaluations if record.subject.task in _TASKS
+    }
+    newest = max(versions, default=0)
+    kept = [
+        replace(
+            run,
+            evaluations=tuple(
+                record
+                for record in run.evaluations
+                if record.subject.task not in _TASKS or record.subject.version == newest
+            ),
+        )
+        for run in runs
+    ]
+    return kept, newest if len(versions) > 1 else None
+
+
+def chance_of(groups: Sequence[Group], task: str) -> float:
+    """What a guesser scores; of ``mean``, over the tasks that were evaluated."""
+    if task == MEAN:
+        return fmean(chance_of(groups, name) for name in tasks_of(groups))
+    written = (
+        number(record.values, "chance")
+        for group in groups
+        for run in group.runs
+        for record in run.evaluations
+        if record.subject.task == task
+    )
+    return next((value for value in written if value is not None), _EARLIER_CHANCE)
+
+
 def tasks_of(groups: Sequence[Group]) -> list[str]:
     """The primitives that were evaluated, in their own order."""
     found = {record.subject.task for group in groups for run in group.runs for record in run.evaluations}
-    return [task for task in TASKS if task in found]
+    return [task for task in _TASKS if task in found]
 
 
 def shots_shown(groups: Sequence[Group]) -> int:
@@ -78,19 +132,19 @@ def shots_shown(groups: Sequence[Group]) -> int:
         for group in groups
         for run in group.runs
         for record in run.evaluations
-        if record.subject.task in TASKS
+        if record.subject.task in _TASKS
     }
     return 5 if 5 in found else max(found, default=5)
 
 
 def _cell(group: Group, task: str, keep: Callable[[Run, Record], bool], metric: Metric) -> Cell | None:
     """A task's value; of ``mean`` that over all tasks that every run of the group has."""
-    names = [task] if task != MEAN else [name for name in TASKS if _cell(group, name, keep, metric) is not None]
+    names = [task] if task != MEAN else [name for name in _TASKS if _cell(group, name, keep, metric) is not None]
     values, errors = [], []
     for run in group.runs:
         found = {record.subject.task: record for record in run.evaluations if keep(run, record)}
-        numbers = [metric(found[name]) for name in names if name in found]
-        known = [number for number in numbers if number is not None]
+        measured = [metric(found[name]) for name in names if name in found]
+        known = [value for value in measured if value is not None]
         if not known or len(known) < len(names):
             continue
         values.append(fmean(known))
@@ -110,7 +164,7 @@ def cells(groups: Sequence[Group], task: str, shots: int, metric: Metric = accur
             group,
             task,
             lambda run, record: (
-                record.subject.shots == shots and record.subject.task in TASKS and at_trained_depth(record, run)
+                record.subject.shots == shots and record.subject.task in _TASKS and at_trained_depth(record, run)
             ),
             metric,
         )
@@ -120,7 +174,7 @@ def cells(groups: Sequence[Group], task: str, shots: int, metric: Metric = accur
 
 def by_shots(group: Group, task: str) -> dict[int, Cell]:
     """A task's accuracy, as trained, by number of shots."""
-    counts = sorted({r.subject.shots for run in group.runs for r in run.evaluations if r.subject.task in TASKS})
+    counts = sorted({r.subject.shots for run in group.runs for r in run.evaluations if r.subject.task in _TASKS})
     found = {count: cells([group], task, count)[0] for count in counts}
     return {count: cell for count, cell in found.items() if cell is not None}
 
@@ -130,7 +184,7 @@ def by_loops(group: Group, task: str, shots: int) -> dict[int, Cell]:
 
     def keep(loops: int) -> Callable[[Run, Record], bool]:
         return lambda _, record: (
-            record.subject.loops == loops and record.subject.shots == shots and record.subject.task in TASKS
+            record.subject.loops == loops and record.subject.shots == shots and record.subject.task in _TASKS
         )
 
     found = {loops: _cell(group, task, keep(loops), accuracy) for loops in _loops(group)}

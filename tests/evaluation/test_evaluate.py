@@ -20,7 +20,7 @@ from megaloop.inference.load import load_decoder
 from tests.cli.test_cli import megaloop
 from tests.train.runs import metrics
 
-QUICK: dict[str, Any] = {"tasks": ["variables-0-math", "copy-words"], "examples": 60, "shots": [2]}
+QUICK: dict[str, Any] = {"tasks": ["variables-0-math", "copy-real"], "examples": 60, "shots": [2]}
 
 
 def _values(records: list[Record]) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def test_what_was_measured_is_remembered_until_the_model_changes(plain_run: Path
     assert evaluate(run, **QUICK, on_step=lambda what, done, total: asked.append(what)) == first
     assert not asked
     more = evaluate(run, **{**QUICK, "shots": [2, 0]}, on_step=lambda what, done, total: asked.append(what))
-    assert set(asked) == {"variables-0-math, 0 shots", "copy-words, 0 shots"}
+    assert set(asked) == {"variables-0-math, 0 shots", "copy-real, 0 shots"}
     assert more[:2] == first
     again = evaluate(run, **QUICK, again=True)
     assert _values(again) == _values(first)

@@ -58,9 +58,9 @@ metric_list: [{{metric: exact_match}}]
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
-    asked = examples(TASKS["copy-words"], 16, 0)
+    asked = examples(TASKS["copy-real"], 16, 0)
     lines = [
-        {"query": example.query, "choices": [text.rstrip("\n") for text in example.candidates], "gold": example.correct}
+        {"query": example.query, "choices": [f" {text.strip()}" for text in example.candidates], "gold": example.correct}
         for example in asked
     ]
     (folder / "choice.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

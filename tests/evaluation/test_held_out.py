@@ -17,7 +17,7 @@ from megaloop.evaluation.evaluate import evaluate
 from megaloop.evaluation.harness import HarnessModel
 from megaloop.evaluation.records import read_records
 from megaloop.evaluation.scoring import Question, score
-from megaloop.inference.generate import before_document, generate_text, generate_tokens
+from megaloop.inference.generate import generate_text, generate_tokens
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 from megaloop.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ def _older(run: Path, out: Path, tasks: list[str], **values: float) -> None:
 
 def test_what_was_measured_across_documents_is_measured_anew(masked_run: Path, plain_run: Path, tmp_path: Path) -> None:
     """And what needed no correction stays remembered."""
-    tasks = ["validation", "copy-words"]
+    tasks = ["validation", "copy-real"]
     options: dict[str, Any] = {"tasks": tasks, "samples": 4, "examples": 25}
     for run, out in ((masked_run, tmp_path / "masked.jsonl"), (plain_run, tmp_path / "plain.jsonl")):
         _older(run, out, tasks, loss=99.0, accuracy=0.99)
@@ -65,7 +65,7 @@ def test_what_was_measured_across_documents_is_measured_anew(masked_run: Path, p
 
 def test_a_line_that_was_tampered_with_is_no_record(plain_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "evaluation.jsonl"
-    (record,) = evaluate(plain_run, tasks=["copy-words"], examples=25, out=out, again=True)
+    (record,) = evaluate(plain_run, tasks=["copy-real"], examples=25, out=out, again=True)
     whole = record.to_json()
     kinds = {name: (int, float) if isinstance(value, float) else type(value) for name, value in whole.items()}
     kinds |= dict.fromkeys(("data", "block"), str)
@@ -82,19 +82,17 @@ def test_a_line_that_was_tampered_with_is_no_record(plain_run: Path, tmp_path: P
 
 def test_a_single_example_has_no_error_of_its_own(plain_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "evaluation.jsonl"
-    (record,) = evaluate(plain_run, tasks=["copy-words"], examples=1, out=out)
+    (record,) = evaluate(plain_run, tasks=["copy-real"], examples=1, out=out)
     assert record.values["accuracy_stderr"] is None
     assert "NaN" not in out.read_text()
-    assert evaluate(plain_run, tasks=["copy-words"], examples=1, out=out) == [record]
+    assert evaluate(plain_run, tasks=["copy-real"], examples=1, out=out) == [record]
 
 
-def test_a_prompt_begins_as_documents_do_in_training(masked_run: Path) -> None:
-    """With document masking a document of a sample has the logits that it has alone; what ends another would change them."""
+def test_a_model_with_document_masking_is_asked_as_it_was_trained(masked_run: Path) -> None:
+    """A document of a sample has the logits that it has alone; what ends another would change them."""
     model, checkpoint = load_decoder(masked_run)
     assert checkpoint.tokenizer is not None
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
-    assert before_document(tokenizer, True) == []
-    assert before_document(tokenizer, False) == [tokenizer.eos_id]
+    end = load_tokenizer(checkpoint.tokenizer).eos_id
     dataset = DataSet.open(Path(checkpoint.manifest.config["data"]["sources"][0]["path"]), 32)
     batch = held_out_batch(held_out_places([dataset], 1), [0])
     inputs, _ = batch.for_model(True)
@@ -102,11 +100,11 @@ def test_a_prompt_begins_as_documents_do_in_training(masked_run: Path) -> None:
         packed_SV = model(*inputs)[0].log_softmax(-1)
     places = (batch.documents[0] == 1).nonzero().flatten().tolist()
     document = batch.inputs[0, places].tolist()
-    assert document[-1] == tokenizer.eos_id
+    assert document[-1] == end
     expected = sum(float(packed_SV[place, token]) for place, token in zip(places, document[1:], strict=False))
     found, other = (
         score(model, beginning, [Question(document[:1], [document[1:]])])[0].log_likelihoods[0]
-        for beginning in (before_document(tokenizer, True), before_document(tokenizer, False))
+        for beginning in ([], [end])
     )
     assert found == pytest.approx(expected, abs=1e-4)
     assert abs(other - expected) > 1e-3
