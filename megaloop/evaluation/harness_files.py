@@ -66,7 +66,12 @@ def _lines(task: Task, number: int, count: int, seed: int) -> Iterator[dict[str,
     for place, example in enumerate(examples(task, count, seed)):
         if place % BLOCK == 0:
             solved = shots(task, number, seed, place // BLOCK)
-        yield {"prompt": task.prompt(solved, example), "choices": example.candidates, "gold": example.correct}
+        yield {
+            "prompt": task.prompt(solved, example),
+            "choices": example.candidates,
+            "gold": example.correct,
+            "answer": task.delimiter + example.answer,  # for fine-tuning, which takes prompt and answer
+        }
 
 
 def _yaml(task: Task, number: int, questions: Path, count: int, seed: int) -> str:

@@ -24,6 +24,7 @@ from megaloop.train.schedule import learning_rate
 from tests.data.corpus import documents
 from tests.debian import skip
 from tests.distributed import RankPool
+from tests.evaluation.lm_eval_scores import differences
 from tests.processes import run
 from tests.tokenizer.nasty import nasty_texts
 from tests.train.runs import losses, train
@@ -192,3 +193,19 @@ def _plainly(values: dict[str, Any], model: Any) -> list[float]:
         adam.step()
         found.append(float(loss.detach()))
     return found
+
+
+def test_lm_eval_and_megaloop_eval_agree_on_the_papers_questions(
+    checkpoint: Path, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every candidate's log-likelihood, by lm-eval's own model on what transformers dequantised.
+
+    lm-eval computes in fp64 here: in fp32, its rounding alone is as large as what is allowed.
+    """
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    names = ["copy-random", "copy-real", "variables-1-basic", "variables-0-math", "variables-0-code"]
+    found = differences(checkpoint, directory, tmp_path / "tasks", names, [0, 5], 1, "float64")
+    assert max(likelihood for likelihood, _ in found.values()) < 8e-5, found
+    assert max(accuracy for _, accuracy in found.values()) == 0, found
