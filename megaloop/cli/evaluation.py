@@ -142,7 +142,9 @@ def export_tasks(
         echo(json_module.dumps({"directory": str(directory), "tasks": written}))
         return
     tags = ",".join(harness_tag(count) for count in dict.fromkeys(counts))
-    echo(f"{len(written)} tasks in {printable(directory)}; lm_eval --include_path {printable(directory)} --tasks {tags}")
+    echo(
+        f"{len(written)} tasks in {printable(directory)}; lm_eval --include_path {printable(directory)} --tasks {tags}"
+    )
 
 
 def numbers(option: str, text: str, least: int) -> list[int]:

@@ -27,9 +27,7 @@ def encode_text(tokenizer: Tokenizer, text: str, *, prefix: bool = True) -> list
     return ids if prefix else ids[len(tokenizer.prefix_ids) :]
 
 
-def encode_pairs(
-    tokenizer: Tokenizer, context: str, continuations: Sequence[str]
-) -> tuple[list[int], list[list[int]]]:
+def encode_pairs(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
     """Token ids of a context, and of each text that may follow it: lm-eval's ``TemplateLM._encode_pair``.
 
     White space at the end of the context belongs to the continuation, because many tokens begin with a space. The

@@ -119,7 +119,9 @@ def tasks_named(names: Sequence[str]) -> list[Task]:
     unknown = [name for name in names if name not in TASKS and name != "primitives"]
     if unknown:
         if unknown[0] in RENAMED:
-            raise MegaloopError(f"eval: task {unknown[0]} is now called {RENAMED[unknown[0]]}, and asks another question")
+            raise MegaloopError(
+                f"eval: task {unknown[0]} is now called {RENAMED[unknown[0]]}, and asks another question"
+            )
         shown = printable(unknown[0])
         raise MegaloopError(
             f"eval: unknown task {shown!r}; choose from {', '.join(TASKS)}, or primitives for all; "

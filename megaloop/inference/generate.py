@@ -16,7 +16,6 @@ from megaloop.depth import DepthSpec, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
-from megaloop.tokenizer import Tokenizer
 
 __all__ = ["GenerationResult", "generate_text", "generate_tokens"]
 

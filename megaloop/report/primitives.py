@@ -87,9 +87,7 @@ def of_one_version(runs: Sequence[Run]) -> tuple[list[Run], int | None]:
     Returns:
         The runs, and the version whose primitives are left; None where there were no others.
     """
-    versions = {
-        record.subject.version for run in runs for record in run.evaluations if record.subject.task in _TASKS
-    }
+    versions = {record.subject.version for run in runs for record in run.evaluations if record.subject.task in _TASKS}
     newest = max(versions, default=0)
     kept = [
         replace(

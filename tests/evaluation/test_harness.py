@@ -60,7 +60,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     asked = examples(TASKS["copy-real"], 16, 0)
     lines = [
-        {"query": example.query, "choices": [f" {text.strip()}" for text in example.candidates], "gold": example.correct}
+        {
+            "query": example.query,
+            "choices": [f" {text.strip()}" for text in example.candidates],
+            "gold": example.correct,
+        }
         for example in asked
     ]
     (folder / "choice.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,6 +26,10 @@ def _export_tasks(*arguments: object) -> str:
     result = CliRunner().invoke(app, ["export-tasks", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return Path(settings["dataset_kwargs"]["data_files"]["test"]).read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +74,7 @@ def test_files_hold_the_questions_and_the_shots(tmp_path: Path) -> None:
         task = TASKS[name]
         settings = yaml.safe_load((tmp_path / "x" / f"megaloop-{name}-2shot.yaml").read_text())
         assert settings["target_delimiter"] == task.delimiter
-        lines = [json.loads(line) for line in Path(settings["dataset_kwargs"]["data_files"]["test"]).open()]
+        lines = [json.loads(line) for line in _text(settings).splitlines()]
         asked = examples(task, 51, 0)
         assert [line["gold"] for line in lines] == [example.correct for example in asked]
         assert [tuple(line["choices"]) for line in lines] == [example.candidates for example in asked]

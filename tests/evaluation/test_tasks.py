@@ -117,7 +117,9 @@ def test_a_constant_guesser_scores_chance_exactly(task: Task, cycles: int) -> No
     asked = examples(task, count, 0)
     each = count // task.candidates
     assert Counter(example.correct for example in asked) == dict.fromkeys(range(task.candidates), each)
-    if task.name.startswith("copy"):  # there the candidates have no order of their own; the segment begins at five places
+    if task.name.startswith(
+        "copy"
+    ):  # there the candidates have no order of their own; the segment begins at five places
         starts = Counter(_solve_start(example.query) for example in asked)
         assert starts == dict.fromkeys(range(5), count // 5)
         return
@@ -136,7 +138,8 @@ def _likes(seed: int) -> Callable[[Example], int]:
     taste = random.Random(seed)
     value = {character: taste.random() for character in map(chr, range(128))}
     return lambda example: max(
-        range(len(example.candidates)), key=lambda i: sum(value[c] for c in example.candidates[i]) / len(example.candidates[i])
+        range(len(example.candidates)),
+        key=lambda i: sum(value[c] for c in example.candidates[i]) / len(example.candidates[i]),
     )
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from megaloop.config import Config
 from megaloop.evaluation.records import Record, Subject, append_record
+from megaloop.evaluation.tasks import TASKS, TASKS_VERSION
 from megaloop.runs.metrics import StepRecord
 
 __all__ = ["evaluated", "write_run", "written_by_tokenizer"]
@@ -89,13 +90,22 @@ def write_run(
     return path
 
 
-def evaluated(run: Path, task: str, accuracy: float, *, shots: int = 5, loops: int = 1, error: float = 0.01) -> None:
+def evaluated(
+    run: Path,
+    task: str,
+    accuracy: float,
+    *,
+    shots: int = 5,
+    loops: int = 1,
+    error: float = 0.01,
+    version: int = TASKS_VERSION,
+) -> None:
     """Add a result to a run's evaluations."""
     validation = task == "validation"
     depth = "8" if loops == 1 else f"2-4x{loops}-2"
     subject = Subject(
         task=task, data="data/text" if validation else None, shots=shots, loops=loops, depth=depth,
-        block=None if loops == 1 else "2:6", examples=1000, seed=0, precision="fp32", version=1, step=100, checkpoint="c",
+        block=None if loops == 1 else "2:6", examples=1000, seed=0, precision="fp32", version=version, step=100, checkpoint="c",
     )  # fmt: skip
     if validation:
         values = {"loss": accuracy, "loss_stderr": error, "bits_per_byte": accuracy / 2, "tokens": 1000}
@@ -105,6 +115,7 @@ def evaluated(run: Path, task: str, accuracy: float, *, shots: int = 5, loops: i
             "accuracy_stderr": error,
             "exact_match": accuracy / 2,
             "exact_match_stderr": error,
+            "chance": TASKS[task].chance if version == TASKS_VERSION else 0.2,
         }
     append_record(run / "evaluation.jsonl", Record(subject, values, "2026-01-01T00:00:00+00:00"))
 

@@ -308,19 +308,50 @@ def test_primitives_are_of_the_trained_depth_and_their_mean_of_all_tasks(tmp_pat
     for number, task in enumerate(TASKS):
         evaluated(run, task, 0.3 + number / 100)
         evaluated(run, task, 0.9, loops=2)
-        evaluated(other, task, 0.3 + lead + number / 100)
+        evaluated(other, task, 0.3 + lead * (8 / len(TASKS)) ** 0.5 + number / 100)
     report, page = make_report([run, other])
     means = {
         primitive["group"]: primitive["accuracy"] for primitive in report.primitives if primitive["task"] == "mean"
     }
-    assert means["r"]["value"] == pytest.approx(0.335)
-    assert means["r"]["error"] == pytest.approx(0.01 / 8**0.5)
+    mean = 0.3 + (len(TASKS) - 1) / 200
+    assert means["r"]["value"] == pytest.approx(mean)
+    assert means["r"]["error"] == pytest.approx(0.01 / len(TASKS) ** 0.5)
     assert [loop["mean_accuracy"]["value"] for loop in report.loops if loop["group"] == "r"] == pytest.approx(
-        [0.335, 0.9]
+        [mean, 0.9]
     )
     clear = lead > 0.015
     assert ("less than three standard errors behind: no difference is shown" in report.summary[-2]) is not clear
     assert page.count("<b>") == int(clear)
+
+
+def test_chance_is_each_tasks_own_and_versions_are_not_mixed(tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "r", "r"), write_run(tmp_path / "o", "o", depth="9")
+    for task in ("copy-real", "p-hop"):
+        evaluated(run, task, 0.4)
+        evaluated(other, task, 0.5, version=2)
+        evaluated(other, task, 0.3)
+    evaluated(run, "copy-words", 0.9, version=2)
+    report, page = make_report([run, other])
+    found = {(item["group"], item["task"]): item for item in report.primitives}
+    assert {task: found["r", task]["chance"] for task in ("copy-real", "p-hop", "mean")} == pytest.approx(
+        {"copy-real": 0.1, "p-hop": 0.2, "mean": 0.15}
+    )
+    assert found["o", "copy-real"]["accuracy"]["value"] == 0.3
+    assert "copy-words" not in page
+    assert "Primitives of earlier versions than 3 are left out" in page
+
+
+def test_runs_that_only_an_earlier_version_evaluated_are_shown_as_they_were(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", "r")
+    for task in ("copy-words", "p-hop"):
+        evaluated(run, task, 0.4, version=2)
+    report, page = make_report([run])
+    assert [(item["task"], item["chance"]) for item in report.primitives] == [
+        ("p-hop", 0.2),
+        ("copy-words", 0.2),
+        ("mean", 0.2),
+    ]
+    assert "are left out" not in page
 
 
 @pytest.mark.parametrize(
