@@ -299,6 +299,7 @@ def _takers(world: World, path: object, out: Path) -> Iterator[list[object]]:
     yield ["eval", path, "--tasks", "copying"]
     yield ["eval", world.run, "--data", path, "--tasks", "validation", "--out", out]
     yield ["eval", world.run, "--harness", "x", "--harness-path", path]
+    yield ["export-tasks", f"{path}/x", "--tasks", "p-hop", "--shots", 0, "--examples", 1]
     yield ["checkpoints", path]
     yield ["checkpoints", path, "--prune"]
     yield ["doctor", path]
