@@ -47,7 +47,10 @@ def write_gguf_tokenizer(source: Path, metadata: Mapping[str, Any], folder: Path
     split = _splitting(pre) if isinstance(pre, str) else None
     if split is None:
         raise _refused(source, f"tokenizer.ggml.pre {printable(pre)!r}; expected {', '.join(_KNOWN)}")
-    tokens, kinds = _texts(source, metadata, "tokens"), metadata.get("tokenizer.ggml.token_type") or []
+    tokens = _texts(source, metadata, "tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    if not isinstance(kinds, list) or len(kinds) not in (0, len(tokens)):
+        raise _refused(source, f"tokenizer.ggml.token_type is no list of {len(tokens)} kinds")
     if not 0 < len(tokens) <= MOST_TOKENS or len(set(tokens)) != len(tokens):
         raise _refused(source, f"{len(tokens)} tokens; expected them to be unique, and at most {MOST_TOKENS}")
     try:
@@ -61,7 +64,7 @@ def write_gguf_tokenizer(source: Path, metadata: Mapping[str, Any], folder: Path
     except Exception as error:  # the library's errors have no class of their own
         raise _refused(source, f"merges that do not fit its tokens ({printable(str(error), 120)})") from None
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
-    for token, kind in zip(tokens, kinds, strict=False):
+    for token, kind in zip(tokens, kinds or [0] * len(tokens), strict=True):
         if kind in (_CONTROL, _USER_DEFINED):
             added = AddedToken(token, normalized=False, special=kind == _CONTROL)
             (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
