@@ -48,11 +48,11 @@ def write_gguf_tokenizer(source: Path, metadata: Mapping[str, Any], folder: Path
     if split is None:
         raise _refused(source, f"tokenizer.ggml.pre {printable(pre)!r}; expected {', '.join(_KNOWN)}")
     tokens = _texts(source, metadata, "tokens")
+    if not 0 < len(tokens) <= MOST_TOKENS or len(set(tokens)) != len(tokens):
+        raise _refused(source, f"{len(tokens)} tokens; expected them to be unique, and at most {MOST_TOKENS}")
     kinds = metadata.get("tokenizer.ggml.token_type", [])
     if not isinstance(kinds, list) or len(kinds) not in (0, len(tokens)):
         raise _refused(source, f"tokenizer.ggml.token_type is no list of {len(tokens)} kinds")
-    if not 0 < len(tokens) <= MOST_TOKENS or len(set(tokens)) != len(tokens):
-        raise _refused(source, f"{len(tokens)} tokens; expected them to be unique, and at most {MOST_TOKENS}")
     try:
         tokenizer = Tokenizer(
             models.BPE(

@@ -63,7 +63,9 @@ def test_text_is_split_as_the_file_says(metadata: dict[str, Any], tmp_path: Path
     """Digits, of which the vocabulary gets a pair: alone in SmolLM's, up to three in Llama 3's, as many as there are in GPT-2's."""
     tokens = [*metadata["tokenizer.ggml.tokens"], "12", "1212"]
     merges = [*metadata["tokenizer.ggml.merges"], "1 2", "12 12"]
-    values = metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
+    kinds = [*metadata["tokenizer.ggml.token_type"], 1, 1]
+    changed = {"tokens": tokens, "merges": merges, "token_type": kinds}
+    values = metadata | {f"tokenizer.ggml.{name}": value for name, value in changed.items()}
     counts = {
         pre: len(load_tokenizer(_written(values | {"tokenizer.ggml.pre": pre}, tmp_path / pre)).encode("1212"))
         for pre in ("smollm", "gpt-2", "llama-bpe")
