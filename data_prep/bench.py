@@ -16,8 +16,9 @@ from pathlib import Path
 from data_prep.prepare import available_cores, encode_documents
 from data_prep.sources import Inputs, find_inputs
 from data_prep.tokenizer import train_sentencepiece
+from megaloop.data.sources import open_tokenizer
 from megaloop.runtime.hardware import describe_machine
-from megaloop.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megaloop.tokenizer import SentencePieceTokenizer, Tokenizer
 
 __all__ = ["PrepBenchmark", "bench_prep"]
 
@@ -79,7 +80,7 @@ def bench_prep(
             trained.write_bytes(train_sentencepiece((text for _, text in Inputs(find_inputs(inputs))), vocab_size))
             return bench_prep(inputs, tokenizer=trained, workers=workers, rounds=rounds)
     workers = workers or available_cores()
-    opened = load_tokenizer(tokenizer)
+    opened = open_tokenizer(tokenizer)
     files = find_inputs(inputs)
     texts = [text for _, text in Inputs(files)]
     size = sum(len(text.encode()) for text in texts) / 1e6

@@ -24,6 +24,7 @@ from data_prep.sources import Inputs, find_inputs
 from data_prep.tokenizer import train_byte_level, train_sentencepiece
 from megaloop import __version__
 from megaloop.data.dataset import FORMAT_VERSION, Description, SourceEntry, TokenizerEntry
+from megaloop.data.sources import open_tokenizer
 from megaloop.errors import MegaloopError
 from megaloop.tokenizer import Tokenizer, copy_tokenizer, file_sha256, load_tokenizer
 from megaloop.tokenizer.files import FOLDER, SENTENCEPIECE
@@ -148,7 +149,7 @@ def _note(text: str, console: Console | None) -> None:
 
 def _reusable(path: Path) -> Tokenizer:
     """A tokenizer that a data set can be made with, checked before the input is read."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = open_tokenizer(path)
     if tokenizer.eos_id < 0:
         raise MegaloopError(
             f"tokenizer {tokenizer.path} has no end-of-text token, so documents could not be told apart; use another"

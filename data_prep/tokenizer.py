@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megaloop.errors import MegaloopError
 from megaloop.tokenizer.huggingface import write_tokenizer_json
+from megaloop.tokenizer.protocol import MOST_TOKENS
 
 __all__ = ["END_OF_TEXT", "train_byte_level", "train_sentencepiece"]
 
@@ -69,6 +70,8 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, folder: Path) -> Pat
         raise MegaloopError(
             f"--vocab-size {vocab_size} is smaller than 256 bytes and {END_OF_TEXT} need; use {len(alphabet) + 1} or more"
         )
+    if vocab_size > MOST_TOKENS:
+        raise MegaloopError(f"--vocab-size {vocab_size} is too large; at most {MOST_TOKENS} tokens are possible")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

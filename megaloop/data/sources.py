@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaloop.config import Config, DataConfig
-from megaloop.data.dataset import DataSet
+from megaloop.data.dataset import DATA_JSON, DataSet
 from megaloop.data.order import CURRENT, SampleOrder
 from megaloop.data.sft import FineTuningSet
 from megaloop.errors import MegaloopError
 from megaloop.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Sources", "embedding_rows", "open_sources"]
+__all__ = ["Sources", "embedding_rows", "open_sources", "open_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def open_sources(config: DataConfig, init: Path | None = None) -> Sources:
     """
     stable, cooldown = (tuple(source.weights[phase] for source in config.sources) for phase in (0, 1))
     if config.format == "sft":
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _tokenizer_of(init)
+        tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else _tokenizer_of(init)
         return Sources(
             tuple(FineTuningSet(source.path, tokenizer, config) for source in config.sources), stable, cooldown
         )
@@ -96,6 +96,22 @@ def open_sources(config: DataConfig, init: Path | None = None) -> Sources:
         if not len(dataset.split("train")):
             raise MegaloopError(f"data {dataset.path}: no training samples")
     return Sources(datasets, stable, cooldown)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer that a path names: a data set's or a checkpoint's, verified as they are, a model directory's, or a file.
+
+    Raises:
+        MegaloopError: there is none, or it is damaged.
+    """
+    if (path / DATA_JSON).is_file():
+        return DataSet.open(path).open_tokenizer()
+    if (path / "manifest.json").is_file():
+        from megaloop.checkpoint import Checkpoint
+
+        with Checkpoint.open(path, verify="sizes") as checkpoint:
+            return checkpoint.open_tokenizer(f"--tokenizer {path} names it")
+    return load_tokenizer(path)
 
 
 def _tokenizer_of(init: Path | None) -> Tokenizer:

@@ -37,6 +37,8 @@ def open_weights(source: Path, stack: ExitStack) -> dict[str, Any]:
     """
     stored: dict[str, Any] = {}
     for path in _weight_files(source):
+        if path.exists() and not path.is_file():
+            raise MegaloopError(f"{path}: no file; expected weights in safetensors")
         try:
             opened = stack.enter_context(safe_open(path, framework="pt"))
         except FileNotFoundError:
@@ -54,7 +56,9 @@ def _weight_files(source: Path) -> list[Path]:
     if (source / _INDEX).exists():
         names = read_json(source / _INDEX).get("weight_map")
         values = set(names.values()) if isinstance(names, dict) else set()
-        if not values or not all(isinstance(name, str) and Path(name).name == name for name in values):
+        if not values or not all(
+            isinstance(name, str) and Path(name).name == name and name.isprintable() for name in values
+        ):
             raise MegaloopError(f"{source}: {_INDEX} does not map tensors to files of the directory")
         return [source / name for name in sorted(values)]
     if (source / _SINGLE).exists():

@@ -47,7 +47,7 @@ def write_gguf_tokenizer(source: Path, metadata: Mapping[str, Any], folder: Path
     split = _splitting(pre) if isinstance(pre, str) else None
     if split is None:
         raise _refused(source, f"tokenizer.ggml.pre {printable(pre)!r}; expected {', '.join(_KNOWN)}")
-    tokens = _texts(source, metadata, "tokens")
+    tokens, merges = _texts(source, metadata, "tokens"), _texts(source, metadata, "merges")
     if not 0 < len(tokens) <= MOST_TOKENS or len(set(tokens)) != len(tokens):
         raise _refused(source, f"{len(tokens)} tokens; expected them to be unique, and at most {MOST_TOKENS}")
     kinds = metadata.get("tokenizer.ggml.token_type", [])
@@ -57,8 +57,8 @@ def write_gguf_tokenizer(source: Path, metadata: Mapping[str, Any], folder: Path
         tokenizer = Tokenizer(
             models.BPE(
                 vocab={token: number for number, token in enumerate(tokens)},
-                merges=[_pair(merge) for merge in _texts(source, metadata, "merges")],
-                ignore_merges=pre == "llama-bpe",
+                merges=[_pair(merge) for merge in merges],
+                ignore_merges=pre in _LLAMA_3_NAMES,
             )
         )
     except Exception as error:  # the library's errors have no class of their own
@@ -69,7 +69,8 @@ def write_gguf_tokenizer(source: Path, metadata: Mapping[str, Any], folder: Path
             added = AddedToken(token, normalized=False, special=kind == _CONTROL)
             (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
     names = {name: named for name in ("bos", "eos") if (named := _named(source, metadata, tokens, name))}
-    if metadata.get("tokenizer.ggml.add_bos_token") is True and "bos" in names:
+    # llama.cpp's default where the file does not say
+    if metadata.get("tokenizer.ggml.add_bos_token", pre in _LLAMA_3_NAMES) is True and "bos" in names:
         bos = names["bos"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokens.index(bos))]
@@ -87,7 +88,7 @@ def _splitting(pre: str) -> pre_tokenizers.PreTokenizer | None:
         )
     if pre == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre == "llama-bpe":
+    if pre in _LLAMA_3_NAMES:
         return pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(_LLAMA_3), behavior="isolated"),
@@ -97,7 +98,8 @@ def _splitting(pre: str) -> pre_tokenizers.PreTokenizer | None:
     return None
 
 
-_KNOWN = ("smollm", "gpt-2", "llama-bpe")
+_LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_KNOWN = ("smollm", "gpt-2", *_LLAMA_3_NAMES)
 
 
 def _texts(source: Path, metadata: Mapping[str, Any], name: str) -> list[str]:
@@ -117,7 +119,7 @@ def _named(source: Path, metadata: Mapping[str, Any], tokens: list[str], name: s
     number = metadata.get(f"tokenizer.ggml.{name}_token_id")
     if number is None:
         return None
-    if not isinstance(number, int) or not 0 <= number < len(tokens):
+    if type(number) is not int or not 0 <= number < len(tokens):
         raise _refused(source, f"tokenizer.ggml.{name}_token_id {printable(number)}, and {len(tokens)} tokens")
     return tokens[number]
 

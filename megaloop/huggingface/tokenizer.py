@@ -12,7 +12,7 @@ import sentencepiece
 from megaloop.errors import MegaloopError
 from megaloop.tokenizer import HuggingFaceTokenizer, Tokenizer, find_tokenizer, load_tokenizer, tokenizer_files
 from megaloop.tokenizer.files import SENTENCEPIECE
-from megaloop.tokenizer.huggingface import TOKENIZER_JSON
+from megaloop.tokenizer.huggingface import SETTINGS, TOKENIZER_JSON
 
 __all__ = ["export_tokenizer", "find_model_tokenizer"]
 
@@ -61,7 +61,45 @@ def find_model_tokenizer(source: Path, rows: int) -> Path | None:
             f"tokenizer {path} has {tokenizer.vocab_size} tokens and the model {rows} rows in its embedding: they do not belong "
             "together; name the model's own with --tokenizer, or leave it out with --without-tokenizer"
         )
+    _check_as_transformers(path)
     return path
+
+
+_PROBES = (
+    "a",
+    " a",
+    "a  b\n\nc",
+    "The year 2024",
+    "caf\u00e9 \u4f60\u597d \U0001f389",
+    "don't \u2581 <0x41>",
+    "def f(x):\n    return x",
+)
+
+
+def _check_as_transformers(path: Path) -> None:
+    """Refuse a tokenizer whose settings make transformers give other ids than its tokenizer.json does.
+
+    Its classes may change what the file says (a space put before a text, tokens that are special in the settings alone).
+    """
+    settings = path.with_name(SETTINGS)
+    if path.name != TOKENIZER_JSON or not settings.is_file():
+        return
+    from transformers import AutoTokenizer
+
+    ours = load_tokenizer(path)
+    try:
+        theirs = AutoTokenizer.from_pretrained(str(path.parent), trust_remote_code=False)
+        special = [str(token) for token in theirs.all_special_tokens]
+        found = [(text, theirs(text).input_ids) for text in (*_PROBES, *(f"a{token}b" for token in special))]
+    except Exception:  # transformers cannot open it: there is nothing to be equal to
+        return
+    for text, ids in found:
+        mine = ours.encode_prompt(text)
+        if ids[: len(mine)] != mine:  # it may add what ends a text, which we leave to training
+            raise MegaloopError(
+                f"tokenizer {path}: {type(theirs).__name__} of transformers gives {text!r} other tokens than the file alone does, "
+                f"because of {SETTINGS} ({len(ids)} tokens, and {len(mine)}); make the two agree, or name another with --tokenizer"
+            )
 
 
 def _made_of(written: Path, model: Path) -> bool:

@@ -252,7 +252,10 @@ def _tokenizer_of(source: Path, chosen: Path | None, rows: int, stack: ExitStack
         return find_model_tokenizer(source, rows)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     written = write_gguf_tokenizer(gguf, gguf_metadata(gguf), folder)
-    return None if written is None else find_model_tokenizer(written, rows)
+    try:
+        return None if written is None else find_model_tokenizer(written, rows)
+    except MegaloopError as error:
+        raise MegaloopError(str(error).replace(f"tokenizer {written}", f"the tokenizer in {gguf}")) from None
 
 
 def _whole_piece(name: str, spec: ParameterSpec) -> Piece:

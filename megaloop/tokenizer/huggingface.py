@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ _SPECIAL = "special_tokens_map.json"
 _MOST_BYTES = 1 << 28
 """Of a tokenizer.json: ten times the largest of a published model."""
 _MOST_SETTINGS = 1 << 24
+_LONGEST_TOKEN = 1 << 14
+_LONGEST_PREFIX = 16
 _USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """What ends a text in published models, for a tokenizer.json that comes without settings."""
 
@@ -41,25 +44,30 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: Path, text: str, settings: dict[str, Any]):
-        self.path = path
+        self.path, self._text = path, text
         self._spelled = _opened(path, text)  # special tokens that a text spells out are special tokens
-        ids = self._spelled.get_vocab(with_added_tokens=True).values()
-        self.vocab_size: int = max(ids, default=-1) + 1
+        vocabulary = self._spelled.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         if not 0 < self.vocab_size <= MOST_TOKENS:
             raise MegaloopError(
                 f"tokenizer {path}: its ids go up to {self.vocab_size - 1}; expected at least one and at most {MOST_TOKENS}"
             )
+        if (longest := max(map(len, vocabulary))) > _LONGEST_TOKEN:
+            raise MegaloopError(
+                f"tokenizer {path}: a token of {longest:,} characters; at most {_LONGEST_TOKEN:,} are possible"
+            )
+        self._spells_nothing = settings.get("split_special_tokens") is True
         self.bos_id = self._named(settings, "bos_token")
         self.eos_id = self._named(settings, "eos_token")
         if self.eos_id < 0 and "eos_token" not in settings:
             usual = [token for text in _USUAL_ENDS if (token := self._spelled.token_to_id(text)) is not None]
             self.eos_id = usual[0] if len(usual) == 1 else -1
-        self.prefix_ids = self._prefix()
+        self.prefix_ids = self._prefix(settings)
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same, where special tokens that a text spells out are text."""
-        plain = _opened(self.path, self._spelled.to_str())
+        plain = _opened(self.path, self._text)
         plain.encode_special_tokens = True
         return plain
 
@@ -75,21 +83,25 @@ class HuggingFaceTokenizer:
                 raise MegaloopError(
                     f"tokenizer {path}: {path.stat().st_size:,} bytes; expected at most {_MOST_BYTES:,}"
                 )
-            text = path.read_bytes().decode()
+            text = path.read_bytes().decode().removeprefix("\ufeff")
         except (OSError, UnicodeDecodeError) as error:
             raise MegaloopError(f"tokenizer {path}: cannot be read ({error})") from None
         settings = _settings(path.with_name(_SPECIAL)) | _settings(path.with_name(SETTINGS))
         return cls(path, text, settings)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        with self._named_errors():
+            ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        return [*self.prefix_ids, *self._spelled.encode(text, add_special_tokens=False).ids]
+        tokenizer = self._plain if self._spells_nothing else self._spelled
+        with self._named_errors():
+            return [*self.prefix_ids, *tokenizer.encode(text, add_special_tokens=False).ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._named_errors():
+            encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int64) for one in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -97,7 +109,7 @@ class HuggingFaceTokenizer:
         return text
 
     def token_bytes(self) -> NDArray[np.int64]:
-        decoders = _decoders(json.loads(self._spelled.to_str())["decoder"])
+        decoders = _decoders(json.loads(self._text).get("decoder"))
         special = {token for token, added in self._spelled.get_added_tokens_decoder().items() if added.special}
         added = self._spelled.get_added_tokens_decoder().keys()
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
@@ -113,23 +125,40 @@ class HuggingFaceTokenizer:
         text = value.get("content") if isinstance(value, dict) else value
         if text is None:
             return -1
-        token = self._spelled.token_to_id(text) if isinstance(text, str) else None
+        token = self._spelled.token_to_id(text) if isinstance(text, str) and _is_text(text) else None
         if token is None:
             raise MegaloopError(
                 f"tokenizer {self.path}: {key} {printable(text)} in {SETTINGS} is none of its tokens; they do not belong together"
             )
         return int(token)
 
-    def _prefix(self) -> tuple[int, ...]:
-        """What the post-processor puts before a text."""
-        alone = self._spelled.encode("a", add_special_tokens=False).ids
-        whole = self._spelled.encode("a").ids
-        for start in range(len(whole) - len(alone) + 1):
-            if whole[start : start + len(alone)] == alone:
-                return tuple(whole[:start])
-        raise MegaloopError(
-            f"tokenizer {self.path}: its post-processor changes a text's own tokens; only tokens before and after are supported"
-        )
+    def _prefix(self, settings: dict[str, Any]) -> tuple[int, ...]:
+        """What is put before a text: by the post-processor, or by transformers' class for Llama, which replaces that."""
+        if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer"):
+            adds = settings.get("add_bos_token", True) is not False
+            return (self.bos_id,) if adds and self.bos_id >= 0 else ()
+        with self._named_errors():
+            alone = self._spelled.encode("a", add_special_tokens=False).ids
+            whole = self._spelled.encode("a").ids
+        starts = range(len(whole) - len(alone) + 1)
+        start = next((at for at in starts if whole[at : at + len(alone)] == alone), None)
+        if start is None or start > _LONGEST_PREFIX or any(token >= self.vocab_size for token in whole):
+            raise MegaloopError(
+                f"tokenizer {self.path}: its post-processor does more than to put a few of its tokens before and after a text"
+            )
+        return tuple(whole[:start])
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of the library, whose class says nothing, as ours."""
+        try:
+            yield
+        except BaseException as error:  # plain Exceptions, and panics, which are none
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | GeneratorExit | MegaloopError):
+                raise
+            raise MegaloopError(
+                f"tokenizer {self.path}: it cannot encode a text ({printable(str(error), 200)}); use another"
+            ) from None
 
 
 def write_tokenizer_json(tokenizer: tokenizers.Tokenizer, folder: Path, names: dict[str, str]) -> Path:
@@ -160,19 +189,30 @@ def _opened(path: Path, text: str) -> tokenizers.Tokenizer:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise MegaloopError(f"tokenizer {path}: damaged, or no tokenizer.json ({printable(str(error), 200)})") from None
+    if getattr(opened.model, "dropout", None) is not None:
+        opened.model.dropout = None  # noise for training; the same text is to have the same tokens
     opened.no_truncation()  # a length that the file was saved with is none of ours
     opened.no_padding()
     return opened
 
 
+def _is_text(text: str) -> bool:
+    """Whether this is Unicode: JSON can spell halves of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _settings(path: Path) -> dict[str, Any]:
     """The object in a file beside tokenizer.json; empty where there is no such file."""
-    try:
-        if path.stat().st_size > _MOST_SETTINGS:
-            raise MegaloopError(f"{path}: {path.stat().st_size:,} bytes; expected at most {_MOST_SETTINGS:,}")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_SETTINGS:
+            raise MegaloopError(f"{path}: expected a file of at most {_MOST_SETTINGS:,} bytes")
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise MegaloopError(f"{path}: cannot be read as JSON ({printable(str(error), 200)})") from None
     if not isinstance(value, dict):

@@ -111,6 +111,8 @@ def starting_point(
         checkpoint = Checkpoint.open(path, verify="sizes")
         checkpoint.check_values(share=dist.get_rank(), of=dist.get_world_size())
         if new:
+            if config.data.tokenizer is None:  # fine-tuning may name another on purpose
+                checkpoint.check_tokenizer(config.data.sources[0].path, sources.tokenizer_sha256)
             return _begin(config, vocab_size, checkpoint, _WeightsOnly(checkpoint), begin(config, sources))
         position, changes = _position(config, sources, checkpoint, allowed)
         start = _begin(config, vocab_size, checkpoint, checkpoint, position, path)

@@ -371,7 +371,7 @@ def test_a_tokenizer_that_will_not_do_is_refused_before_anything_is_read(
     )  # fmt: skip
     (tmp_path / "unending.model").write_bytes(unending.getvalue())
     for tokenizer, message in (
-        (text, "not a sentencepiece model"),
+        (text, "no tokenizer.json"),
         (tmp_path / "nowhere.model", "no such file; expected a sentencepiece model"),
         (tmp_path / "unending.model", r"unending.model has no end-of-text token"),
     ):

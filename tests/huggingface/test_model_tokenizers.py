@@ -42,13 +42,17 @@ def _written(metadata: dict[str, Any], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
-@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("add_bos", [False, True, None])
 def test_transformers_opens_what_is_written_and_gives_the_same_ids(
-    metadata: dict[str, Any], pre: str, add_bos: bool, tmp_path: Path
+    metadata: dict[str, Any], pre: str, add_bos: bool | None, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
-    values = metadata | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": add_bos}
+    values = metadata | {"tokenizer.ggml.pre": pre}
+    if add_bos is None:
+        add_bos = pre == "llama-bpe"  # where the file does not say, llama.cpp adds it for Llama 3 alone
+    else:
+        values["tokenizer.ggml.add_bos_token"] = add_bos
     ours = load_tokenizer(_written(values, tmp_path))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in nasty_texts(300):
@@ -84,7 +88,7 @@ def test_a_gguf_without_tokenizer_has_none(tmp_path: Path) -> None:
         ({"tokenizer.ggml.model": 5}, r"tokenizer.ggml.model '5'; expected gpt2"),
         (
             {"tokenizer.ggml.pre": "deepseek-llm"},
-            r"tokenizer.ggml.pre 'deepseek-llm'; expected smollm, gpt-2, llama-bpe",
+            r"tokenizer.ggml.pre 'deepseek-llm'; expected smollm, gpt-2, llama-bpe, llama3, llama-v3",
         ),
         ({"tokenizer.ggml.pre": None}, r"tokenizer.ggml.pre 'None'; expected smollm"),
         ({"tokenizer.ggml.tokens": None}, "no list of texts as tokenizer.ggml.tokens"),
@@ -132,3 +136,19 @@ def test_a_model_with_a_sentencepiece_model_alone(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(documents(120), 340))
     assert find_model_tokenizer(tmp_path, 340) == tmp_path / "tokenizer.model"
     assert find_model_tokenizer(tmp_path / "tokenizer.model", 340) == tmp_path / "tokenizer.model"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}, {"additional_special_tokens": ["the"]}],
+    ids=str,
+)
+def test_settings_that_make_transformers_give_other_ids_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = train_byte_level(documents(120), 340, tmp_path)
+    made = json.loads(path.read_bytes())
+    path.write_text(json.dumps(made | {"pre_tokenizer": made["pre_tokenizer"]["pretokenizers"][1]}))
+    assert find_model_tokenizer(tmp_path, 340) == path
+    values = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values | settings))
+    with pytest.raises(MegaloopError, match=r"of transformers gives .* other tokens than the file alone does"):
+        find_model_tokenizer(tmp_path, 340)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.evaluation.evaluate import evaluate
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
 from megaloop.inference.generate import generate_text
-from megaloop.tokenizer import load_tokenizer, tokenizer_files
+from megaloop.tokenizer import file_sha256, load_tokenizer, tokenizer_files
 from tests.data.corpus import documents
-from tests.distributed import run_ranks
+from tests.distributed import RankError, run_ranks
 from tests.tokenizer.test_tokenizers import chat_tokenizer
 from tests.train.runs import configuration, losses, train
 
@@ -192,3 +193,33 @@ def test_fine_tuning_takes_the_tokenizer_of_its_beginning(run: Path, tmp_path: P
         tokens[1 : 1 + len(chat)].tolist() == chat
     )  # after the end that every sample begins with; of a chat's prompt, special tokens are special
     assert torch.tensor(tokens.astype(int)).max() < tokenizer.vocab_size
+
+
+def test_a_run_does_not_begin_with_a_model_of_another_tokenizer(run: Path, text: Path, tmp_path: Path) -> None:
+    prepare([text], tmp_path / "other", vocab_size=330, sequence_length=32)
+    values = configuration(tmp_path / "other", tmp_path / "new", train__steps=3)
+    values["model"]["vocab_size"] = 384
+    checksums = [
+        DataSet.open(tmp_path / "other").tokenizer_sha256[:12],
+        file_sha256(resolve_checkpoint(run) / "tokenizer" / "tokenizer.json")[:12],
+    ]
+    with pytest.raises(RankError, match=rf"has another tokenizer .*{checksums[0]}.*{checksums[1]}"):
+        run_ranks(1, train, values | {"init": str(run)})
+
+
+def test_the_tokenizer_of_a_data_set_is_the_one_that_it_names(
+    model_directory: Path, text: Path, tmp_path: Path
+) -> None:
+    """Whatever a prep that was killed left beside it."""
+    prepare([text], tmp_path / "data", vocab_size=330, sequence_length=32)
+    shutil.copytree(model_directory, tmp_path / "data" / "tokenizer")
+    prepare([text], tmp_path / "new", tokenizer=tmp_path / "data", sequence_length=32)
+    assert DataSet.open(tmp_path / "new").tokenizer_sha256 == DataSet.open(tmp_path / "data").tokenizer_sha256
+
+
+def test_a_pipe_in_the_place_of_a_tokenizer_is_not_waited_for(shards: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    os.mkfifo(copy / "tokenizer" / "tokenizer.json")
+    with pytest.raises(MegaloopError, match=r"tokenizer/tokenizer.json is missing"):
+        DataSet.open(copy).open_tokenizer()

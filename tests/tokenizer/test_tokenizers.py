@@ -259,3 +259,79 @@ def test_what_is_no_tokenizer_at_all(tmp_path: Path) -> None:
     (tmp_path / "noise").write_bytes(bytes(range(256)))
     with pytest.raises(MegaloopError, match=r"neither a sentencepiece model nor a tokenizer.json"):
         load_tokenizer(tmp_path / "noise")
+
+
+def _altered(path: Path, change: Any) -> Path:
+    values = json.loads(path.read_bytes())
+    change(values)
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_a_prefix_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["post_processor"]["special_tokens"]["<|begin_of_text|>"]["ids"] = [5000]
+
+    path = chat_tokenizer(tmp_path)
+    with pytest.raises(MegaloopError, match="its post-processor does more than to put a few of its tokens"):
+        load_tokenizer(_altered(path, change))
+
+
+def test_noise_of_training_does_not_reach_the_tokens(byte_level: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(byte_level.path.read_bytes())
+    noisy = load_tokenizer(_altered(tmp_path / "tokenizer.json", lambda values: values["model"].update(dropout=0.5)))
+    for text in NASTY[:200]:
+        assert noisy.encode(text) == byte_level.encode(text)
+        assert noisy.encode_prompt(text) == byte_level.encode_prompt(text)
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_one_line(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    library.save(str(tmp_path / "tokenizer.json"))
+    for encode in ("encode", "encode_prompt"):
+        with pytest.raises(MegaloopError, match="it cannot encode a text"):
+            getattr(load_tokenizer(tmp_path), encode)("b")
+
+
+def test_holes_in_a_vocabulary_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["model"]["vocab"]["far"] = 9000
+
+    sparse = load_tokenizer(_altered(chat_tokenizer(tmp_path), change))
+    capfd.readouterr()
+    sparse.encode("a")
+    assert len(sparse.token_bytes()) == sparse.vocab_size == 9001
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_what_is_no_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    path = chat_tokenizer(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(MegaloopError, match="expected a file of at most"):
+        load_tokenizer(path)
+
+
+def test_half_a_character_names_no_token(tmp_path: Path) -> None:
+    path = chat_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(MegaloopError, match="is none of its tokens"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("adds", [True, False, None])
+def test_transformers_class_for_llama_decides_what_begins_a_text(adds: bool | None, tmp_path: Path) -> None:
+    """Whatever the post-processor in the file does."""
+    from transformers import AutoTokenizer
+
+    settings = {"tokenizer_class": "LlamaTokenizerFast"} | ({} if adds is None else {"add_bos_token": adds})
+    path = chat_tokenizer(tmp_path, **settings)
+    for post_processor in (True, False):
+        if not post_processor:
+            _altered(path, lambda values: values.update(post_processor=None))
+        ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(tmp_path)
+        assert ours.prefix_ids == (() if adds is False else (ours.bos_id,))
+        for text in NASTY[:200]:
+            if "<unk>" not in text:  # a token that the class adds, though the vocabulary has none
+                assert ours.encode_prompt(text) == theirs(text).input_ids
