@@ -55,6 +55,7 @@ _LONGEST = (
     "train/test_watchdog",
     "parallel/test_loops",
     "evaluation/test_harness",
+    "huggingface/test_smollm2",
     "parallel/",
     "train/",
 )

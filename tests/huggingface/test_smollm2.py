@@ -161,7 +161,7 @@ def _run_values(checkpoint: Path, shards: Path, folder: Path, steps: int) -> dic
         "run_dir": str(folder / "run"),
         "data": {"sources": [{"path": str(shards)}], "sequence_length": 32},
         "parallel": {"pp": 2, "tp": 1, "dp": 1},
-        "train": {"steps": steps, "global_batch": 4, "micro_batch": 1, "precision": "fp32"},
+        "train": {"steps": steps, "global_batch": 2, "micro_batch": 1, "precision": "fp32"},
         "optimizer": {"lr": 1e-4},
         "schedule": {"warmup_steps": 1},
         "validation": {"samples": 2},
@@ -187,7 +187,7 @@ def _plainly(values: dict[str, Any], model: Any) -> list[float]:
     adam = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), eps=options.eps)
     found = []
     for step in range(config.train.steps):
-        numbers = [order(step * 4 + number)[1] for number in range(4)]
+        numbers = [order(step * 2 + number)[1] for number in range(2)]
         tokens = torch.stack([torch.from_numpy(split.sample(number).tokens) for number in numbers])
         logits = model(tokens[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -214,7 +214,7 @@ def test_lm_eval_and_megaloop_eval_agree_on_the_papers_questions(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     export_huggingface(checkpoint, tmp_path / "exported")
     found: dict[str, tuple[float, float]] = {}
-    for shots, names in ((0, ["copy-random", "variables-1-code"]), (5, ["variables-0-basic"])):
+    for shots, names in ((0, ["copy-random"]), (5, ["variables-0-basic"])):
         found |= differences(checkpoint, tmp_path / "exported", tmp_path / f"{shots}", names, [shots], 1, "float64")
     assert max(likelihood for likelihood, _ in found.values()) < 8e-5, found
     assert max(accuracy for _, accuracy in found.values()) == 0, found
