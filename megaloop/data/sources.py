@@ -106,9 +106,10 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """
     if (path / DATA_JSON).is_file():
         return DataSet.open(path).open_tokenizer()
-    if (path / "manifest.json").is_file():
-        from megaloop.checkpoint import Checkpoint
+    from megaloop.checkpoint import Checkpoint
+    from megaloop.checkpoint.manifest import MANIFEST
 
+    if (path / MANIFEST).is_file():
         with Checkpoint.open(path, verify="sizes") as checkpoint:
             return checkpoint.open_tokenizer(f"--tokenizer {path} names it")
     return load_tokenizer(path)

@@ -61,7 +61,7 @@ def find_model_tokenizer(source: Path, rows: int) -> Path | None:
             f"tokenizer {path} has {tokenizer.vocab_size} tokens and the model {rows} rows in its embedding: they do not belong "
             "together; name the model's own with --tokenizer, or leave it out with --without-tokenizer"
         )
-    _check_as_transformers(path)
+    _check_as_transformers(tokenizer)
     return path
 
 
@@ -76,19 +76,36 @@ _PROBES = (
 )
 
 
-def _check_as_transformers(path: Path) -> None:
+_CLASSES = (
+    "PreTrainedTokenizerFast",
+    "LlamaTokenizerFast",
+    "CodeLlamaTokenizerFast",
+    "GPT2TokenizerFast",
+    "Qwen2TokenizerFast",
+)
+"""Classes of transformers for which a Llama's tokenizer.json is made; each reads that file and its settings, and nothing else."""
+
+
+def _check_as_transformers(ours: Tokenizer) -> None:
     """Refuse a tokenizer whose settings make transformers give other ids than its tokenizer.json does.
 
-    Its classes may change what the file says (a space put before a text, tokens that are special in the settings alone).
+    Its classes may change what the file says (a space put before a text, tokens that are special in the settings alone). A
+    class is taken by name from those above: others are not compared, as what they would read is not known.
     """
+    path = ours.path
     settings = path.with_name(SETTINGS)
     if path.name != TOKENIZER_JSON or not settings.is_file():
         return
-    from transformers import AutoTokenizer
+    import transformers
 
-    ours = load_tokenizer(path)
+    name = str(
+        json.loads(settings.read_bytes()).get("tokenizer_class") or "LlamaTokenizer"
+    )  # a Llama's, where it says nothing
+    name = f"{name.removesuffix('Fast')}Fast"
+    if name not in _CLASSES:
+        return
     try:
-        theirs = AutoTokenizer.from_pretrained(str(path.parent), trust_remote_code=False)
+        theirs = getattr(transformers, name).from_pretrained(str(path.parent), local_files_only=True)
         special = [str(token) for token in theirs.all_special_tokens]
         found = [(text, theirs(text).input_ids) for text in (*_PROBES, *(f"a{token}b" for token in special))]
     except Exception:  # transformers cannot open it: there is nothing to be equal to
