@@ -20,13 +20,13 @@ from megaloop.huggingface.weights import export_huggingface, import_huggingface
 from megaloop.inference.generate import generate_text
 from megaloop.inference.load import load_decoder
 from megaloop.tokenizer import load_tokenizer, tokenizer_files
-from megaloop.train.schedule import learning_rate
 from tests.data.corpus import documents
 from tests.debian import skip
 from tests.distributed import RankPool
 from tests.evaluation.lm_eval_scores import differences
 from tests.processes import run
 from tests.tokenizer.nasty import nasty_texts
+from tests.train.plain import plain_steps
 from tests.train.runs import losses, train
 
 pytestmark = pytest.mark.slow
@@ -175,30 +175,16 @@ def _plainly(values: dict[str, Any], model: Any) -> list[float]:
     config = Config.model_validate(values)
     sources = open_sources(config.data)
     split, order = sources.datasets[0].split("train"), sources.order(config.seed)
-    options = config.optimizer
     model.train()
     model.model.embed_tokens.padding_idx = None  # the end of a document, whose look-up has a gradient in pretraining
-    named = dict(model.named_parameters())
-    kept = [name for name in named if "norm" in name or "embed" in name]
-    groups = [
-        {"params": [named[name] for name in named if name not in kept], "weight_decay": options.weight_decay},
-        {"params": [named[name] for name in kept], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), eps=options.eps)
-    found = []
-    for step in range(config.train.steps):
+
+    def loss_of(step: int) -> torch.Tensor:
         numbers = [order(step * 2 + number)[1] for number in range(2)]
         tokens = torch.stack([torch.from_numpy(split.sample(number).tokens) for number in numbers])
         logits = model(tokens[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), options.clip)
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(step, config.train.steps, options.lr, config.schedule)
-        adam.step()
-        found.append(float(loss.detach()))
-    return found
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    return plain_steps(config, model, lambda name: "norm" not in name and "embed" not in name, loss_of)
 
 
 def test_lm_eval_and_megaloop_eval_agree_on_the_papers_questions(

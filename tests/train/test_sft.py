@@ -17,10 +17,10 @@ from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import evaluate
 from megaloop.inference.load import load_decoder
 from megaloop.model.parameters import parameter_specs
-from megaloop.train.schedule import learning_rate
 from tests.cli.test_cli import megaloop
 from tests.data.test_sft import examples, write
 from tests.distributed import RankPool
+from tests.train.plain import plain_steps
 from tests.train.runs import configuration, events, losses, metrics, train
 
 STEPS = 12
@@ -74,28 +74,15 @@ def _plainly(values: dict[str, Any]) -> list[float]:
     sources = open_sources(config.data, config.init)
     split, order = sources.datasets[0].split("train"), sources.order(config.seed)
     specs = parameter_specs(config.model, config.plan, model.vocab_size)
-    named = dict(model.named_parameters())
-    options = config.optimizer
-    groups = [
-        {"params": [named[n] for n in named if specs[n].decay], "weight_decay": options.weight_decay},
-        {"params": [named[n] for n in named if not specs[n].decay], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), eps=options.eps)
-    found = []
-    for step in range(config.train.steps):
+
+    def loss_of(step: int) -> torch.Tensor:
         samples = [split.sample(order(step * 8 + number)[1]) for number in range(8)]
         tokens = torch.stack([torch.from_numpy(sample.tokens) for sample in samples])
         loss_mask = torch.stack([torch.from_numpy(sample.loss_mask) for sample in samples])
         targets = tokens[:, 1:].masked_fill(~loss_mask, -100)
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=-100)
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), options.clip)
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(step, config.train.steps, options.lr, config.schedule)
-        adam.step()
-        found.append(float(loss.detach()))
-    return found
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    return plain_steps(config, model, lambda name: specs[name].decay, loss_of)
 
 
 @pytest.mark.parametrize(
