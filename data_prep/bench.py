@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data_prep.prepare import available_cores, encode_documents
+from data_prep.prepare import available_cores
 from data_prep.sources import Inputs, find_inputs
 from data_prep.tokenizer import train_sentencepiece
+from data_prep.write import encode_documents
 from megaloop.data.sources import open_tokenizer
 from megaloop.runtime.hardware import describe_machine
 from megaloop.tokenizer import SentencePieceTokenizer, Tokenizer

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaloop.data.dataset import COLUMNS, HASH, SplitEntry
+from data_prep.floor import Example
+from megaloop.data.description import COLUMNS, HASH, TARGET_COLUMNS, TARGET_COUNTS, SplitEntry
 from megaloop.data.streaming_base import mds_writer
 
-__all__ = ["SplitWriter"]
+__all__ = ["SplitWriter", "TargetWriter"]
 
 SHARD_BYTES = 1 << 24
 
@@ -34,9 +35,7 @@ class SplitWriter:
         self._length, self._eos = sequence_length, eos_id
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._token_bytes = token_bytes
-        self._writer: Any = mds_writer()(
-            out=str(directory), columns=COLUMNS, hashes=[HASH], size_limit=SHARD_BYTES, progress_bar=False
-        )
+        self._writer = _shards(directory, COLUMNS)
         self._parts: list[NDArray[Any]] = []
         self._starts: list[int] = []  # of documents, counted from the first token that is not yet written
         self._pending = 0
@@ -83,3 +82,82 @@ class SplitWriter:
     def abandon(self) -> None:
         """Release what writing holds, after an error."""
         self._writer.__exit__(RuntimeError, RuntimeError("abandoned"), None)
+
+
+class TargetWriter:
+    """Packs documents that carry targets into samples, in order, as many as fit and none cut; writes the counts of targets.
+
+    What is left of a sample is padding: a document of its own, without targets.
+
+    Args:
+        directory: of the split's shards; must not exist.
+        sequence_length: S; no document is longer.
+        dtype: ``uint16`` or ``uint32``.
+        token_bytes: bytes of text of each token.
+        eos_id: fills samples up.
+    """
+
+    def __init__(self, directory: Path, sequence_length: int, dtype: str, token_bytes: NDArray[np.int64], eos_id: int):
+        self._directory, self._length, self._eos = directory, sequence_length, eos_id
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._token_bytes = token_bytes
+        self._writer = _shards(directory, COLUMNS | TARGET_COLUMNS)
+        self._waiting: list[Example] = []
+        self._room = sequence_length
+        self._counts: list[int] = []
+        self.documents = self.tokens = self.bytes = 0
+
+    def add(self, example: Example) -> None:
+        """Append a document."""
+        if len(example) > self._room:
+            self._write()
+        self._waiting.append(example)
+        self._room -= len(example)
+        self.documents += 1
+        self.tokens += len(example)
+        self.bytes += self._text_bytes(example.targets)
+
+    def _text_bytes(self, targets: NDArray[np.int64]) -> int:
+        return int(self._token_bytes[targets[targets >= 0]].sum())
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        tokens = np.full(self._length + 1, self._eos, dtype=self._dtype)
+        targets = np.full(self._length, -1, dtype="<i4")
+        starts, at = [], 0
+        for example in self._waiting:
+            starts.append(at)
+            tokens[at : at + len(example)] = example.tokens
+            targets[at : at + len(example)] = example.targets
+            at += len(example)
+        difficulties = [example.difficulty for example in self._waiting]
+        if at < self._length:
+            starts.append(at)
+            difficulties.append(-1)
+        self._writer.write(
+            {
+                "tokens": tokens.tobytes(),
+                "starts": np.array(starts, "<i4").tobytes(),
+                "text_bytes": self._text_bytes(targets),
+                "targets": targets.tobytes(),
+                "difficulties": np.array(difficulties, "<i4").tobytes(),
+            }
+        )
+        self._counts.append(int((targets >= 0).sum()))
+        self._waiting, self._room = [], self._length
+
+    def finish(self) -> SplitEntry:
+        """Write what is left and close the shards; returns the counts."""
+        self._write()
+        self._writer.finish()
+        (self._directory / TARGET_COUNTS).write_bytes(np.array(self._counts, "<u4").tobytes())
+        return SplitEntry(documents=self.documents, tokens=self.tokens, bytes=self.bytes, samples=len(self._counts))
+
+    def abandon(self) -> None:
+        """Release what writing holds, after an error."""
+        self._writer.__exit__(RuntimeError, RuntimeError("abandoned"), None)
+
+
+def _shards(directory: Path, columns: dict[str, str]) -> Any:
+    return mds_writer()(out=str(directory), columns=columns, hashes=[HASH], size_limit=SHARD_BYTES, progress_bar=False)

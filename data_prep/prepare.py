@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import os
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_prep.pack import SplitWriter
+from data_prep.progress import PassProgress
 from data_prep.publish import Output
-from data_prep.sources import Inputs, find_inputs
+from data_prep.sources import HASH_RANGE, Inputs, document_hash, find_inputs
+from data_prep.targeted import ExampleReader, MarkedText, TokenLists, answer_marks
 from data_prep.tokenizer import train_byte_level, train_sentencepiece
-from megaloop import __version__
-from megaloop.data.dataset import FORMAT_VERSION, Description, SourceEntry, TokenizerEntry
+from data_prep.write import Shards, write_targets, write_text
+from megaloop.data.dataset import DataSet
 from megaloop.data.sources import open_tokenizer
 from megaloop.errors import MegaloopError
-from megaloop.tokenizer import Tokenizer, copy_tokenizer, file_sha256, load_tokenizer
+from megaloop.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from megaloop.tokenizer.files import FOLDER, SENTENCEPIECE
 
-__all__ = ["PrepSummary", "available_cores", "encode_documents", "prepare"]
+__all__ = ["PrepSummary", "available_cores", "prepare"]
 
-_BATCH_BYTES = 1 << 20
-"""Text per task of a worker, characters."""
 _TRAINING_BYTES = 32 << 20
 """Text at most on which a tokenizer is trained, drawn evenly from all input by document hash."""
-_HASH_RANGE = 1 << 64
 
 
 @dataclass(frozen=True)
 class PrepSummary:
-    """What ``prepare`` made; ``tokens`` count one end-of-text token per document, ``bytes`` are UTF-8 text."""
+    """What ``prepare`` made; ``tokens`` count one end-of-text token per document, ``bytes`` are UTF-8 text.
+
+    ``targets`` are those of the training samples, where documents carry their own; None: every token is one.
+    """
 
     out: str
     documents: int
@@ -53,6 +48,7 @@ class PrepSummary:
     sequence_length: int
     skipped: int
     seconds: float
+    targets: int | None = None
 
 
 def prepare(
@@ -68,6 +64,8 @@ def prepare(
     workers: int | None = None,
     text_field: str = "text",
     template: str | None = None,
+    targets: bool = False,
+    marks: str | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> PrepSummary:
@@ -87,6 +85,7 @@ def prepare(
             few samples.
         errors: what to do with text that is not UTF-8 or lines that are not JSON: stop, or skip and count.
         workers: threads; default: one per core.
+        targets, marks: documents carry their targets, as lists or as marked answers (:mod:`data_prep.targeted`).
         overwrite: replace a data set that is already there.
         console: where progress is shown; None: nowhere.
 
@@ -101,23 +100,22 @@ def prepare(
         raise MegaloopError("--train-bpe trains a tokenizer, and --tokenizer reuses one; give --vocab-size N instead")
     documents = Inputs(find_inputs(inputs), text_field, errors, template)
     reused = _reusable(tokenizer) if tokenizer is not None else None
+    reader = _reader(documents, reused, sequence_length, targets, marks)
     output = Output(out, overwrite, [*documents.files, *([reused.path] if reused else [])])
     with output:
         held_out, sample = _scan(documents, validation_fraction, sequence_length, reused is None, console)
         if reused is not None:
             kept = copy_tokenizer(reused.path, output.folder)[0]
         else:
-            kept = _train(sample, vocab_size or 0, train_bpe, output.folder, console)
-        description = _write_shards(
-            documents,
-            output.folder,
-            load_tokenizer(kept),
-            held_out,
-            sequence_length,
-            validation_fraction,
-            workers or available_cores(),
-            console,
-        )
+            texts = sample if reader is None else [reader.plain(line) for line in sample]
+            kept = _train(texts, vocab_size or 0, train_bpe, output.folder, console)
+        shards = Shards(output.folder, load_tokenizer(kept), held_out, sequence_length, validation_fraction)
+        if reader is None:
+            description = write_text(documents, shards, workers or available_cores(), console)
+        else:
+            reader = _reader(documents, shards.tokenizer, sequence_length, targets, marks)
+            assert reader is not None
+            description = write_targets(documents, shards, reader, console)
         own = FOLDER if kept.parent != output.folder else SENTENCEPIECE
         other = SENTENCEPIECE if own == FOLDER else FOLDER
         output.publish(description, ("train", "validation", own), (other,), lambda note: _note(note, console))
@@ -134,6 +132,7 @@ def prepare(
         sequence_length=sequence_length,
         skipped=sum(source.skipped for source in description.sources),
         seconds=time.perf_counter() - began,
+        targets=None if description.targets is None else DataSet.open(out).split("train").targets,
     )
 
 
@@ -160,6 +159,29 @@ def _reusable(path: Path) -> Tokenizer:
             )
         )
     return tokenizer
+
+
+def _reader(
+    documents: Inputs, tokenizer: Tokenizer | None, sequence_length: int, targets: bool, marks: str | None
+) -> ExampleReader | None:
+    """What reads documents that carry their targets, and checks each line; None: documents are text."""
+    if not targets and marks is None:
+        return None
+    option = "--targets" if targets else "--answer-marks"
+    if targets and marks is not None:
+        raise MegaloopError("--targets reads lists of tokens, --answer-marks text; give one of them")
+    other = next((file for file in documents.files if ".jsonl" not in file.suffixes), None)
+    if other is not None:
+        raise MegaloopError(f"input {other}: {option} reads jsonl alone")
+    reader: ExampleReader
+    if marks is not None:
+        reader = MarkedText(tokenizer, sequence_length, answer_marks(marks), documents.text_of)
+    elif tokenizer is None:
+        raise MegaloopError("--targets: the lists are of words or ids that a tokenizer has; name it with --tokenizer")
+    else:
+        reader = TokenLists(tokenizer, sequence_length)
+    documents.check_line = reader.check
+    return reader
 
 
 def _train(sample: list[str], vocab_size: int, byte_level: bool, folder: Path, console: Console | None) -> Path:
@@ -189,9 +211,9 @@ def _scan(
     held = count = total = 0
     sample: list[tuple[int, str]] = []
     sampled = 0
-    with _Progress(console, "reading", documents) as advance:
+    with PassProgress(console, "reading", documents) as advance:
         for number, text in documents:
-            digest, size = _hash(text), len(text.encode())
+            digest, size = document_hash(text), len(text.encode())
             count, total = count + 1, total + size
             heapq.heappush(smallest, (-digest, size))
             held += size
@@ -199,7 +221,7 @@ def _scan(
                 held -= heapq.heappop(smallest)[1]
             if training:
                 # kept by another part of the hash, so that what is trained on says nothing of what is held out
-                heapq.heappush(sample, (-_hash(text, b"tokenizer"), text))
+                heapq.heappush(sample, (-document_hash(text, b"tokenizer"), text))
                 sampled += size
                 while len(sample) > 1 and sampled > _TRAINING_BYTES:
                     sampled -= len(heapq.heappop(sample)[1].encode())
@@ -209,145 +231,5 @@ def _scan(
         raise MegaloopError(f"input {documents.files[0]}: no text in it (skipped: {sum(documents.skipped)}{first})")
     while len(smallest) > 1 and held > total // 4:  # little text: most of it is for training
         held -= heapq.heappop(smallest)[1]
-    threshold = max(-smallest[0][0], int(fraction * _HASH_RANGE) - 1)
+    threshold = max(-smallest[0][0], int(fraction * HASH_RANGE) - 1)
     return threshold, [text for _, text in sorted(sample, reverse=True)]
-
-
-def _hash(text: str, salt: bytes = b"") -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "big")
-
-
-# --- second pass ---
-
-
-def encode_documents(
-    documents: Iterator[tuple[int, str]], tokenizer: Tokenizer, dtype: str, workers: int
-) -> Iterator[tuple[int, str, NDArray[Any]]]:
-    """(file number, text, tokens) in the order of ``documents``, tokenized by ``workers`` threads.
-
-    Both libraries encode outside Python's lock, so threads use all cores, and no text is sent between processes.
-    At most a few megabytes of text per worker are in flight: memory does not grow with the input.
-    """
-    prefix = np.array(tokenizer.prefix_ids, dtype=dtype)
-
-    def encode(batch: list[tuple[int, str]]) -> list[NDArray[Any]]:
-        encoded = [ids.astype(dtype) for ids in tokenizer.encode_batch([text for _, text in batch])]
-        return [np.concatenate([prefix, ids]) for ids in encoded] if len(prefix) else encoded
-
-    waiting: deque[tuple[list[tuple[int, str]], Future[list[NDArray[Any]]]]] = deque()
-
-    def finished() -> Iterator[tuple[int, str, NDArray[Any]]]:
-        batch, future = waiting.popleft()
-        for (number, text), tokens in zip(batch, future.result(), strict=True):
-            yield number, text, tokens
-
-    with ThreadPoolExecutor(workers) as pool:
-        for batch in _batches(documents):
-            waiting.append((batch, pool.submit(encode, batch)))
-            if len(waiting) > 2 * workers:
-                yield from finished()
-        while waiting:
-            yield from finished()
-
-
-def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    batch: list[tuple[int, str]] = []
-    size = 0
-    for number, text in documents:
-        batch.append((number, text))
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _write_shards(
-    documents: Inputs,
-    partial: Path,
-    tokenizer: Tokenizer,
-    held_out: int,
-    sequence_length: int,
-    fraction: float,
-    workers: int,
-    console: Console | None,
-) -> Description:
-    """Tokenize, pack and write both splits."""
-    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    sizes = tokenizer.token_bytes()
-    writers = {
-        name: SplitWriter(partial / name, sequence_length, dtype, sizes, tokenizer.eos_id)
-        for name in ("train", "validation")
-    }
-    try:
-        with _Progress(console, "tokenizing", documents) as advance:
-            for number, text, tokens in encode_documents(iter(documents), tokenizer, dtype, workers):
-                writers["validation" if _hash(text) <= held_out else "train"].add(tokens)
-                advance(number)
-        splits = {name: writer.finish() for name, writer in writers.items()}
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
-    for name, entry in splits.items():
-        if not entry.samples:
-            raise MegaloopError(
-                f"too little text: the {name} split has {entry.tokens} tokens in {entry.documents} documents, less than "
-                f"one sample of {sequence_length + 1}; give more text (in more documents) or a shorter --sequence-length"
-            )
-    return Description(
-        format_version=FORMAT_VERSION,
-        megaloop=__version__,
-        tokenizer=TokenizerEntry.of(tokenizer, partial),
-        sequence_length=sequence_length,
-        dtype=dtype,
-        splits=splits,  # type: ignore[arg-type]
-        indices={
-            "train": file_sha256(partial / "train" / "index.json"),
-            "validation": file_sha256(partial / "validation" / "index.json"),
-        },
-        sources=[
-            SourceEntry(path=str(path), bytes=path.stat().st_size, documents=found, skipped=skipped)
-            for path, found, skipped in zip(documents.files, documents.documents, documents.skipped, strict=True)
-        ],
-        validation_fraction=fraction,
-    )
-
-
-class _Progress:
-    """A progress bar over the input files by size on a terminal; one plain line per pass elsewhere."""
-
-    def __init__(self, console: Console | None, what: str, documents: Inputs):
-        self._ends = np.cumsum([0, *(file.stat().st_size for file in documents.files)])
-        self._documents = documents
-        self._bar: Progress | None = None
-        self._console, self._what = console, what
-        if console is not None and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[count]:,} documents"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-        self._count = 0
-
-    def __enter__(self) -> Any:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(self._what, total=float(self._ends[-1]), count=0)
-        return self._advance
-
-    def _advance(self, number: int) -> None:
-        self._count += 1
-        if self._bar is not None and self._count % 16 == 0:
-            self._bar.update(self._task, completed=float(self._ends[number]), count=self._count)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self._bar is not None:
-            if kind is None:
-                self._bar.update(self._task, completed=float(self._ends[-1]), count=self._count)
-            self._bar.stop()
-        elif self._console is not None and kind is None:
-            self._console.print(f"{self._what}: {self._count:,} documents", highlight=False)

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megaloop.data.dataset import DATA_JSON, Description
+from megaloop.data.description import DATA_JSON, Description
 from megaloop.errors import MegaloopError
 from megaloop.files import fsync_path, replace_file
 

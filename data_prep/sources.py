@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from megaloop.data.jsonl import BEGINNING, MARK, NotText, field_text, foreign_en
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
 
-__all__ = ["Inputs", "find_inputs"]
+__all__ = ["HASH_RANGE", "Inputs", "document_hash", "find_inputs"]
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 DOCUMENT_BYTES = 1 << 16
@@ -27,6 +28,8 @@ Small enough that part of a single file of a megabyte can be held out, longer th
 _LONGEST_DOCUMENT = 4 * DOCUMENT_BYTES
 """Where a text file has no blank line for this long, it is cut at a line's end or else at a space."""
 _LONGEST_LINE = 1 << 28
+HASH_RANGE = 1 << 64
+"""Hashes of documents are smaller."""
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Inputs:
         text_field: the field of jsonl and parquet that holds the text.
         template: of jsonl, instead of one field: text with the names of fields in braces.
         errors: ``stop`` at what cannot be read as text, or ``skip`` and count it.
+        check_line: documents are whole lines of jsonl, which this raises NotText for where it takes one not; None: text.
         documents, skipped: per file, of the last pass.
         first_skipped: what was skipped first, where and why.
     """
@@ -46,6 +50,7 @@ class Inputs:
     text_field: str = "text"
     errors: Literal["stop", "skip"] = "stop"
     template: str | None = None
+    check_line: Callable[[str], None] | None = None
     documents: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     first_skipped: str | None = None
@@ -134,7 +139,6 @@ class Inputs:
         yield "".join(parts)
 
     def _jsonl(self, number: int, path: Path) -> Iterator[str]:
-        option = "--template" if self._names else "--text-field"
         for line, raw in enumerate(_lines(path), start=1):
             if line == 1:
                 raw = raw.removeprefix(MARK)
@@ -142,11 +146,25 @@ class Inputs:
                 continue
             try:
                 fields = read_object(raw)
-                texts = {name: field_text(fields, name, option) for name in self._names or [self.text_field]}
+                if self.check_line is None:
+                    document = self.text_of(fields)
+                else:
+                    document = raw.decode().strip()
+                    self.check_line(document)
             except NotText as error:
                 self._skip(number, path, line, str(error))
                 continue
-            yield texts[self.text_field] if self.template is None else self.template.format_map(texts)
+            yield document
+
+    def text_of(self, fields: dict[str, Any]) -> str:
+        """The text of a line of jsonl.
+
+        Raises:
+            NotText: it has none.
+        """
+        option = "--template" if self._names else "--text-field"
+        texts = {name: field_text(fields, name, option) for name in self._names or [self.text_field]}
+        return texts[self.text_field] if self.template is None else self.template.format_map(texts)
 
     def _parquet(self, number: int, path: Path) -> Iterator[str]:
         import pyarrow
@@ -293,3 +311,8 @@ class _Zstd(io.RawIOBase):
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def document_hash(text: str, salt: bytes = b"") -> int:
+    """What decides whether a document is held out; with a salt, for another purpose."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "big")

@@ -41,6 +41,16 @@ def prep(
             help="Instead of one field of jsonl: several, such as 'Q: {question}\\nA: {answer}' (\\n is a line's end)."
         ),
     ] = None,
+    targets: Annotated[
+        bool,
+        typer.Option(
+            "--targets", help="Lines of jsonl hold tokens and targets: what each place is to predict, or null."
+        ),
+    ] = False,
+    answer_marks: Annotated[
+        str | None,
+        typer.Option(help="Text of jsonl has answers between these marks, such as '[[ ]]': they alone are learnt."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a data set that is already there.")] = False,
     json: Json = False,
 ) -> None:
@@ -59,6 +69,8 @@ def prep(
         workers=workers,
         text_field=text_field,
         template=template.replace("\\n", "\n") if template is not None else None,
+        targets=targets,
+        marks=answer_marks,
         overwrite=overwrite,
         console=SafeConsole(stderr=True),
     )

@@ -9,111 +9,32 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from megaloop.data.description import (
+    COLUMNS,
+    DATA_JSON,
+    FORMAT_VERSION,
+    HASH,
+    TARGET_COLUMNS,
+    TARGET_COUNTS,
+    Description,
+)
 from megaloop.data.streaming_base import mds_reader
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer, file_sha256, load_tokenizer, tokenizer_files
 from megaloop.tokenizer.files import FOLDER
 
-__all__ = ["COLUMNS", "DATA_JSON", "HASH", "DataSet", "Description", "Sample", "SourceEntry", "Split", "SplitEntry"]
+__all__ = ["DataSet", "Sample", "Split"]
 
-DATA_JSON = "data.json"
-FORMAT_VERSION = 1
-HASH = "xxh3_128"
-COLUMNS = {"tokens": "bytes", "starts": "bytes", "text_bytes": "int"}
-"""MDS columns: token ids (little-endian, of data.json's dtype), document starts (int32), bytes of text."""
-_SIZES = {"tokens": None, "starts": None, "text_bytes": 8}
+_SIZES = {"tokens": None, "starts": None, "text_bytes": 8, "targets": None, "difficulties": None}
 """Bytes of each column in every sample, where they are the same."""
-
-
-_LARGEST = 1 << 62
-"""No count of tokens, bytes or samples is larger."""
-
-Count = Annotated[int, Field(ge=0, lt=_LARGEST)]
-Size = Annotated[int, Field(ge=1, lt=1 << 31)]
-TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-class TokenizerEntry(_Model):
-    """The tokenizer: its file, SHA-256 and size; ``beside`` are the other files of one of Hugging Face, and their SHA-256."""
-
-    file: str
-    sha256: str
-    vocab_size: Size
-    bos_id: TokenId
-    eos_id: TokenId
-    beside: dict[str, str] = {}
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, folder: Path) -> TokenizerEntry:
-        """Describe a tokenizer whose files lie in ``folder``, the data set's."""
-        first, *others = tokenizer_files(tokenizer.path)
-        return cls(
-            file=first.relative_to(folder).as_posix(),
-            sha256=file_sha256(first),
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            beside={path.relative_to(folder).as_posix(): file_sha256(path) for path in others},
-        )
-
-
-class SplitEntry(_Model):
-    """Counts of one split; ``bytes`` of UTF-8 text, ``tokens`` with one end-of-text token per document."""
-
-    documents: Count
-    tokens: Count
-    bytes: Count
-    samples: Count
-
-
-class SourceEntry(_Model):
-    """One input file and what came of it."""
-
-    path: str
-    bytes: Count
-    documents: Count
-    skipped: Count
-
-
-class Description(_Model):
-    """``data.json``: written last; a directory without it is no data set.
-
-    ``indices`` are the SHA-256 of the splits' ``index.json``, which in turn holds the shards' checksums. ``folder`` is
-    where parts of the data set are that are not yet in their place: only while prep puts them there, or where it was
-    killed meanwhile.
-    """
-
-    format_version: int
-    megaloop: str
-    tokenizer: TokenizerEntry
-    sequence_length: Size
-    dtype: Literal["uint16", "uint32"]
-    splits: dict[Literal["train", "validation"], SplitEntry]
-    indices: dict[Literal["train", "validation"], str]
-    sources: list[SourceEntry]
-    validation_fraction: float
-    folder: str = ""
-
-    def to_json(self) -> bytes:
-        """The content of ``data.json``. Keys that are younger than the format are only there where they say something."""
-        values = self.model_dump(mode="json")
-        if not self.folder:
-            del values["folder"]
-        if not self.tokenizer.beside:
-            del values["tokenizer"]["beside"]
-        return json.dumps(values, indent=1).encode()
 
 
 class _Version(BaseModel):
@@ -131,12 +52,16 @@ class Sample:
         starts: positions among the first sequence_length at which a document begins, ascending.
         bytes: UTF-8 bytes of text that the predicted tokens (all but the first) stand for.
         loss_mask: which of the predicted tokens count, bool [sequence_length]; None: all of them.
+        targets: what each place is to predict, [sequence_length], -1 where nothing counts; None: the token after it.
+        difficulties: of each document that begins in it, as ``starts``, -1: not given; None: the samples carry none.
     """
 
     tokens: NDArray[np.int64]
     starts: NDArray[np.int32]
     bytes: int
     loss_mask: NDArray[np.bool_] | None = None
+    targets: NDArray[np.int64] | None = None
+    difficulties: NDArray[np.int32] | None = None
 
 
 def _is_file_of_tokenizer(name: str) -> bool:
@@ -177,11 +102,15 @@ class DataSet:
         try:
             content = (path / DATA_JSON).read_bytes()
             version = _Version.model_validate_json(content).format_version
-            if version != FORMAT_VERSION:
+            if version not in (FORMAT_VERSION, FORMAT_VERSION + 1):
                 raise MegaloopError(
-                    f"data {path}: format version {version}, expected {FORMAT_VERSION}; prepare it again"
+                    f"data {path}: format version {version}, expected {FORMAT_VERSION} or {FORMAT_VERSION + 1}; prepare it again"
                 )
             description = Description.model_validate_json(content)
+            if version != FORMAT_VERSION + (description.targets is not None):
+                raise MegaloopError(
+                    f"data {path}: {DATA_JSON} is damaged (targets: not as its version says); prepare it again"
+                )
         except (FileNotFoundError, NotADirectoryError):
             raise MegaloopError(
                 f"data {path}: no {DATA_JSON} there; make a data set with 'megaloop prep INPUT --out {path}'"
@@ -213,6 +142,11 @@ class DataSet:
             raise MegaloopError(
                 f"data.sequence_length {wanted} does not divide the {stored} tokens of the samples in {path}; "
                 f"use a divisor of {stored}, or prepare the data with --sequence-length {wanted}"
+            )
+        if wanted != stored and description.targets is not None:
+            raise MegaloopError(
+                f"data.sequence_length {wanted}: the samples in {path} have {stored} tokens and targets of their own, which rest on "
+                f"all that comes before; use {stored}, or prepare the data with --sequence-length {wanted}"
             )
         return cls(path, description, wanted)
 
@@ -275,6 +209,7 @@ class DataSet:
         return (
             f"{train.tokens:,} tokens of {train.documents:,} documents, "
             f"{len(self.split('train')):,} samples of {self.sequence_length}"
+            + ("" if self.description.targets is None else f", {self.split('train').targets:,} targets")
         )
 
     def split(self, name: Literal["train", "validation"]) -> Split:
@@ -301,15 +236,31 @@ class Split:
         self._dtype = np.dtype(dataset.description.dtype).newbyteorder("<")
         self._pieces = dataset.pieces
         self._readers: list[Any] = []
+        self._columns = COLUMNS | (TARGET_COLUMNS if dataset.description.targets else {})
         entries = self._read_index()
         self._entries = [entry["raw_data"] for entry in entries]
         self._verified = [False] * len(entries)
         self._lock = threading.Lock()
         self.shard_sizes = [entry["samples"] * self._pieces for entry in entries]
         self._ends = list(accumulate(entry["samples"] for entry in entries))
+        self._counts = self._read_counts()
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Not all predicted tokens count."""
+        return self._counts is not None
+
+    @property
+    def targets(self) -> int:
+        """Predicted tokens that count, in all samples."""
+        return len(self) * self._dataset.sequence_length if self._counts is None else int(self._counts.sum())
+
+    def loss_mask(self, index: int) -> int:
+        """Predicted tokens of a sample that count; known without reading it."""
+        return self._dataset.sequence_length if self._counts is None else int(self._counts[index])
 
     def sample(self, index: int) -> Sample:
         """Sample ``index`` of the split."""
@@ -318,7 +269,7 @@ class Split:
         if not self._verified[shard]:
             self._verify(shard)
         first = self._ends[shard - 1] if shard else 0
-        tokens, starts, size = self._read(shard, stored - first)
+        tokens, starts, size, targets, difficulties = self._read(shard, stored - first)
         length = self._dataset.sequence_length
         start = piece * length
         if self._pieces > 1:
@@ -327,39 +278,70 @@ class Split:
             size = size * (start + length) // whole - size * start // whole
             starts = starts[(starts >= start) & (starts < start + length)] - start
             tokens = tokens[start : start + length + 1]
-        return Sample(tokens.astype(np.int64), starts.astype(np.int32), size)
+        if self._counts is None:
+            return Sample(tokens.astype(np.int64), starts.astype(np.int32), size)
+        loss_mask = targets >= 0
+        if int(loss_mask.sum()) != self._counts[index]:
+            raise self._altered(shard, stored - first)
+        return Sample(
+            tokens.astype(np.int64), starts.astype(np.int32), size, loss_mask, targets.astype(np.int64), difficulties
+        )
 
     def verify(self) -> None:
         for shard in range(len(self._readers)):
             self._verify(shard)
 
-    def _read(self, shard: int, index: int) -> tuple[NDArray[Any], NDArray[np.int32], int]:
-        """Tokens, starts and bytes of a stored sample.
+    def _read(
+        self, shard: int, index: int
+    ) -> tuple[NDArray[Any], NDArray[np.int32], int, NDArray[np.int32], NDArray[np.int32]]:
+        """Tokens, starts, bytes, targets and difficulties (both empty where samples carry none) of a stored sample.
 
         The shard was right when it was hashed. It is on a disk that others can write to, so what comes is looked at:
         a token outside the vocabulary would end training with an error that says nothing of data, or, on a GPU, take
         the process with it.
         """
         description, path = self._dataset.description, self._directory / self._entries[shard]["basename"]
-        length = description.sequence_length
+        targets = difficulties = none = np.empty(0, np.int32)
         try:
             record = self._readers[shard][index]
             tokens = np.frombuffer(record["tokens"], self._dtype)
             starts = np.frombuffer(record["starts"], "<i4")
             size = int(record["text_bytes"])
+            if self._counts is not None:
+                targets = np.frombuffer(record["targets"], "<i4")
+                difficulties = np.frombuffer(record["difficulties"], "<i4")
         except FileNotFoundError:
             raise MegaloopError(f"data {path}: shard is gone; put it back, or prepare the data again") from None
         except OSError as error:
             raise MegaloopError(f"data {path}: shard cannot be read ({error.strerror})") from None
         except Exception:  # whatever the reader makes of bytes that are no sample
-            tokens, starts, size = np.empty(0, self._dtype), np.empty(0, np.int32), 0
-        sound = len(tokens) == length + 1 and int(tokens.max()) < description.tokenizer.vocab_size
-        if not sound or (len(starts) and not 0 <= int(starts.min()) <= int(starts.max()) < length) or size < 0:
-            raise MegaloopError(
-                f"data {path}: shard was altered after it was checked (sample {index} of it is none); "
-                "put the file back, or prepare the data again"
-            )
-        return tokens, starts, size
+            tokens, starts, size = np.empty(0, self._dtype), none, 0
+        if not _is_sound(description, tokens, starts, size):
+            raise self._altered(shard, index)
+        if self._counts is not None and not _are_sound(description, starts, targets, difficulties):
+            raise self._altered(shard, index)
+        return tokens, starts, size, targets, difficulties
+
+    def _altered(self, shard: int, index: int) -> MegaloopError:
+        path = self._directory / self._entries[shard]["basename"]
+        return MegaloopError(
+            f"data {path}: shard was altered after it was checked (sample {index} of it is none); "
+            "put the file back, or prepare the data again"
+        )
+
+    def _read_counts(self) -> NDArray[np.uint32] | None:
+        """How many targets each sample has; None where every token is one."""
+        described = self._dataset.description.targets
+        if described is None:
+            return None
+        path = self._directory / TARGET_COUNTS
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise MegaloopError(f"data {path}: cannot be read ({error.strerror}); prepare the data again") from None
+        if hashlib.sha256(content).hexdigest() != described.counts.get(self._name) or len(content) != 4 * len(self):
+            raise MegaloopError(f"data {path}: altered (its SHA-256 does not match); prepare the data again")
+        return np.frombuffer(content, "<u4")
 
     def _read_index(self) -> list[dict[str, Any]]:
         path = self._directory / "index.json"
@@ -408,7 +390,11 @@ class Split:
         columns = list(zip(entry["column_names"], entry["column_encodings"], strict=True))
         sizes = dict(zip(entry["column_names"], entry["column_sizes"], strict=True))
         plain = entry["format"] == "mds" and not entry["compression"] and not entry["zip_data"]
-        if sorted(columns) != sorted(COLUMNS.items()) or sizes != _SIZES or not plain:
+        if (
+            sorted(columns) != sorted(self._columns.items())
+            or sizes != {name: _SIZES[name] for name in self._columns}
+            or not plain
+        ):
             raise MegaloopError(
                 f"data {self._directory}: shards of another layout than megaloop's; prepare the data again"
             )
@@ -433,3 +419,22 @@ class Split:
                     f"data {path}: shard was altered (its {HASH} does not match); prepare the data again"
                 )
             self._verified[shard] = True
+
+
+def _is_sound(description: Description, tokens: NDArray[Any], starts: NDArray[np.int32], size: int) -> bool:
+    """Whether these can be a sample of the data set."""
+    length = description.sequence_length
+    if len(tokens) != length + 1 or int(tokens.max()) >= description.tokenizer.vocab_size or size < 0:
+        return False
+    return not len(starts) or 0 <= int(starts.min()) <= int(starts.max()) < length
+
+
+def _are_sound(
+    description: Description, starts: NDArray[np.int32], targets: NDArray[np.int32], difficulties: NDArray[np.int32]
+) -> bool:
+    """Whether a sample of such documents can have these targets and difficulties."""
+    if len(targets) != description.sequence_length or len(difficulties) != len(starts) or not len(starts):
+        return False
+    if int(targets.min()) < -1 or int(targets.max()) >= description.tokenizer.vocab_size:
+        return False
+    return int(starts[0]) == 0 and int(difficulties.min()) >= -1

@@ -16,6 +16,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megaloop.data.dataset import DataSet, Sample, Split
@@ -44,13 +45,14 @@ class MicroBatch:
 
     Attributes:
         inputs: token ids, int64 [B, S].
-        targets: the token after each, int64 [B, S].
+        targets: what each is to predict, int64 [B, S]: the token after it, or the sample's own target (0 where none counts).
         documents: for each input the index of its document within the sample, int32 [B, S].
         sample_ids: global sample numbers (positions in the order).
         bytes: UTF-8 bytes of text that the targets stand for.
         loss_weights: factors of the targets' losses, float32 [B, S], where not all targets count alike: their sum over the
             micro-batch is its loss, and the mean of micro-batches is the mean over all targets that count in the
             global batch. None: the loss is the mean of all targets.
+        difficulties: of each input's document, int32 [B, S], -1: not given; None: no sample carries any.
     """
 
     inputs: Tensor
@@ -59,6 +61,7 @@ class MicroBatch:
     sample_ids: list[int]
     bytes: int
     loss_weights: Tensor | None = None
+    difficulties: Tensor | None = None
 
     @classmethod
     def of(cls, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> MicroBatch:
@@ -119,6 +122,7 @@ class BatchLoader:
         excluded: ExcludedSamples = (),
     ):
         self._splits = [dataset.split("train") for dataset in datasets]
+        self._weighted = any(split.has_loss_mask for split in self._splits)  # of one source: all sources' samples are
         self._order = order
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._numbers = _slices(start_sample, global_batch, micro_batch, dp_rank, dp_size, excluded)
@@ -145,11 +149,11 @@ class BatchLoader:
 
     def _read(self, start: int, numbers: list[int]) -> MicroBatch:
         samples = [self._splits[source].sample(index) for source, index in map(self._order, numbers)]
-        if samples[0].loss_mask is None:
+        if not self._weighted:
             return _collate(samples, numbers)
         # what counts in the whole global batch: every rank works it out by itself, from the order
         places = map(self._order, range(start, start + self._global_batch))
-        loss_mask = sum(_targets_of(self._splits[source], index) for source, index in places)
+        loss_mask = sum(self._splits[source].loss_mask(index) for source, index in places)
         return _collate(samples, numbers, self._global_batch // self._micro_batch / max(loss_mask, 1))
 
     def _read_ahead(self) -> None:
@@ -221,9 +225,9 @@ def held_out_batch(places: Places, numbers: Sequence[int], batches: int = 1) -> 
             is the mean over all targets that count.
     """
     read = [places[number][0].sample(places[number][1]) for number in numbers]
-    if read[0].loss_mask is None:
+    if not any(split.has_loss_mask for split, _ in places):
         return _collate(read, list(numbers))
-    loss_mask = sum(_targets_of(split, index) for split, index in places)
+    loss_mask = sum(split.loss_mask(index) for split, index in places)
     return _collate(read, list(numbers), batches / max(loss_mask, 1))
 
 
@@ -235,11 +239,6 @@ def bits_per_byte(loss: float, tokens: int, size: int) -> float:
         size: UTF-8 bytes of text that they stand for.
     """
     return loss * (tokens / max(size, 1) / math.log(2))
-
-
-def _targets_of(split: Split | FineTuningSplit, index: int) -> int:
-    """Tokens of a sample that count; of shards, where all do, without reading it: 0."""
-    return split.loss_mask(index) if isinstance(split, FineTuningSplit) else 0
 
 
 def usable_validation(
@@ -283,16 +282,41 @@ def _collate(samples: Sequence[Sample], numbers: list[int], weight: float = 0.0)
     for row, sample in enumerate(samples):
         begins[row, sample.starts] = 1
     begins[:, 0] = 0  # the first document of a sample is number 0, whether it begins there or goes on
+    documents_BS = np.cumsum(begins, axis=1, dtype=np.int32)
     return MicroBatch(
         inputs=tokens[:, :-1].contiguous(),
-        targets=tokens[:, 1:].contiguous(),
-        documents=torch.from_numpy(np.cumsum(begins, axis=1, dtype=np.int32)),
+        targets=_targets(samples, tokens),
+        documents=torch.from_numpy(documents_BS),
         sample_ids=numbers,
         bytes=sum(sample.bytes for sample in samples),
         loss_weights=_weights(samples, weight),
+        difficulties=_difficulties(samples, documents_BS),
     )
 
 
+def _targets(samples: Sequence[Sample], tokens: Tensor) -> Tensor:
+    """What each place predicts."""
+    targets_BS = tokens[:, 1:].contiguous()
+    for row, sample in enumerate(samples):
+        if sample.targets is not None:
+            targets_BS[row] = torch.from_numpy(sample.targets.clip(min=0))
+    return targets_BS
+
+
 def _weights(samples: Sequence[Sample], weight: float) -> Tensor | None:
-    loss_mask = [sample.loss_mask for sample in samples if sample.loss_mask is not None]
-    return torch.from_numpy(np.stack(loss_mask).astype(np.float32)) * weight if loss_mask else None
+    """Factors of the losses: ``weight`` where a target counts, and everywhere in a sample of which all do."""
+    if not weight:
+        return None
+    length = len(samples[0].tokens) - 1
+    masks = [np.ones(length, np.bool_) if sample.loss_mask is None else sample.loss_mask for sample in samples]
+    return torch.from_numpy(np.stack(masks).astype(np.float32)) * weight
+
+
+def _difficulties(samples: Sequence[Sample], documents_BS: NDArray[np.int32]) -> Tensor | None:
+    if all(sample.difficulties is None for sample in samples):
+        return None
+    found_BS = np.full(documents_BS.shape, -1, dtype=np.int32)
+    for row, sample in enumerate(samples):
+        if sample.difficulties is not None and len(sample.difficulties):
+            found_BS[row] = sample.difficulties[documents_BS[row]]
+    return torch.from_numpy(found_BS)

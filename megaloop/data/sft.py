@@ -70,6 +70,11 @@ class FineTuningSplit:
             digest.update(b"" if sample.loss_mask is None else sample.loss_mask.tobytes())
         return digest.hexdigest()
 
+    @property
+    def has_loss_mask(self) -> bool:
+        """Not all predicted tokens count."""
+        return True
+
     def sample(self, index: int) -> Sample:
         return self._samples[index]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaloop.config import Config, DataConfig
-from megaloop.data.dataset import DATA_JSON, DataSet
+from megaloop.data.dataset import DataSet
+from megaloop.data.description import DATA_JSON
 from megaloop.data.order import CURRENT, SampleOrder
 from megaloop.data.sft import FineTuningSet
 from megaloop.errors import MegaloopError

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megaloop.config import Config
-from megaloop.data.dataset import DATA_JSON
+from megaloop.data.description import DATA_JSON
 from megaloop.data.sources import embedding_rows, open_sources
 from megaloop.depth import DepthPlan, GrowthStage, run_flops
 from megaloop.depth.flops import head_flops, layer_flops, parameters

@@ -108,6 +108,10 @@ class HuggingFaceTokenizer:
         text: str = self._spelled.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def vocabulary(self) -> dict[str, int]:
+        found: dict[str, int] = self._spelled.get_vocab(with_added_tokens=True)
+        return found
+
     def token_bytes(self) -> NDArray[np.int64]:
         decoders = _decoders(json.loads(self._text).get("decoder"))
         special = {token for token, added in self._spelled.get_added_tokens_decoder().items() if added.special}

@@ -49,6 +49,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are left out."""
 
+    def vocabulary(self) -> dict[str, int]:
+        """Its tokens, as they are written in its file, and their ids."""
+
     def token_bytes(self) -> NDArray[np.int64]:
         """UTF-8 bytes of text that each token stands for, [vocab_size]; 0 for special tokens."""
 

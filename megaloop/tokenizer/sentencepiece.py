@@ -63,6 +63,9 @@ class SentencePieceTokenizer:
         text: str = self.processor.decode(list(ids))
         return text
 
+    def vocabulary(self) -> dict[str, int]:
+        return {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
+
     def token_bytes(self) -> NDArray[np.int64]:
         processor = self.processor
         sizes = np.zeros(self.vocab_size, dtype=np.int64)

@@ -295,7 +295,8 @@ def test_an_altered_index_is_named(corpus: Path, tmp_path: Path, victim: str) ->
     [
         (None, "no data.json there"),
         ("{", "data.json is damaged"),
-        ({"format_version": 2, "news": 1}, "format version 2, expected 1"),
+        ({"format_version": 3, "news": 1}, "format version 3, expected 1 or 2"),
+        ({"format_version": 2}, "data.json is damaged .targets"),
         ({"surprise": 1}, "data.json is damaged .surprise"),
         ({"splits": {}}, "lacks the train split"),
         ({"sequence_length": "64"}, "data.json is damaged .sequence_length"),
