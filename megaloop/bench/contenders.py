@@ -1,4 +1,4 @@
-"""The contenders of ``megaloop bench savings``: one configuration, run in nine ways.
+"""The contenders of ``megaloop bench savings``: one configuration, run in thirteen ways.
 
 All have the same data, seeds, batch, learning rate and recipe; they differ in depth over time, one in its number of steps, and
 two have LN-scaling.
@@ -21,10 +21,22 @@ from megaloop.depth.schedule import RunFlops, run_flops
 from megaloop.errors import MegaloopError
 from megaloop.model import Decoder
 
-__all__ = ["CONTENDERS", "contender", "counted_flops", "looped_depth", "looped_parameters_depth", "total_flops"]
+__all__ = [
+    "CONTENDERS",
+    "GROWING_AND_LOOPING",
+    "REASONING",
+    "contender",
+    "counted_flops",
+    "looped_depth",
+    "looped_full_depth",
+    "looped_parameters_depth",
+    "total_flops",
+]
 
 _COUNTED_LENGTH = 64
 """Tokens of the sample on which FLOPs are counted."""
+_LATE = 0.8
+"""The fraction of the steps after which ``late-stack`` grows (arXiv 2511.04981: one expansion, at about 80% of a trapezoid)."""
 
 
 def looped_depth(layers: int, block: int) -> DepthSpec:
@@ -39,6 +51,16 @@ def looped_depth(layers: int, block: int) -> DepthSpec:
     if outside < 0:
         raise MegaloopError(f"bench savings: {layers} layers hold no block of {block} twice; use a deeper model")
     return DepthSpec.looped(outside // 2, block, iterations, outside - outside // 2)
+
+
+def looped_full_depth(layers: int, block: int) -> DepthSpec:
+    """One block and nothing else, looped until as many layers run as an unlooped model has: 8 layers of blocks of 2 become 0-2x4-0."""
+    if layers % block or layers < 2 * block:
+        raise MegaloopError(
+            f"bench savings: {layers} layers are not two or more whole blocks of {block}, which looped-full and iso-params take; "
+            "choose a growth.block that divides depth, or leave the two out of --contenders"
+        )
+    return DepthSpec.looped(0, block, layers // block, 0)
 
 
 def looped_parameters_depth(layers: int, block: int) -> DepthSpec:
@@ -66,14 +88,39 @@ def _growing(operator: str) -> Callable[[dict[str, Any], Config, int], None]:
     return change
 
 
-def _looped(values: dict[str, Any], config: Config, vocab_size: int) -> None:
-    values["growth"] = None
-    values["depth"] = looped_depth(config.plan.layers, _growth(config).block)
+def _late_stack(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+    """The first stage's layers until 80% of the steps, then all of them repeated up to full depth at once (arXiv 2511.04981).
+
+    There, copied layers beat random and zero ones, and the model that grows has one layer or none; ours has ``growth.start``.
+    """
+    growth, layers, steps = _growth(config), config.plan.layers, config.train.steps
+    if layers % growth.start or layers == growth.start:
+        raise MegaloopError(
+            f"bench savings: late-stack repeats all {growth.start} layers (growth.start) at once, which never makes {layers}; "
+            "choose a growth.start that divides depth, or leave late-stack out of --contenders"
+        )
+    early = round(_LATE * steps)
+    values["growth"] = {
+        **growth.model_dump(mode="json"),
+        "operator": "stack",
+        "schedule": [{"steps": early, "layers": growth.start}, {"steps": steps - early, "layers": layers}],
+        "end": None,
+    }
 
 
-def _looped_parameters(values: dict[str, Any], config: Config, vocab_size: int) -> None:
-    values["growth"] = None
-    values["depth"] = looped_parameters_depth(config.plan.layers, _growth(config).block)
+def _constant(depth: Callable[[int, int], DepthSpec]) -> Callable[[dict[str, Any], Config, int], None]:
+    """No growth, and a depth that is made of the full number of layers and the size of a block."""
+
+    def change(values: dict[str, Any], config: Config, vocab_size: int) -> None:
+        values["growth"] = None
+        values["depth"] = depth(config.plan.layers, _growth(config).block)
+
+    return change
+
+
+def _unlooped(depth: Callable[[int, int], DepthSpec]) -> Callable[[int, int], DepthSpec]:
+    """As many layers as a looped depth has, each run once."""
+    return lambda layers, block: DepthSpec.parse(depth(layers, block).layers)
 
 
 def _grown_then_looped(values: dict[str, Any], config: Config, vocab_size: int) -> None:
@@ -110,13 +157,28 @@ CONTENDERS: dict[str, Callable[[dict[str, Any], Config, int], None]] = {
     "baseline-matched": _matched,
     "midas": _growing("midas"),
     "lidas": _growing("lidas"),
-    "looped": _looped,
-    "looped-params": _looped_parameters,
+    "late-stack": _late_stack,
+    "looped": _constant(looped_depth),
+    "looped-full": _constant(looped_full_depth),
+    "looped-params": _constant(looped_parameters_depth),
+    "iso-params": _constant(_unlooped(looped_full_depth)),
+    "iso-params-middle": _constant(_unlooped(looped_depth)),
     "lidas+loop": _grown_then_looped,
     "lns": _scaled(_baseline),
     "lns+lidas": _scaled(_growing("lidas")),
 }
 """What each changes of the values of the full-depth configuration."""
+
+GROWING_AND_LOOPING = (
+    "baseline", "baseline-matched", "midas", "lidas", "looped", "looped-params", "lidas+loop", "lns", "lns+lidas",
+)  # fmt: skip
+"""What the presets ``cpu`` and ``gpu``, and a configuration of one's own, train if nobody chooses."""
+
+REASONING = (
+    "baseline", "baseline-matched", "midas", "lidas", "late-stack", "looped", "looped-full", "iso-params", "iso-params-middle",
+    "lidas+loop",
+)  # fmt: skip
+"""The contenders for tasks by difficulty: what loops add to parameters that an unlooped model has too, and growing late or gradually."""
 
 
 def contender(

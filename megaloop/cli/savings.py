@@ -46,8 +46,8 @@ def bench_savings(
     contenders: Annotated[
         str | None,
         typer.Option(
-            help="Some of baseline, baseline-matched, midas, lidas, looped, looped-params, lidas+loop, lns, lns+lidas; "
-            "default: all."
+            help="Some of baseline, baseline-matched, midas, lidas, late-stack, looped, looped-full, looped-params, iso-params, "
+            "iso-params-middle, lidas+loop, lns, lns+lidas; default: all but late-stack, looped-full and the two iso-params."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender, with seeds of their own.")] = 1,
@@ -76,13 +76,13 @@ def bench_savings(
 
     A killed bench goes on where it was when it is started again. Each contender's run is an ordinary run directory.
     """
-    from megaloop.bench.contenders import CONTENDERS, counted_flops
+    from megaloop.bench.contenders import GROWING_AND_LOOPING, counted_flops
     from megaloop.bench.savings import Evaluation, Runner, prepare_jobs
     from megaloop.cli.evaluation import numbers
     from megaloop.config import load_config
 
     began = time.monotonic()
-    names = [name.strip() for name in (contenders or ",".join(CONTENDERS)).split(",") if name.strip()]
+    names = [name.strip() for name in (contenders or ",".join(GROWING_AND_LOOPING)).split(",") if name.strip()]
     evaluation = Evaluation(examples, tuple(numbers("--shots", shots, 0)), tuple(numbers("--loops", loops, 1)))
     own = preset not in _DOCUMENTS
     base = out or Path("runs") / f"savings-{Path(preset).stem}"

@@ -1,4 +1,4 @@
-"""Contenders are one configuration in nine ways, and the bench that trains them goes on where it was killed."""
+"""Contenders are one configuration in thirteen ways, and the bench that trains them goes on where it was killed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import yaml
 
 from megaloop.bench.contenders import (
     CONTENDERS,
+    GROWING_AND_LOOPING,
+    REASONING,
     contender,
     counted_flops,
     looped_depth,
+    looped_full_depth,
     looped_parameters_depth,
     total_flops,
 )
@@ -30,10 +33,10 @@ VOCAB = 512
 
 
 def _base(**changes: Any) -> Config:
+    train = {"steps": 200, "global_batch": 4, "micro_batch": 4}
     values = configuration(
-        Path("data"), Path("run"), depth="24", train={"steps": 200, "global_batch": 4, "micro_batch": 4},
-        growth={"start": 4}, **changes,
-    )  # fmt: skip
+        Path("data"), Path("run"), **({"depth": "24", "train": train, "growth": {"start": 4}} | changes)
+    )
     return Config.model_validate(values)
 
 
@@ -45,7 +48,8 @@ def test_every_contender_of_the_presets_is_a_run(preset: str) -> None:
     base = costs["baseline"]
     assert costs["lidas"] == costs["midas"] < 0.785 * base
     assert costs["baseline-matched"] == pytest.approx(costs["lidas"], rel=2e-3)
-    assert costs["looped"] == base
+    assert costs["looped"] == costs["looped-full"] == base
+    assert costs["iso-params"] < costs["late-stack"] < costs["iso-params-middle"] < costs["lidas"]
     assert costs["looped-params"] > costs["lidas+loop"] > costs["lidas"]
     assert (costs["lns"], costs["lns+lidas"]) == (base, costs["lidas"])
     assert [name for name, item in made.items() if item.model.norm_scaling] == ["lns", "lns+lidas"]
@@ -66,8 +70,12 @@ def test_contenders_have_the_depths_that_their_names_say() -> None:
         "baseline-matched": (24, 24),
         "midas": (24, 24),
         "lidas": (24, 24),
+        "late-stack": (24, 24),
         "looped": (12, 24),
+        "looped-full": (4, 24),
         "looped-params": (24, 28),
+        "iso-params": (4, 4),
+        "iso-params-middle": (12, 12),
         "lidas+loop": (24, 28),
         "lns": (24, 24),
         "lns+lidas": (24, 24),
@@ -77,15 +85,61 @@ def test_contenders_have_the_depths_that_their_names_say() -> None:
     assert stages[-2].plan.layers == 24
 
 
+def test_eight_layers_in_blocks_of_two() -> None:
+    """The reasoning contenders, from two layers on."""
+    config = _base(depth="8", growth={"start": 2, "block": 2})
+    made = {name: contender(config, name, VOCAB) for name in REASONING}
+    assert {name: item.stages[-1].plan.notation for name, item in made.items()} == {
+        "baseline": "8",
+        "baseline-matched": "8",
+        "midas": "8",
+        "lidas": "8",
+        "late-stack": "8",
+        "looped": "1-2x3-1",
+        "looped-full": "0-2x4-0",
+        "iso-params": "2",
+        "iso-params-middle": "4",
+        "lidas+loop": "3-2x2-3",
+    }
+    stages = made["lidas"].stages
+    assert [(stage.first_step, stage.plan.layers) for stage in stages] == [(0, 2), (17, 4), (51, 6), (102, 8)]
+    costs = {name: total_flops(item, VOCAB) for name, item in made.items()}
+    assert costs["looped"] == costs["looped-full"] == costs["baseline"]
+    assert costs["iso-params"] < costs["iso-params-middle"] < costs["baseline"]
+
+
+def test_late_stack_grows_once_at_four_fifths_of_the_steps() -> None:
+    config = _base(growth={"start": 4, "end": 0.7, "warmup_steps": 5, "moments": "zero"})
+    late = contender(config, "late-stack", VOCAB)
+    before, after = late.stages
+    assert (before.plan.layers, after.plan.layers, after.first_step) == (4, 24, 160)
+    # the stack as a whole, six times over; the rest of the growth is that of the others
+    assert [after.plan.ancestors(layer)[-1] if layer > 3 else layer for layer in after.plan.order] == [0, 1, 2, 3] * 6
+    assert late.growth is not None
+    assert (late.growth.warmup_steps, late.growth.moments) == (5, "zero")
+    shallow, full = (total_flops(contender(config, name, VOCAB), VOCAB) for name in ("iso-params", "baseline"))
+    assert total_flops(late, VOCAB) == pytest.approx(0.8 * shallow + 0.2 * full, rel=1e-12)
+
+
+def test_what_is_trained_where_nobody_chooses_costs_what_it_did() -> None:
+    left_out = {"late-stack", "looped-full", "iso-params", "iso-params-middle"}
+    assert set(GROWING_AND_LOOPING) == set(CONTENDERS) - left_out
+    assert set(REASONING) < set(CONTENDERS)
+
+
 def test_loops_have_the_shape_of_the_paper() -> None:
     assert str(looped_depth(24, 4)) == "4-4x4-4"
     assert [str(looped_depth(layers, 4)) for layers in (8, 12, 16, 32)] == ["0-4x2-0", "2-4x2-2", "2-4x3-2", "6-4x5-6"]
     assert str(looped_parameters_depth(24, 4)) == "10-4x2-10"
+    assert [str(looped_full_depth(layers, 4)) for layers in (8, 24)] == ["0-4x2-0", "0-4x6-0"]
     with pytest.raises(MegaloopError, match="6 layers hold no block of 4 twice"):
         looped_depth(6, 4)
+    for layers in (4, 6):
+        with pytest.raises(MegaloopError, match=f"{layers} layers are not two or more whole blocks of 4"):
+            looped_full_depth(layers, 4)
 
 
-@pytest.mark.parametrize("name", ["baseline", "looped", "lidas+loop", "lns"])
+@pytest.mark.parametrize("name", ["baseline", "looped", "looped-full", "iso-params", "lidas+loop", "lns"])
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     ours, theirs = counted_flops(contender(_base(), name, VOCAB), VOCAB)
     assert ours == theirs
@@ -96,6 +150,10 @@ def test_what_makes_no_contender_is_refused() -> None:
         contender(_base(), "baselin", VOCAB)
     with pytest.raises(MegaloopError, match="loops already; give the full-depth model"):
         contender(Config.model_validate({**_base().model_dump(), "depth": "8-4x2-8", "growth": None}), "lidas", VOCAB)
+    with pytest.raises(
+        MegaloopError, match=r"late-stack repeats all 16 layers .growth.start. at once, which never makes"
+    ):
+        contender(_base(growth={"start": 16}), "late-stack", VOCAB)
     scaled = _base().model_dump() | {"model": _base().model.model_dump() | {"norm_scaling": True}}
     with pytest.raises(MegaloopError, match="norm_scaling is set, so that all contenders have it"):
         contender(Config.model_validate(scaled), "lns+lidas", VOCAB)
