@@ -14,9 +14,11 @@ from megaloop.errors import MegaloopError
 from megaloop.files import fsync_file
 from megaloop.runs import records
 
-__all__ = ["EVALUATION", "Measured", "Record", "Subject", "append_record", "clustered", "read_records"]
+__all__ = ["DIFFICULTY", "EVALUATION", "Measured", "Record", "Subject", "append_record", "clustered", "read_records"]
 
 EVALUATION = "evaluation.jsonl"
+DIFFICULTY = "difficulty"
+"""The task of records that are of one difficulty of a data set with targets."""
 _LARGEST = 1e30
 _VALUES = (
     "accuracy",
@@ -27,6 +29,10 @@ _VALUES = (
     "loss",
     "loss_stderr",
     "bits_per_byte",
+    "last_accuracy",
+    "last_accuracy_stderr",
+    "floor",
+    "last_floor",
     "tokens",
     "seconds",
 )
@@ -37,13 +43,13 @@ class Subject:
     """What was evaluated, and how: records of equal subjects are of the same measurement.
 
     Attributes:
-        task: a primitive's name, or ``validation``.
-        data: of validation: the data set.
+        task: a primitive's name, ``validation``, or ``difficulty``.
+        data: of validation and difficulty: the data set.
         shots: solved examples before each question.
         loops: how often the looped block runs; 1 in a model without loops.
         depth: the order of layers that ran.
         block: the layers that the loop runs, as ``first:stop`` by place; None without loop.
-        examples: questions; of validation: samples.
+        examples: questions; of validation and difficulty: held-out samples asked for.
         seed: of the examples.
         precision: fp32 or bf16.
         version: of tasks and prompts.
@@ -51,6 +57,7 @@ class Subject:
         checkpoint: its manifest's checksum.
         document_masking: the model's attention stays inside documents. Records without this key are of models of which
             that is not so: until it came, such models were measured with attention across documents.
+        difficulty: of the samples, from 0 on; of records of the task ``difficulty`` alone, which all have it.
     """
 
     task: str
@@ -66,6 +73,7 @@ class Subject:
     step: int
     checkpoint: str
     document_masking: bool = False
+    difficulty: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,10 @@ class Record:
     Attributes:
         subject: what it is of.
         values: of a primitive: accuracy, accuracy_stderr, exact_match, exact_match_stderr, chance; of validation: loss and
-            loss_stderr (nats per token), bits_per_byte, tokens; of both: seconds.
+            loss_stderr (nats per token), bits_per_byte, tokens; of a difficulty: accuracy and accuracy_stderr over all
+            places with a target, last_accuracy and last_accuracy_stderr over the last one of each sample, floor and
+            last_floor (what the best guesser scores; None where not known), loss and loss_stderr (nats per target), tokens
+            (targets); of all: seconds.
         time: when it was measured, in UTC.
     """
 
@@ -97,7 +108,10 @@ class Record:
     time: str
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self.subject), **self.values, "time": self.time}
+        subject = asdict(self.subject)
+        if self.subject.difficulty is None:
+            del subject["difficulty"]  # lines of other tasks are as they were before there were difficulties
+        return {**subject, **self.values, "time": self.time}
 
 
 def clustered(values: Sequence[float], clusters: Sequence[int]) -> Measured:
@@ -158,6 +172,11 @@ def _record(values: dict[str, Any]) -> Record | None:
     }
     masking = values.get("document_masking", False)  # older records are of models without, or of a wrong loss
     wrong = [name for name, value in options.items() if value is None and values.get(name) is not None]
+    difficulty = records.whole_number(values, "difficulty")
+    if words["task"] == DIFFICULTY:
+        wrong += [name for name, value in (("difficulty", difficulty), ("data", options["data"])) if value is None]
+    elif values.get("difficulty") is not None:  # it would be of another measurement than its task says
+        wrong.append("difficulty")
     if None in words.values() or None in counts.values() or not isinstance(masking, bool) or wrong:
         return None
     measured = {name: None if _unknown(values[name]) else values[name] for name in _VALUES if name in values}
@@ -167,7 +186,7 @@ def _record(values: dict[str, Any]) -> Record | None:
     if measured.get("loss" if words["task"] == "validation" else "accuracy") is None:
         return None
     time = words.pop("time")
-    subject: Any = Subject(**{**words, **options, **counts, "document_masking": masking})  # type: ignore[arg-type]
+    subject: Any = Subject(**words, **options, **counts, document_masking=masking, difficulty=difficulty)  # type: ignore[arg-type]
     return Record(subject, measured, str(time))
 
 
