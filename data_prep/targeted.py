@@ -114,7 +114,7 @@ class TokenLists(ExampleReader):
         found = self._ids.get(word) if word is None or isinstance(word, str) else None
         if found is None:
             raise NotText(
-                f"{printable(word, 40)!r} among the {name} is neither a word of the tokenizer nor an id below {self._vocab_size}"
+                f"{printable(json.dumps(word), 40)} among the {name} is neither a word of the tokenizer nor an id below {self._vocab_size}"
             )
         return found
 

@@ -40,11 +40,17 @@ def evaluate_command(
         str | None, typer.Option(help="How often the looped block runs: 1,2,3,4; default: as trained.")
     ] = None,
     block: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="FIRST:STOP", help="Which layers loop, by place; default: the trained loop, or the middle 4."
+            metavar="FIRST:STOP",
+            help="Which layers loop, by place; again for more, or every:N for every block of N layers in turn; "
+            "default: the trained loop, or the middle 4.",
         ),
     ] = None,
+    every_checkpoint: Annotated[
+        bool,
+        typer.Option("--every-checkpoint", help="Of a run: all checkpoints that it has kept, not the latest alone."),
+    ] = False,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each primitive.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
     data: Annotated[
@@ -70,7 +76,7 @@ def evaluate_command(
     shot_counts = numbers("--shots", shots, 0)
     loop_counts: list[int | None] = [None] if loops is None else [*numbers("--loops", loops, 1)]
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if block is not None and loops is None:
+    if block and loops is None:
         raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
     if ranks > 1 and not started_by_launcher():
         _on_ranks(ranks)
@@ -81,44 +87,60 @@ def evaluate_command(
             from megaloop.parallel.engine import join_ranks
 
             join_ranks()
-        from megaloop.evaluation.evaluate import Block, evaluate
+        from megaloop.evaluation.evaluate import EveryBlock, evaluate
 
-        parsed = None if block is None else Block.parse(block)
+        blocks = [EveryBlock.parse(text) for text in block or []]
         if harness is not None:
             from megaloop.evaluation.harness import run_harness
 
+            one = blocks[0] if blocks else None
+            if len(blocks) > 1 or isinstance(one, EveryBlock) or every_checkpoint:
+                raise MegaloopError("eval: --harness takes one block and one checkpoint")
             results = run_harness(
                 checkpoint,
                 [name.strip() for name in harness.split(",") if name.strip()],
                 task_directories=harness_path or [],
                 shots=None if shots == "5" else shot_counts[0],
                 loops=loop_counts[0],
-                block=parsed,
+                block=one,
                 precision=precision,
             )
             _print_harness(results, json)
             return
         with _progress() as show:
-            records = evaluate(
-                checkpoint,
-                tasks=names,
-                shots=shot_counts,
-                loops=loop_counts,
-                block=parsed,
-                examples=examples,
-                seed=seed,
-                data=data,
-                samples=samples,
-                precision=precision,
-                again=again,
-                out=out,
-                on_step=show,
-                on_note=lambda note: echo(note, err=True),
-            )
+            records = [
+                record
+                for path in (_kept_checkpoints(checkpoint) if every_checkpoint else [checkpoint])
+                for record in evaluate(
+                    path,
+                    tasks=names,
+                    shots=shot_counts,
+                    loops=loop_counts,
+                    blocks=blocks,
+                    examples=examples,
+                    seed=seed,
+                    data=data,
+                    samples=samples,
+                    precision=precision,
+                    again=again,
+                    out=out,
+                    on_step=show,
+                    on_note=lambda note: echo(note, err=True),
+                )
+            ]
         if _first():
             _print_records(records, json)
     finally:
         del store
+
+
+def _kept_checkpoints(run: Path) -> list[Path]:
+    from megaloop.checkpoint import list_checkpoints
+
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        raise MegaloopError(f"eval: --every-checkpoint: {run} is no run with checkpoints; give a run directory")
+    return found
 
 
 def export_tasks(
@@ -208,6 +230,8 @@ def _print_records(records: list[Record], as_json: bool) -> None:
     for name in ("accuracy", "exact match", "chance", "loss", "bits/byte"):
         table.add_column(name, justify="right")
     for value in values:
+        if value.get("difficulty") is not None:
+            continue
         if "loss" in value:
             bits = value.get("bits_per_byte")
             table.add_row(
@@ -225,7 +249,35 @@ def _print_records(records: list[Record], as_json: bool) -> None:
             *(_percent(value.get(name), value.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
             _percent(value.get("chance"), None, digits=0),
         )
-    SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    if any(value.get("difficulty") is not None for value in values):
+        console.print(_by_difficulty([value for value in values if value.get("difficulty") is not None]))
+
+
+def _by_difficulty(values: list[dict[str, Any]]) -> Table:
+    """Accuracy on held-out samples with targets; the floor is what guessing by the statistics of the data scores."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    steps, looped = len({value["step"] for value in values}) > 1, any(value.get("block") for value in values)
+    named = [*(["step"] if steps else []), "difficulty", "depth", *(["block"] if looped else [])]
+    for name in ("held out of", *named, "accuracy", "floor", "on the last", "floor", "loss"):
+        table.add_column(name, justify="left" if name == "held out of" else "right")
+    for value in values:
+        shown = [str(value.get(name) or ("-" if name == "block" else 0)) for name in named]
+        table.add_row(
+            Text(printable(value["data"])),
+            *(Text(printable(text)) for text in shown),
+            *(
+                text
+                for prefix in ("", "last_")
+                for text in (
+                    _percent(value.get(f"{prefix}accuracy"), value.get(f"{prefix}accuracy_stderr")),
+                    _percent(value.get(f"{prefix}floor"), None),
+                )
+            ),
+            _with_error(value["loss"], value.get("loss_stderr"), 4),
+        )
+    return table
 
 
 def _percent(value: float | None, error: float | None, digits: int = 1) -> str:

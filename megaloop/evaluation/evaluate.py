@@ -13,25 +13,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint
-from megaloop.data import DataSet, MicroBatch, bits_per_byte, held_out_batch, held_out_places
-from megaloop.depth import DepthPlan, DepthSpec, Execution, LayerCall, with_inference_loop
+from megaloop.data import DataSet, bits_per_byte, held_out_batch, held_out_places
+from megaloop.depth import DepthPlan, DepthSpec, Execution, with_inference_loop
 from megaloop.errors import MegaloopError
+from megaloop.evaluation.held_out import Scored, difficulties, score_held_out, summary
 from megaloop.evaluation.prompts import questions
-from megaloop.evaluation.records import EVALUATION, Record, Subject, append_record, clustered, read_records
+from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, clustered, read_records
 from megaloop.evaluation.scoring import score
 from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examples, shots, tasks_named
 from megaloop.inference.load import load_decoder
-from megaloop.model import Decoder, vocab_parallel_cross_entropy
+from megaloop.model import Decoder
 from megaloop.runtime.collectives import broadcast_object, gather_objects
 from megaloop.text import parse_whole, printable
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["VALIDATION", "Block", "evaluate", "with_loops"]
+__all__ = ["VALIDATION", "Block", "EveryBlock", "evaluate", "with_loops"]
 
 VALIDATION = "validation"
 _VALIDATION_VERSION = 2
@@ -59,6 +58,38 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.first}:{self.stop}"
+
+
+@dataclass(frozen=True)
+class EveryBlock:
+    """Every block of that many neighbouring layers, each by itself; of a model that was trained with a loop, that one."""
+
+    size: int
+
+    @classmethod
+    def parse(cls, text: str) -> EveryBlock | Block:
+        """``"every:2"``, or one block."""
+        word, _, number = text.partition(":")
+        if word != "every":
+            return Block.parse(text)
+        size = parse_whole(number)
+        if not size:
+            raise MegaloopError(
+                f"--block {printable(text, 60)}: expected every:N with a number of layers, such as every:2"
+            )
+        return cls(size)
+
+    def of(self, plan: DepthPlan) -> list[Block | None]:
+        """The blocks of a model.
+
+        Raises:
+            MegaloopError: it has fewer layers.
+        """
+        if plan.is_looped:
+            return [None]
+        if self.size > plan.layers:
+            raise MegaloopError(f"--block every:{self.size}: the model has {plan.layers} layers; choose fewer")
+        return [Block(first, first + self.size) for first in range(plan.layers - self.size + 1)]
 
 
 @dataclass(frozen=True)
@@ -121,7 +152,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     shots: Sequence[int] = (5,),
     loops: Sequence[int | None] = (None,),
-    block: Block | None = None,
+    blocks: Sequence[Block | EveryBlock] = (),
     examples: int = 1000,
     seed: int = 0,
     data: Sequence[Path] | None = None,
@@ -137,7 +168,7 @@ def evaluate(
     Args:
         tasks: names of primitives, ``primitives`` for all of them, ``validation``; nothing: all of it.
         shots: numbers of solved examples before each question.
-        loops, block: see :func:`with_loops`.
+        loops, blocks: see :func:`with_loops`; each number with each block.
         examples: questions of each primitive.
         seed: of the questions.
         data: data sets whose held-out samples validation takes; None: those that the run was trained on.
@@ -150,7 +181,8 @@ def evaluate(
     """
     primitives = tasks_named([name for name in tasks if name != VALIDATION]) if set(tasks) != {VALIDATION} else []
     model, checkpoint = load_decoder(path, precision=precision)
-    depths = [_depth(model.plan, loop, block) for loop in loops]
+    chosen = [one for block in blocks for one in (block.of(model.plan) if isinstance(block, EveryBlock) else [block])]
+    depths = [_depth(model.plan, loop, block) for block in chosen or [None] for loop in loops]
     work = _Work(
         model, checkpoint, precision, seed, examples, samples, _remembered(checkpoint, out), again, on_step or _silent
     )
@@ -159,7 +191,7 @@ def evaluate(
     records = []
     for depth in dict.fromkeys(depths):
         for dataset in datasets:
-            records.append(work.validation(depth, dataset))
+            records += work.held_out(depth, dataset)
         for count in dict.fromkeys(shots):
             records += [work.primitive(depth, task, count) for task in primitives]
     return records
@@ -234,17 +266,45 @@ class _Work:
         self._file = file
         self._known = {} if again or file is None else broadcast_object(read_records(file))
         self._tokenizer: Tokenizer | None = None
+        self._found: dict[Path, list[int]] = {}  # difficulties of a data set
 
     def primitive(self, depth: _Depth, task: Task, count: int) -> Record:
         subject = self._subject(task.name, depth, count, self._examples, self._seed, None)
         return self._known.get(subject) or self._measured(subject, lambda: self._primitive(depth, task, count, subject))
 
-    def validation(self, depth: _Depth, dataset: DataSet) -> Record:
+    def held_out(self, depth: _Depth, dataset: DataSet) -> list[Record]:
+        """The loss over all held-out samples, and a record for each difficulty that they have; all in one pass."""
         samples = min(self._samples, len(dataset.split("validation")))
-        subject = self._subject(VALIDATION, depth, 0, samples, 0, str(dataset.path))
-        return self._known.get(subject) or self._measured(subject, lambda: self._validation(depth, dataset, subject))
+        path = str(dataset.path)
+        subjects = [self._subject(VALIDATION, depth, 0, samples, 0, path)] + [
+            self._subject(DIFFICULTY, depth, 0, samples, 0, path, difficulty)
+            for difficulty in self._difficulties(dataset, samples)
+        ]
+        known = [self._known.get(subject) for subject in subjects]
+        if all(known):
+            return [record for record in known if record is not None]
+        began = time.perf_counter()
+        scored, size = self._scored(depth, dataset, subjects[0])
+        seconds = time.perf_counter() - began
+        return [
+            self._record(subject, _held_out_values(scored, dataset, subject, size), seconds) for subject in subjects
+        ]
 
-    def _subject(self, task: str, depth: _Depth, count: int, examples: int, seed: int, data: str | None) -> Subject:
+    def _difficulties(self, dataset: DataSet, samples: int) -> list[int]:
+        if dataset.path not in self._found:
+            self._found[dataset.path] = difficulties(dataset, samples)
+        return self._found[dataset.path]
+
+    def _subject(
+        self,
+        task: str,
+        depth: _Depth,
+        count: int,
+        examples: int,
+        seed: int,
+        data: str | None,
+        difficulty: int | None = None,
+    ) -> Subject:
         manifest = self._checkpoint.manifest
         return Subject(
             task=task,
@@ -256,16 +316,21 @@ class _Work:
             examples=examples,
             seed=seed,
             precision=self._precision,
-            version=_VALIDATION_VERSION if task == VALIDATION else TASKS_VERSION,
+            version=_VALIDATION_VERSION if task in (VALIDATION, DIFFICULTY) else TASKS_VERSION,
             step=manifest.step,
             checkpoint=manifest.checksum,
             document_masking=self._model.config.document_masking,
+            difficulty=difficulty,
         )
 
     def _measured(self, subject: Subject, measure: Callable[[], dict[str, Any]]) -> Record:
         began = time.perf_counter()
         values = measure()
-        values["seconds"] = round(time.perf_counter() - began, 3)
+        return self._record(subject, values, time.perf_counter() - began)
+
+    def _record(self, subject: Subject, values: dict[str, Any], seconds: float) -> Record:
+        """Write down what was measured."""
+        values["seconds"] = round(seconds, 3)
         record = Record(subject, values, datetime.now(UTC).isoformat(timespec="seconds"))
         if self._file is not None and _rank() == 0:
             append_record(self._file, record)
@@ -302,25 +367,18 @@ class _Work:
             for result, example in zip(results, block, strict=True)
         ]
 
-    def _validation(self, depth: _Depth, dataset: DataSet, subject: Subject) -> dict[str, Any]:
+    def _scored(self, depth: _Depth, dataset: DataSet, subject: Subject) -> tuple[list[Scored], int]:
+        """Every held-out document, and the bytes of text that they are."""
         places = held_out_places([dataset], subject.examples)
         batch = max((1 << 13) // dataset.sequence_length, 1)
         batches = [range(first, min(first + batch, len(places))) for first in range(0, len(places), batch)]
 
-        def losses(_: int, numbers: Sequence[int]) -> tuple[list[float], int, int]:
+        def score(_: int, numbers: Sequence[int]) -> tuple[list[Scored], int]:
             read = held_out_batch(places, numbers)
-            return _sample_losses(self._model, read, depth.execution.calls), read.tokens, read.bytes
+            return score_held_out(self._model, read, depth.execution.calls, dataset.vocab_size), read.bytes
 
-        found = self._shared(_label(subject), batches, losses)
-        each = [loss for part, _, _ in found for loss in part]
-        loss = clustered(each, range(len(each)))
-        tokens, size = (sum(part[place] for part in found) for place in (1, 2))
-        return {
-            "loss": loss.mean,
-            "loss_stderr": loss.known_error,
-            "bits_per_byte": bits_per_byte(loss.mean, tokens, size) if size else None,
-            "tokens": tokens,
-        }
+        found = self._shared(_label(subject), batches, score)
+        return [entry for part, _ in found for entry in part], sum(size for _, size in found)
 
     def _shared(self, label: str, parts: Sequence[_Part], run: Callable[[int, _Part], Any]) -> list[Any]:
         """``run`` on every part, the ranks in turn; all results on every rank, in order."""
@@ -338,16 +396,12 @@ class _Work:
         return self._tokenizer
 
 
-@torch.inference_mode()
-def _sample_losses(model: Decoder, batch: MicroBatch, calls: Sequence[LayerCall]) -> list[float]:
-    """The loss of each sample of a micro-batch, nats per token: by what training's own loss is made of."""
-    inputs, targets = batch.for_model(model.config.document_masking)
-    assert isinstance(targets, Tensor), "shards have no weights"
-    x = inputs if isinstance(inputs, tuple) else (inputs,)
-    logits_BSV = model(*(tensor.to(model.device) for tensor in x), calls=calls)
-    targets_BS = targets.to(model.device)
-    rows = (slice(row, row + 1) for row in range(len(targets_BS)))
-    return [float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp)) for row in rows]
+def _held_out_values(scored: Sequence[Scored], dataset: DataSet, subject: Subject, size: int) -> dict[str, Any]:
+    if subject.difficulty is not None:
+        same = [entry for entry in scored if entry.difficulty == subject.difficulty]
+        return summary(same, dataset, subject.difficulty)
+    values = summary(scored, dataset)
+    return values | {"bits_per_byte": bits_per_byte(values["loss"], values["tokens"], size) if size else None}
 
 
 def _label(subject: Subject) -> str:

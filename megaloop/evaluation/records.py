@@ -14,7 +14,17 @@ from megaloop.errors import MegaloopError
 from megaloop.files import fsync_file
 from megaloop.runs import records
 
-__all__ = ["DIFFICULTY", "EVALUATION", "Measured", "Record", "Subject", "append_record", "clustered", "read_records"]
+__all__ = [
+    "DIFFICULTY",
+    "EVALUATION",
+    "Measured",
+    "Record",
+    "Subject",
+    "append_record",
+    "clustered",
+    "ratio",
+    "read_records",
+]
 
 EVALUATION = "evaluation.jsonl"
 DIFFICULTY = "difficulty"
@@ -131,6 +141,16 @@ def clustered(values: Sequence[float], clusters: Sequence[int]) -> Measured:
         return Measured(mean, math.nan)
     variance = math.fsum(total**2 for total in sums.values()) * count / (count - 1)
     return Measured(mean, math.sqrt(variance) / len(values))
+
+
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> Measured:
+    """A mean over items of clusters of different sizes, and its standard error: :func:`clustered`, from each cluster's sum and size."""
+    total = sum(counts)
+    mean = math.fsum(sums) / total
+    if len(sums) < 2:
+        return Measured(mean, math.nan)
+    squares = math.fsum((part - mean * count) ** 2 for part, count in zip(sums, counts, strict=True))
+    return Measured(mean, math.sqrt(squares * len(sums) / (len(sums) - 1)) / total)
 
 
 def append_record(path: Path, record: Record) -> None:

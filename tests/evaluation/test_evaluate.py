@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_one_line(plain_run: Path, options: dict[str, Any],
 
 def test_a_trained_loop_stays_where_it_is(looped_run: Path) -> None:
     with pytest.raises(MegaloopError, match="was trained with a loop over 1:2"):
-        evaluate(looped_run, **QUICK, loops=[3], block=Block(0, 1))
+        evaluate(looped_run, **QUICK, loops=[3], blocks=[Block(0, 1)])
     with pytest.raises(MegaloopError, match="expected FIRST:STOP"):
         Block.parse("3")
 

@@ -1,0 +1,103 @@
+"""Held-out samples through a model: the loss, and where samples carry targets of their own, accuracy by difficulty.
+
+Accuracy is over all places with a target, and on the last of each document: where hops or sums end. Its standard error counts
+each document as one cluster, as the places of a document share their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megaloop.data import DataSet, MicroBatch
+from megaloop.depth import LayerCall
+from megaloop.evaluation.records import clustered, ratio
+from megaloop.model import Decoder, vocab_parallel_cross_entropy
+
+__all__ = ["Scored", "difficulties", "score_held_out", "summary"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model makes of one document with targets, or of a sample of which every token counts.
+
+    Attributes:
+        difficulty: -1: not given.
+        tokens: that count.
+        loss: of all of them together, in nats.
+        right: how many of them the likeliest token is right of; None: not asked.
+        last: whether the last of them is.
+    """
+
+    difficulty: int
+    tokens: int
+    loss: float
+    right: int | None = None
+    last: bool | None = None
+
+
+@torch.inference_mode()
+def score_held_out(model: Decoder, batch: MicroBatch, calls: Sequence[LayerCall], vocab_size: int) -> list[Scored]:
+    """The samples of a micro-batch, or the documents of those that carry targets; by what training's own loss is made of.
+
+    Args:
+        vocab_size: the tokenizer's tokens; others are never the likeliest.
+    """
+    inputs, _ = batch.for_model(model.config.document_masking)
+    x = inputs if isinstance(inputs, tuple) else (inputs,)
+    logits_BSV = model(*(tensor.to(model.device) for tensor in x), calls=calls)
+    targets_BS = batch.targets.to(model.device)
+    rows = [slice(row, row + 1) for row in range(len(targets_BS))]
+    if batch.loss_weights is None:
+        length = targets_BS.shape[1]
+        losses = [float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp)) for row in rows]
+        return [Scored(-1, length, loss * length) for loss in losses]
+    counts_BS = batch.loss_weights > 0
+    right_BS = (logits_BSV[..., :vocab_size].argmax(-1) == targets_BS).cpu()
+    found = []
+    for row in rows:
+        for document in batch.documents[row][counts_BS[row]].unique().tolist():
+            mask_1S = counts_BS[row] & (batch.documents[row] == document)
+            weights_1S = mask_1S.float().to(model.device)
+            loss = float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp, weights_1S))
+            right = right_BS[row][mask_1S]
+            difficulty = -1 if batch.difficulties is None else int(batch.difficulties[row][mask_1S][0])
+            found.append(Scored(difficulty, len(right), loss, int(right.sum()), bool(right[-1])))
+    return found
+
+
+def difficulties(dataset: DataSet, samples: int) -> list[int]:
+    """Those of the first held-out samples; nothing: they have none."""
+    if dataset.description.targets is None:
+        return []
+    split = dataset.split("validation")
+    found: set[int] = set()
+    for index in range(min(samples, len(split))):
+        given = split.sample(index).difficulties
+        found |= set() if given is None else set(given.tolist())
+    return sorted(found - {-1})
+
+
+def summary(scored: Sequence[Scored], dataset: DataSet, difficulty: int | None = None) -> dict[str, Any]:
+    """What a record says of documents: loss in nats per token that counts, and accuracy where there are targets.
+
+    Args:
+        difficulty: of all of them; None: the whole data set, whose text has bits per byte.
+    """
+    tokens = sum(entry.tokens for entry in scored)
+    loss = ratio([entry.loss for entry in scored], [entry.tokens for entry in scored])
+    values: dict[str, Any] = {"loss": loss.mean, "loss_stderr": loss.known_error, "tokens": tokens}
+    if any(entry.right is None for entry in scored):
+        return values
+    accuracy = ratio([entry.right or 0 for entry in scored], [entry.tokens for entry in scored])
+    last = clustered([float(entry.last or 0) for entry in scored], range(len(scored)))
+    values |= {"accuracy": accuracy.mean, "accuracy_stderr": accuracy.known_error}
+    values |= {"last_accuracy": last.mean, "last_accuracy_stderr": last.known_error}
+    targets = dataset.description.targets
+    floor = None if targets is None else targets.floor(-1 if difficulty is None else difficulty)
+    if floor is not None:
+        values |= {"floor": floor.accuracy, "last_floor": floor.last}
+    return values
