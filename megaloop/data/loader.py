@@ -296,7 +296,7 @@ def _collate(samples: Sequence[Sample], numbers: list[int], weight: float = 0.0)
 
 def _targets(samples: Sequence[Sample], tokens: Tensor) -> Tensor:
     """What each place predicts."""
-    targets_BS = tokens[:, 1:].contiguous()
+    targets_BS = tokens[:, 1:].clone()  # contiguous() would be a view of a batch of one, and the inputs be written to
     for row, sample in enumerate(samples):
         if sample.targets is not None:
             targets_BS[row] = torch.from_numpy(sample.targets.clip(min=0))
