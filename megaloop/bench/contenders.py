@@ -1,7 +1,7 @@
 """The contenders of ``megaloop bench savings``: one configuration, run in thirteen ways.
 
-All have the same data, seeds, batch, learning rate and recipe; they differ in depth over time, one in its number of steps, and
-two have LN-scaling.
+All have the same data, seeds, batch and recipe, and the same learning rate unless a sweep (:mod:`megaloop.bench.lr_sweep`) gives each its
+own; they differ in depth over time, one in its number of steps, and two have LN-scaling.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megaloop.model import Decoder
 
 __all__ = [
     "CONTENDERS",
+    "DEFAULTS",
     "GROWING_AND_LOOPING",
     "REASONING",
     "contender",
@@ -172,7 +173,7 @@ CONTENDERS: dict[str, Callable[[dict[str, Any], Config, int], None]] = {
 GROWING_AND_LOOPING = (
     "baseline", "baseline-matched", "midas", "lidas", "looped", "looped-params", "lidas+loop", "lns", "lns+lidas",
 )  # fmt: skip
-"""What the presets ``cpu`` and ``gpu``, and a configuration of one's own, train if nobody chooses."""
+"""The contenders for text: what growing and looping give at the same FLOPs and at the same size."""
 
 REASONING = (
     "baseline", "baseline-matched", "midas", "lidas", "late-stack", "looped", "looped-full", "iso-params", "iso-params-middle",
@@ -181,8 +182,19 @@ REASONING = (
 """The contenders for tasks by difficulty: what loops add to parameters that an unlooped model has too, and growing late or gradually."""
 
 
+DEFAULTS = {"cpu": GROWING_AND_LOOPING, "gpu": GROWING_AND_LOOPING, "reasoning": REASONING}
+"""What each preset trains if nobody chooses; a configuration of one's own is as ``cpu``."""
+
+
 def contender(
-    config: Config, name: str, vocab_size: int, *, seed: int | None = None, directory: Path | None = None
+    config: Config,
+    name: str,
+    vocab_size: int,
+    *,
+    seed: int | None = None,
+    lr: float | None = None,
+    label: str | None = None,
+    directory: Path | None = None,
 ) -> Config:
     """The configuration of a contender.
 
@@ -190,6 +202,8 @@ def contender(
         config: the full-depth model, without loops; its growth says how the grown ones get there.
         vocab_size: rows of the embedding.
         seed: of weights and sample order; default: the configuration's.
+        lr: its peak learning rate; default: the configuration's.
+        label: the run's name; default: the contender's, and the seed where one is given.
         directory: of the run.
 
     Raises:
@@ -203,8 +217,10 @@ def contender(
         )
     values = config.model_dump(mode="json")
     CONTENDERS[name](values, config, vocab_size)
-    values["name"] = name if seed is None else f"{name}-seed{seed}"
+    values["name"] = label or (name if seed is None else f"{name}-seed{seed}")
     values["seed"] = config.seed if seed is None else seed
+    if lr is not None:
+        values["optimizer"]["lr"] = lr
     values["run_dir"] = None if directory is None else str(directory)
     made = Config.model_validate(values)
     made.check()

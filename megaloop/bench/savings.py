@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +23,17 @@ from megaloop.config import Config
 from megaloop.errors import CONTINUE, MegaloopError
 from megaloop.files import replace_file
 from megaloop.runs.directory import last_records
+from megaloop.runs.metrics import EVENTS
+from megaloop.runs.records import read_records
 
-__all__ = ["Evaluation", "Job", "Plan", "Runner", "prepare_jobs"]
+__all__ = ["Evaluation", "Job", "Plan", "Runner", "prepare_jobs", "write_config"]
 
 _PLAN = "savings.json"
+_REFUSED = 2
+"""The exit code of a command that ends with a MegaloopError."""
 _LOOK_EVERY = 3.0
 """Seconds between two looks at the metrics of runs under way."""
-State = Literal["waiting", "training", "evaluating", "done", "failed"]
+State = Literal["waiting", "training", "evaluating", "done", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,12 @@ class Plan:
     Attributes:
         config: the full-depth configuration, as resolved.
         vocab_size: rows of the embedding.
+        lr_sweep: rates and steps of the sweep of learning rates; None: there is none.
     """
 
     config: dict[str, Any]
     vocab_size: int
+    lr_sweep: dict[str, Any] | None = None
 
     def keep(self, directory: Path) -> None:
         """Write it down, or check it against what was written.
@@ -79,6 +85,8 @@ class Plan:
             MegaloopError: the directory holds a bench of another configuration.
         """
         file, values = directory / _PLAN, asdict(self)
+        if self.lr_sweep is None:  # as benches without a sweep have always been written down
+            del values["lr_sweep"]
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -111,6 +119,7 @@ class Job:
         name: of contender and seed.
         steps: of the whole run.
         seed, flops: of the whole run; dear runs begin first, so that none is left to run alone at the end.
+        may_diverge: that it diverges is an answer too, and not the end of the bench.
         done: steps done.
         state: what is going on.
         seconds: spent so far by processes of this command.
@@ -123,6 +132,7 @@ class Job:
     seed: int
     flops: int
     evaluations: list[list[str]]
+    may_diverge: bool = False
     state: State = "waiting"
     done: int = 0
     seconds: float = 0.0
@@ -133,10 +143,29 @@ class Job:
         complete = list_checkpoints(self.run / "checkpoints")
         return bool(complete) and step_of(complete[-1]) == self.steps
 
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to do."""
+        return self.state in ("done", "diverged")
+
+    def has_diverged(self) -> bool:
+        """It ended where it was to roll back once more than ``faults.max_rollbacks`` allows; any other error is recorded as one."""
+        events = [event for event in read_records(self.run / EVENTS) if event.get("event") in ("start", "stop")]
+        return bool(events) and events[-1].get("reason") == "rollback"
+
     def look(self) -> None:
         """How far the run is."""
         records = last_records(self.run, 1) if (self.run / "metrics.jsonl").is_file() else []
         self.done = int(records[-1]["step"]) if records else 0
+
+
+def write_config(config: Config, directory: Path) -> Path:
+    """The file of a run's configuration in a bench's directory, as ``megaloop train`` takes it."""
+    folder = directory / "configs"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{config.name}.yaml"
+    replace_file(file, config.to_yaml().encode())
+    return file
 
 
 def prepare_jobs(
@@ -147,29 +176,23 @@ def prepare_jobs(
     contenders: Sequence[str],
     seeds: int,
     evaluation: Evaluation,
+    rates: Mapping[str, float] | None = None,
 ) -> list[Job]:
     """Write the configuration of each run, and say what is to be done; one seed of all contenders before the next.
 
+    Args:
+        rates: the peak learning rate of each contender; default: the configuration's for all.
+
     Raises:
-        MegaloopError: as :func:`megaloop.bench.contenders.contender`, or a directory of another configuration.
+        MegaloopError: as :func:`megaloop.bench.contenders.contender`.
     """
-    made = {
-        (name, seed): contender(
-            config, name, vocab_size, seed=seed, directory=directory / "runs" / f"{name}-seed{seed}"
-        )
-        for seed in range(config.seed, config.seed + seeds)
-        for name in dict.fromkeys(contenders)
-    }
-    Plan(config.model_dump(mode="json"), vocab_size).keep(directory)
-    (directory / "configs").mkdir(exist_ok=True)
     jobs = []
-    for created in made.values():
-        file = directory / "configs" / f"{created.name}.yaml"
-        replace_file(file, created.to_yaml().encode())
-        flops = total_flops(created, vocab_size)
-        jobs.append(
-            Job(created.name, file, created.directory, created.train.steps, created.seed, flops, evaluation.commands(created))
-        )  # fmt: skip
+    for seed in range(config.seed, config.seed + seeds):
+        for name in dict.fromkeys(contenders):
+            run, lr = directory / "runs" / f"{name}-seed{seed}", None if rates is None else rates[name]
+            made = contender(config, name, vocab_size, seed=seed, lr=lr, directory=run)
+            file, flops = write_config(made, directory), total_flops(made, vocab_size)
+            jobs.append(Job(made.name, file, run, made.train.steps, seed, flops, evaluation.commands(made)))
     return jobs
 
 
@@ -233,7 +256,11 @@ class Runner:
         todo = [] if job.trained() else [train]
         self._left[job.name] = todo + [["eval", str(job.run), *arguments] for arguments in job.evaluations]
         job.began = time.monotonic()
-        self._next(job)
+        if self._left[job.name]:
+            self._next(job)
+        else:
+            job.look()
+            job.state = "done"
 
     def _next(self, job: Job) -> None:
         arguments = self._left[job.name].pop(0)
@@ -263,12 +290,14 @@ class Runner:
                 continue
             del self._running[job.name]
             job.look()
-            if code != 0:
+            if code == _REFUSED and job.may_diverge and job.has_diverged():
+                job.state = "diverged"
+            elif code != 0:
                 job.state = "failed"
                 log = self._directory / "logs" / f"{job.name}.log"
                 last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
                 raise MegaloopError(f"bench savings: {job.name} failed with exit code {code}: {' '.join(last)} ({log})")
-            if self._left[job.name]:
+            elif self._left[job.name]:
                 self._next(job)
             else:
                 job.state = "done"

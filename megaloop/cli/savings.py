@@ -22,6 +22,7 @@ from megaloop.errors import CONTINUE, MegaloopError
 from megaloop.terminal import SafeConsole
 
 if TYPE_CHECKING:
+    from megaloop.bench.lr_sweep import LrSweep
     from megaloop.bench.savings import Job
     from megaloop.config import Config
 
@@ -31,42 +32,62 @@ _PRESETS = Path(__file__).parents[1] / "bench" / "presets"
 _DOCUMENTS = {"cpu": 6_000, "gpu": 60_000}
 """Synthetic documents of a preset's mixture, of 4 to 12 problems each."""
 _HELD_OUT = 0.04
+_MOST_SEEDS = 1000
+"""A sweep of learning rates has the seed after them."""
 _LINE_EVERY = 60.0
 """Seconds between two lines of progress where there is no terminal."""
 
 
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override values of all contenders: train.steps=2000"),
+]
+_Preset = Annotated[str, typer.Option(help="cpu, gpu, or a configuration of yours: the full-depth model, with growth.")]
+_Contenders = Annotated[
+    str | None,
+    typer.Option(
+        help="Some of baseline, baseline-matched, midas, lidas, late-stack, looped, looped-full, looped-params, iso-params, "
+        "iso-params-middle, lidas+loop, lns, lns+lidas; default: all but late-stack, looped-full and the two iso-params."
+    ),
+]
+_Seeds = Annotated[int, typer.Option(min=1, max=_MOST_SEEDS, help="Runs of each contender, with seeds of their own.")]
+_Out = Annotated[
+    Path | None, typer.Option(help="Directory of the runs and of the report; default: runs/savings-PRESET.")
+]
+_Text = Annotated[
+    list[Path] | None,
+    typer.Option(help="Text that the cpu and gpu presets train on; default: the King James Bible (extra demo)."),
+]
+_Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per core, or one on a GPU.")]
+_Minutes = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1, callback=finite, help="Save and leave after so long, with exit code 75; the same command goes on."
+    ),
+]
+_Rates = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RATES",
+        help="First train each contender briefly at each of these learning rates, and use its best: 1e-3,2e-3,4e-3.",
+    ),
+]
+_RateSteps = Annotated[
+    int | None, typer.Option(min=1, help="Steps of each run of --lr-sweep; default: 40% of train.steps.")
+]
+
+
 def bench_savings(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Override values of all contenders: train.steps=2000"),
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(help="cpu, gpu, or a configuration of yours: the full-depth model, with growth.")
-    ] = "cpu",
-    contenders: Annotated[
-        str | None,
-        typer.Option(
-            help="Some of baseline, baseline-matched, midas, lidas, late-stack, looped, looped-full, looped-params, iso-params, "
-            "iso-params-middle, lidas+loop, lns, lns+lidas; default: all but late-stack, looped-full and the two iso-params."
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender, with seeds of their own.")] = 1,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory of the runs and of the report; default: runs/savings-PRESET.")
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="Text that the cpu and gpu presets train on; default: the King James Bible (extra demo)."),
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; default: one per core, or one on a GPU.")
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, callback=finite, help="Save and leave after so long, with exit code 75; the same command goes on."
-        ),
-    ] = None,
+    overrides: _Overrides = None,
+    preset: _Preset = "cpu",
+    contenders: _Contenders = None,
+    seeds: _Seeds = 1,
+    out: _Out = None,
+    text: _Text = None,
+    jobs: _Jobs = None,
+    minutes: _Minutes = None,
+    lr_sweep: _Rates = None,
+    lr_steps: _RateSteps = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each reasoning primitive.")] = 250,
     shots: Annotated[str, typer.Option(help="Numbers of shots of the k-shot curves.")] = "0,2,5",
     loops: Annotated[str, typer.Option(help="How often the middle block runs at inference.")] = "1,2,3",
@@ -76,39 +97,125 @@ def bench_savings(
 
     A killed bench goes on where it was when it is started again. Each contender's run is an ordinary run directory.
     """
-    from megaloop.bench.contenders import GROWING_AND_LOOPING, counted_flops
-    from megaloop.bench.savings import Evaluation, Runner, prepare_jobs
+    from megaloop.bench.contenders import contender
+    from megaloop.bench.savings import Evaluation, Plan, prepare_jobs
     from megaloop.cli.evaluation import numbers
+
+    limit = _Limit(minutes)
+    names = _names(preset, contenders)
+    evaluation = Evaluation(examples, tuple(numbers("--shots", shots, 0)), tuple(numbers("--loops", loops, 1)))
+    base = out or Path("runs") / f"savings-{Path(preset).stem}"
+    config = _configuration(preset, base / "data", text, overrides)
+    sweep = _sweep(lr_sweep, lr_steps, config)
+    with _held(base):
+        if preset in _DOCUMENTS:
+            _prepare_data(config, base / "data", _DOCUMENTS[preset], text or [])
+        vocab_size = _vocabulary(config)
+        made = [contender(config, name, vocab_size) for name in names]
+        Plan(config.model_dump(mode="json"), vocab_size, None if sweep is None else sweep.to_json()).keep(base)
+        _check_flops(made, vocab_size)
+        rates = None if sweep is None else _best_rates(sweep, config, vocab_size, base, names, jobs, limit)
+        work = prepare_jobs(config, vocab_size, base, contenders=names, seeds=seeds, evaluation=evaluation, rates=rates)
+        _work_off(work, base, jobs, limit)
+    _finish(base, work, json)
+
+
+class _Limit:
+    """What is left of ``--minutes``, from now on."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float | None:
+        """From now; None: there is no limit."""
+        return None if self.minutes is None else max(self.minutes * 60 - (time.monotonic() - self._began), 1.0)
+
+
+def _names(preset: str, contenders: str | None) -> list[str]:
+    """The contenders that are asked for, each once; those of the preset, if nobody asks."""
+    from megaloop.bench.contenders import CONTENDERS, DEFAULTS, GROWING_AND_LOOPING
+
+    if contenders is None:
+        return list(DEFAULTS.get(preset, GROWING_AND_LOOPING))
+    names = list(dict.fromkeys(name.strip() for name in contenders.split(",") if name.strip()))
+    if not names:
+        raise MegaloopError(f"bench savings: --contenders names none; choose from {', '.join(CONTENDERS)}")
+    return names
+
+
+def _configuration(preset: str, data: Path, text: list[Path] | None, overrides: list[str] | None) -> Config:
+    """The full-depth configuration: a preset's, whose data lies in ``data``, or one's own."""
     from megaloop.config import load_config
 
-    began = time.monotonic()
-    names = [name.strip() for name in (contenders or ",".join(GROWING_AND_LOOPING)).split(",") if name.strip()]
-    evaluation = Evaluation(examples, tuple(numbers("--shots", shots, 0)), tuple(numbers("--loops", loops, 1)))
-    own = preset not in _DOCUMENTS
-    base = out or Path("runs") / f"savings-{Path(preset).stem}"
-    data = base / "data"
-    sources = (
-        [] if own else [f"data.sources.{number}.path={data / name}" for number, name in enumerate(("text", "math"))]
-    )
-    config = load_config(Path(preset) if own else _PRESETS / f"savings_{preset}.yaml", [*sources, *(overrides or [])])
-    if own and text:
+    if preset in _DOCUMENTS:
+        sources = [f"data.sources.{number}.path={data / name}" for number, name in enumerate(("text", "math"))]
+        return load_config(_PRESETS / f"savings_{preset}.yaml", [*sources, *(overrides or [])])
+    config = load_config(Path(preset), overrides or [])
+    if text:
         raise MegaloopError("bench savings: --text is for the presets cpu and gpu; a configuration names its own data")
-    with _held(base):
-        if not own:
-            _prepare_data(config, data, _DOCUMENTS[preset], text or [])
-        vocab_size = _vocabulary(config)
-        work = prepare_jobs(config, vocab_size, base, contenders=names, seeds=seeds, evaluation=evaluation)
-        _check_flops(work, vocab_size, counted_flops)
-        with _progress() as show, _terminating():
-            limit = None if minutes is None else max(minutes * 60 - (time.monotonic() - began), 1.0)
-            finished = Runner(work, jobs or _at_once(), base, limit=limit, on_change=show).run()
+    return config
+
+
+def _sweep(rates: str | None, steps: int | None, config: Config) -> LrSweep | None:
+    """What ``--lr-sweep`` and ``--lr-steps`` ask for; None: nothing."""
+    from megaloop.bench.lr_sweep import LrSweep
+
+    if rates is not None:
+        return LrSweep.parse(rates, steps, config)
+    if steps is not None:
+        raise MegaloopError("--lr-steps is for --lr-sweep; give learning rates, or leave it out")
+    return None
+
+
+def _best_rates(
+    sweep: LrSweep,
+    config: Config,
+    vocab_size: int,
+    base: Path,
+    names: Sequence[str],
+    jobs: int | None,
+    limit: _Limit,
+) -> dict[str, float]:
+    """Each contender's best learning rate, by short runs; says what it is."""
+    from megaloop.bench.lr_sweep import Trials
+
+    trials = Trials(config, vocab_size, base, contenders=names, sweep=sweep)
+    _work_off(trials.jobs, base, jobs, limit, what="short runs", on_change=trials.keep)
+    found = trials.results()
+    for name, result in found.items():
+        echo(f"{name}: {result.text}", err=True)
+    return {name: result.chosen for name, result in found.items() if result.chosen is not None}
+
+
+def _work_off(
+    work: Sequence[Job],
+    base: Path,
+    jobs: int | None,
+    limit: _Limit,
+    *,
+    what: str = "runs",
+    on_change: Callable[[Sequence[Job]], None] | None = None,
+) -> None:
+    """Do it all, or leave with exit code 75 when the time is up."""
+    from megaloop.bench.savings import Runner
+
+    with _progress() as show, _terminating():
+
+        def changed(work: Sequence[Job]) -> None:
+            show(work)
+            if on_change is not None:
+                on_change(work)
+
+        finished = Runner(work, jobs or _at_once(), base, limit=limit.seconds, on_change=changed).run()
     if not finished:
-        left = sum(job.state != "done" for job in work)
+        left = sum(not job.is_over for job in work)
         echo(
-            f"saved after {minutes:g} minutes; {left} of {len(work)} runs are left: the same command goes on", err=True
+            f"saved after {limit.minutes:g} minutes; {left} of {len(work)} {what} are left: the same command goes on",
+            err=True,
         )
         raise typer.Exit(CONTINUE)
-    _finish(base, work, json)
 
 
 def _at_once() -> int:
@@ -123,19 +230,18 @@ def _vocabulary(config: Config) -> int:
     return embedding_rows(config, open_sources(config.data))
 
 
-def _check_flops(work: Sequence[Job], vocab_size: int, count: Callable[[Config, int], tuple[int, int]]) -> None:
+def _check_flops(configs: Sequence[Config], vocab_size: int) -> None:
     """Compare the accountant with torch's counter at the depth that each contender ends with."""
-    from megaloop.config import load_config
+    from megaloop.bench.contenders import counted_flops
 
-    if load_config(work[0].config).plan.layers * load_config(work[0].config).model.hidden_size > 24 * 1024:
+    if max(config.plan.layers for config in configs) * configs[0].model.hidden_size > 24 * 1024:
         return  # building models of this size for it takes longer than it is worth; the tests count as well
     seen = set()
-    for job in work:
-        config = load_config(job.config)
+    for config in configs:
         if (depth := config.stages[-1].plan.notation) in seen:
             continue
         seen.add(depth)
-        ours, theirs = count(config, vocab_size)
+        ours, theirs = counted_flops(config, vocab_size)
         if ours != theirs:
             raise MegaloopError(
                 f"bench savings: of depth {depth} torch counts {theirs} FLOPs, and megaloop {ours}; a bug"
