@@ -11,16 +11,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
+from typing import BinaryIO
 
 from megaloop.data.induction import p_hop
 from megaloop.errors import MegaloopError
 from megaloop.files import replacing
 from megaloop.text import printable
 
-__all__ = ["KINDS", "Problem", "Written", "documents", "write_jsonl"]
+__all__ = ["KINDS", "Problem", "Written", "documents", "write_jsonl", "writing"]
 
 SERIES = (4, 12)
 """A document holds this many problems, at least and at most."""
@@ -249,23 +251,34 @@ def write_jsonl(
     Raises:
         MegaloopError: an unknown kind, or a file that cannot be written.
     """
-    if not out.name:
-        raise MegaloopError(f"synthesize: {out} is a directory; name a file to write")
     made = documents(kinds, count, seed)
     problems = 0
+    with writing(out) as file:
+        for number, (kind, series) in enumerate(made, start=1):
+            problems += len(series)
+            if pairs:
+                lines = [{"kind": kind, "prompt": entry.prompt, "answer": entry.answer} for entry in series]
+            else:
+                lines = [{"kind": kind, "text": "\n".join(entry.prompt + entry.answer for entry in series)}]
+            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+            if on_document is not None:
+                on_document(number)
+        size = file.tell()
+    return Written(count, problems, size)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[BinaryIO]:
+    """A new file that takes its name once it is complete (see :func:`megaloop.files.replacing`), in a directory that is made.
+
+    Raises:
+        MegaloopError: it cannot be written.
+    """
+    if not out.name:
+        raise MegaloopError(f"synthesize: {out} is a directory; name a file to write")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as file:
-            for number, (kind, series) in enumerate(made, start=1):
-                problems += len(series)
-                if pairs:
-                    lines = [{"kind": kind, "prompt": entry.prompt, "answer": entry.answer} for entry in series]
-                else:
-                    lines = [{"kind": kind, "text": "\n".join(entry.prompt + entry.answer for entry in series)}]
-                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-                if on_document is not None:
-                    on_document(number)
-        size = out.stat().st_size
+            yield file
     except OSError as error:
         raise MegaloopError(f"synthesize: cannot write {out} ({error.strerror})") from None
-    return Written(count, problems, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from megaloop.cli.options import Json, OnError, finite
 from megaloop.cli.output import count_progress, show_result
+from megaloop.errors import MegaloopError
 from megaloop.terminal import SafeConsole
 
 __all__ = ["prep", "synthesize"]
@@ -77,21 +79,86 @@ def prep(
     show_result(summary, json)
 
 
+class Task(StrEnum):
+    p_hop = "p-hop"
+    addition = "addition"
+    chains = "chains"
+
+
 def synthesize(
     out: Annotated[Path, typer.Option(help="jsonl file to write; megaloop prep takes it.")],
-    documents: Annotated[int, typer.Option(min=1, help="Documents, each a series of 4 to 12 problems.")] = 10_000,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents, each a series of 4 to 12 problems; of a task, samples.")
+    ] = 10_000,
     kinds: Annotated[
-        str, typer.Option(help="Kinds of problems, which take turns: of words, addition, hops, variables.")
-    ] = "words,addition,hops,variables",
+        str | None,
+        typer.Option(help="Kinds of problems, which take turns: of words, addition, hops, variables. Default: all."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed makes other problems.")] = 0,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="A line for each problem, with prompt and answer, for fine-tuning.")
     ] = False,
+    task: Annotated[
+        Task | None, typer.Option(help="Instead of text: samples of a task by difficulty, with targets.")
+    ] = None,
+    difficulty: Annotated[
+        str | None,
+        typer.Option(
+            help="Difficulties of a task, with as many samples each: 1-8 or 1,2,4,12. "
+            "Hops (1 to 32), terms (2 to 32), depth of chains (0 to 8)."
+        ),
+    ] = None,
+    alphabet: Annotated[int | None, typer.Option(help="p-hop: letters to draw from. Default: 6.")] = None,
+    length: Annotated[int | None, typer.Option(help="p-hop: tokens of a sample. Default: 64.")] = None,
+    no_doubles: Annotated[bool, typer.Option("--no-doubles", help="p-hop: no letter follows itself.")] = False,
+    digits: Annotated[int | None, typer.Option(help="addition: digits of a term. Default: 2.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Directory to write a task's tokenizer to. Default: tokenizer, beside --out."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Write problems with their answers as text to train on: word problems, n-ary addition, p-hop induction, variables."""
-    from data_prep.synthetic import write_jsonl
+    """Write problems with their answers: as text to train on, or (--task) as samples of one task by difficulty.
 
-    chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
+    As text: word problems, n-ary addition, p-hop induction, variables.
+    """
+    from data_prep.ladders import parse_difficulties, write_ladder
+    from data_prep.synthetic import KINDS, write_jsonl
+
+    doubles = False if no_doubles else None
+    of_tasks = {
+        "--difficulty": difficulty,
+        "--alphabet": alphabet,
+        "--length": length,
+        "--no-doubles": doubles,
+        "--digits": digits,
+        "--tokenizer": tokenizer,
+    }
     with count_progress("synthesizing", documents) as show:
-        show_result(write_jsonl(out, kinds=chosen, count=documents, seed=seed, pairs=pairs, on_document=show), json)
+        if task is None:
+            if given := [name for name, value in of_tasks.items() if value is not None]:
+                raise MegaloopError(f"synthesize: {given[0]} belongs to a task; name one with --task, or leave it out")
+            chosen = list(KINDS) if kinds is None else [kind.strip() for kind in kinds.split(",") if kind.strip()]
+            result: object = write_jsonl(out, kinds=chosen, count=documents, seed=seed, pairs=pairs, on_document=show)
+        elif kinds is not None or pairs:
+            wrong = "--kinds" if kinds is not None else "--pairs"
+            raise MegaloopError(
+                f"synthesize: {wrong} belongs to text, and --task writes samples; leave one of them out"
+            )
+        elif difficulty is None:
+            raise MegaloopError(f"synthesize: --task {task.value} needs --difficulty, such as 1-8 or 2,4,8")
+        else:
+            result = write_ladder(
+                out,
+                task.value,
+                difficulties=parse_difficulties(difficulty),
+                count=documents,
+                seed=seed,
+                alphabet=alphabet,
+                length=length,
+                doubles=doubles,
+                digits=digits,
+                tokenizer=tokenizer,
+                on_document=show,
+            )
+    show_result(result, json)
