@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megaloop.bench.contenders import contender, total_flops
+from megaloop.bench.reasoning import LadderEvaluation
 from megaloop.checkpoint import list_checkpoints, step_of
 from megaloop.config import Config
 from megaloop.errors import CONTINUE, MegaloopError
@@ -175,7 +176,7 @@ def prepare_jobs(
     *,
     contenders: Sequence[str],
     seeds: int,
-    evaluation: Evaluation,
+    evaluation: Evaluation | LadderEvaluation,
     rates: Mapping[str, float] | None = None,
 ) -> list[Job]:
     """Write the configuration of each run, and say what is to be done; one seed of all contenders before the next.

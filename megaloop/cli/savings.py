@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_savings"]
 
-_PRESETS = Path(__file__).parents[1] / "bench" / "presets"
-_DOCUMENTS = {"cpu": 6_000, "gpu": 60_000}
-"""Synthetic documents of a preset's mixture, of 4 to 12 problems each."""
-_HELD_OUT = 0.04
 _MOST_SEEDS = 1000
 """A sweep of learning rates has the seed after them."""
 _LINE_EVERY = 60.0
@@ -42,12 +38,19 @@ _Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override values of all contenders: train.steps=2000"),
 ]
-_Preset = Annotated[str, typer.Option(help="cpu, gpu, or a configuration of yours: the full-depth model, with growth.")]
+_Preset = Annotated[
+    str,
+    typer.Option(
+        help="cpu or gpu (text and problems), reasoning (p-hop induction by number of hops), or a configuration of yours: the "
+        "full-depth model, with growth."
+    ),
+]
 _Contenders = Annotated[
     str | None,
     typer.Option(
         help="Some of baseline, baseline-matched, midas, lidas, late-stack, looped, looped-full, looped-params, iso-params, "
-        "iso-params-middle, lidas+loop, lns, lns+lidas; default: all but late-stack, looped-full and the two iso-params."
+        "iso-params-middle, lidas+loop, lns, lns+lidas. Default: all but late-stack, looped-full and the two iso-params; of the preset "
+        "reasoning all but looped-params and the two with lns."
     ),
 ]
 _Seeds = Annotated[int, typer.Option(min=1, max=_MOST_SEEDS, help="Runs of each contender, with seeds of their own.")]
@@ -88,9 +91,16 @@ def bench_savings(
     minutes: _Minutes = None,
     lr_sweep: _Rates = None,
     lr_steps: _RateSteps = None,
-    examples: Annotated[int, typer.Option(min=1, help="Questions of each reasoning primitive.")] = 250,
-    shots: Annotated[str, typer.Option(help="Numbers of shots of the k-shot curves.")] = "0,2,5",
-    loops: Annotated[str, typer.Option(help="How often the middle block runs at inference.")] = "1,2,3",
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each reasoning primitive. Default: 250.")
+    ] = None,
+    shots: Annotated[str | None, typer.Option(help="Numbers of shots of the k-shot curves. Default: 0,2,5.")] = None,
+    loops: Annotated[
+        str | None,
+        typer.Option(
+            help="How often the middle block runs at inference (data with targets: every block in turn). Default: 1,2,3 (1,2,3,4,5)."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Train contenders on the same samples, evaluate them, and report what growing and looping save.
@@ -98,18 +108,17 @@ def bench_savings(
     A killed bench goes on where it was when it is started again. Each contender's run is an ordinary run directory.
     """
     from megaloop.bench.contenders import contender
-    from megaloop.bench.savings import Evaluation, Plan, prepare_jobs
-    from megaloop.cli.evaluation import numbers
+    from megaloop.bench.savings import Plan, prepare_jobs
+    from megaloop.cli.savings_data import configuration, evaluation_of, prepare_data
 
     limit = _Limit(minutes)
     names = _names(preset, contenders)
-    evaluation = Evaluation(examples, tuple(numbers("--shots", shots, 0)), tuple(numbers("--loops", loops, 1)))
     base = out or Path("runs") / f"savings-{Path(preset).stem}"
-    config = _configuration(preset, base / "data", text, overrides)
+    config = configuration(preset, base / "data", text, overrides)
     sweep = _sweep(lr_sweep, lr_steps, config)
     with _held(base):
-        if preset in _DOCUMENTS:
-            _prepare_data(config, base / "data", _DOCUMENTS[preset], text or [])
+        prepare_data(preset, config, base / "data", text or [])
+        evaluation = evaluation_of(preset, config, base / "data", examples, shots, loops)
         vocab_size = _vocabulary(config)
         made = [contender(config, name, vocab_size) for name in names]
         Plan(config.model_dump(mode="json"), vocab_size, None if sweep is None else sweep.to_json()).keep(base)
@@ -143,19 +152,6 @@ def _names(preset: str, contenders: str | None) -> list[str]:
     if not names:
         raise MegaloopError(f"bench savings: --contenders names none; choose from {', '.join(CONTENDERS)}")
     return names
-
-
-def _configuration(preset: str, data: Path, text: list[Path] | None, overrides: list[str] | None) -> Config:
-    """The full-depth configuration: a preset's, whose data lies in ``data``, or one's own."""
-    from megaloop.config import load_config
-
-    if preset in _DOCUMENTS:
-        sources = [f"data.sources.{number}.path={data / name}" for number, name in enumerate(("text", "math"))]
-        return load_config(_PRESETS / f"savings_{preset}.yaml", [*sources, *(overrides or [])])
-    config = load_config(Path(preset), overrides or [])
-    if text:
-        raise MegaloopError("bench savings: --text is for the presets cpu and gpu; a configuration names its own data")
-    return config
 
 
 def _sweep(rates: str | None, steps: int | None, config: Config) -> LrSweep | None:
@@ -247,46 +243,6 @@ def _check_flops(configs: Sequence[Config], vocab_size: int) -> None:
                 f"bench savings: of depth {depth} torch counts {theirs} FLOPs, and megaloop {ours}; a bug"
             )
     echo(f"FLOPs of depths {', '.join(sorted(seen))} are what torch.utils.flop_counter counts", err=True)
-
-
-def _prepare_data(config: Config, folder: Path, documents: int, text: list[Path]) -> None:
-    """The presets' two sources: text, and synthetic problems, with one tokenizer trained on both."""
-    from data_prep.demo import demo_text
-    from data_prep.prepare import prepare
-    from data_prep.sources import Inputs, find_inputs
-    from data_prep.synthetic import write_jsonl
-    from data_prep.tokenizer import train_sentencepiece
-
-    if (folder / "text" / "data.json").is_file() and (folder / "math" / "data.json").is_file():
-        return
-    vocab_size = config.model.vocab_size
-    assert vocab_size is not None
-    echo(f"preparing {folder}", err=True)
-    if not text:
-        demo_text(folder / "text.jsonl")
-    inputs = text or [folder / "text.jsonl"]
-    write_jsonl(folder / "math.jsonl", count=documents)
-    tokenizer = folder / "tokenizer.model"
-    both = find_inputs([*inputs, folder / "math.jsonl"])
-    tokenizer.write_bytes(train_sentencepiece(_some(Inputs(both)), vocab_size))
-    for name, files in (("text", inputs), ("math", [folder / "math.jsonl"])):
-        prepare(
-            files,
-            folder / name,
-            tokenizer=tokenizer,
-            sequence_length=config.data.sequence_length,
-            validation_fraction=_HELD_OUT,
-            overwrite=(folder / name / "data.json").is_file(),
-        )
-
-
-def _some(documents: Iterable[tuple[int, str]]) -> Iterator[str]:
-    """So much of each file's text that a tokenizer is trained in seconds."""
-    taken: dict[int, int] = {}
-    for number, text in documents:
-        if taken.get(number, 0) < 8 << 20:
-            taken[number] = taken.get(number, 0) + len(text)
-            yield text
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from megaloop.bench.contenders import (
     looped_parameters_depth,
     total_flops,
 )
-from megaloop.cli.savings import _PRESETS
+from megaloop.cli.savings_data import PRESETS as _PRESETS
 from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
 from tests.cli.test_cli import megaloop

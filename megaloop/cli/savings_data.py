@@ -1,0 +1,149 @@
+"""The data of ``megaloop bench savings``, and how the runs on it are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaloop.cli.output import count_progress, echo
+from megaloop.errors import MegaloopError
+
+if TYPE_CHECKING:
+    from megaloop.bench.reasoning import LadderEvaluation
+    from megaloop.bench.savings import Evaluation
+    from megaloop.config import Config
+
+__all__ = ["PRESETS", "configuration", "evaluation_of", "prepare_data"]
+
+PRESETS = Path(__file__).parents[1] / "bench" / "presets"
+_DOCUMENTS = {"cpu": 6_000, "gpu": 60_000}
+"""Synthetic documents of a preset's mixture, of 4 to 12 problems each."""
+_HELD_OUT = 0.04
+_SOURCES = {"cpu": ("text", "math"), "gpu": ("text", "math"), "reasoning": ("hops",)}
+"""Data sets of a preset, in its directory of data."""
+_BEYOND, _BEYOND_DOCUMENTS = "beyond", 6_000
+
+
+def configuration(preset: str, data: Path, text: list[Path] | None, overrides: list[str] | None) -> Config:
+    """The full-depth configuration: a preset's, whose data lies in ``data``, or one's own."""
+    from megaloop.config import load_config
+
+    if text and preset not in _DOCUMENTS:
+        its = "the preset reasoning makes its own data" if preset in _SOURCES else "a configuration names its own data"
+        raise MegaloopError(f"bench savings: --text is for the presets cpu and gpu; {its}")
+    if preset in _SOURCES:
+        sources = [f"data.sources.{number}.path={data / name}" for number, name in enumerate(_SOURCES[preset])]
+        return load_config(PRESETS / f"savings_{preset}.yaml", [*sources, *(overrides or [])])
+    return load_config(Path(preset), overrides or [])
+
+
+def prepare_data(preset: str, config: Config, folder: Path, text: list[Path]) -> None:
+    """Make a preset's data sets where they are not there yet."""
+    if preset in _DOCUMENTS:
+        _text_and_problems(config, folder, _DOCUMENTS[preset], text)
+    elif preset in _SOURCES:
+        _hops(config, folder)
+
+
+def evaluation_of(
+    preset: str, config: Config, folder: Path, examples: int | None, shots: str | None, loops: str | None
+) -> Evaluation | LadderEvaluation:
+    """How runs are evaluated: by difficulty where the data has targets of its own, else by primitives."""
+    from megaloop.bench.reasoning import LadderEvaluation
+    from megaloop.bench.savings import Evaluation
+    from megaloop.cli.evaluation import numbers
+    from megaloop.config import GrowthConfig
+    from megaloop.data import DataSet, open_sources
+
+    counts = None if loops is None else tuple(numbers("--loops", loops, 1))
+    datasets = open_sources(config.data).datasets
+    if not any(isinstance(data, DataSet) and data.description.targets is not None for data in datasets):
+        chosen = tuple(numbers("--shots", "0,2,5" if shots is None else shots, 0))
+        return Evaluation(examples or 250, chosen, counts or (1, 2, 3))
+    for option, value in (("--examples", examples), ("--shots", shots)):
+        if value is not None:
+            raise MegaloopError(
+                f"bench savings: {option} is for the reasoning primitives; the data has targets of its own, which are asked instead"
+            )
+    beyond = [folder / _BEYOND] if preset in _SOURCES else []
+    block = (config.growth or GrowthConfig()).block
+    return LadderEvaluation((*(data.path for data in datasets), *beyond), block, loops=counts or (1, 2, 3, 4, 5))
+
+
+def _hops(config: Config, folder: Path) -> None:
+    """p-hop induction: samples for all steps, and numbers of hops that training never has."""
+    from data_prep.ladders import write_ladder
+    from data_prep.prepare import prepare
+    from megaloop.bench.reasoning import BEYOND, HOPS, VALIDATION_FRACTION, documents
+    from megaloop.tokenizer.files import FOLDER
+
+    length = config.data.sequence_length
+    made = {
+        "hops": (HOPS, documents(config), VALIDATION_FRACTION),
+        _BEYOND: (BEYOND, _BEYOND_DOCUMENTS, 0.5),
+    }
+    for seed, (name, (difficulties, count, held_out)) in enumerate(made.items()):
+        if (folder / name / "data.json").is_file():
+            continue
+        file = folder / f"{name}.jsonl"
+        with count_progress(f"preparing {folder / name}", count) as show:
+            write_ladder(
+                file,
+                "p-hop",
+                difficulties=difficulties,
+                count=count,
+                seed=seed,
+                length=length,
+                doubles=False,
+                on_document=show,
+            )
+        prepare(
+            [file],
+            folder / name,
+            tokenizer=folder / FOLDER,
+            sequence_length=length,
+            validation_fraction=held_out,
+            targets=True,
+        )
+        file.unlink()  # its samples are in the shards, and it can be made again
+
+
+def _text_and_problems(config: Config, folder: Path, documents: int, text: list[Path]) -> None:
+    """The presets' two sources: text, and synthetic problems, with one tokenizer trained on both."""
+    from data_prep.demo import demo_text
+    from data_prep.prepare import prepare
+    from data_prep.sources import Inputs, find_inputs
+    from data_prep.synthetic import write_jsonl
+    from data_prep.tokenizer import train_sentencepiece
+
+    if (folder / "text" / "data.json").is_file() and (folder / "math" / "data.json").is_file():
+        return
+    vocab_size = config.model.vocab_size
+    assert vocab_size is not None
+    echo(f"preparing {folder}", err=True)
+    if not text:
+        demo_text(folder / "text.jsonl")
+    inputs = text or [folder / "text.jsonl"]
+    write_jsonl(folder / "math.jsonl", count=documents)
+    tokenizer = folder / "tokenizer.model"
+    both = find_inputs([*inputs, folder / "math.jsonl"])
+    tokenizer.write_bytes(train_sentencepiece(_some(Inputs(both)), vocab_size))
+    for name, files in (("text", inputs), ("math", [folder / "math.jsonl"])):
+        prepare(
+            files,
+            folder / name,
+            tokenizer=tokenizer,
+            sequence_length=config.data.sequence_length,
+            validation_fraction=_HELD_OUT,
+            overwrite=(folder / name / "data.json").is_file(),
+        )
+
+
+def _some(documents: Iterable[tuple[int, str]]) -> Iterator[str]:
+    """So much of each file's text that a tokenizer is trained in seconds."""
+    taken: dict[int, int] = {}
+    for number, text in documents:
+        if taken.get(number, 0) < 8 << 20:
+            taken[number] = taken.get(number, 0) + len(text)
+            yield text
