@@ -319,6 +319,9 @@ def _takers(world: World, path: object, out: Path) -> Iterator[list[object]]:
     yield ["submit", world.config, "--nodes", 1, "--gpus-per-node", 1, "--dry-run", "--site", path]
     yield ["submit", world.config, "--nodes", 1, "--gpus-per-node", 1, "--dry-run", "--template", path]
     yield ["synthesize", "--out", f"{path}/x", "--documents", 1]
+    task = ["synthesize", "--task", "chains", "--difficulty", 1, "--documents", 1]
+    yield [*task, "--out", f"{path}/x"]
+    yield [*task, "--out", out / "x.jsonl", "--tokenizer", f"{path}/x"]
     yield ["grow", world.run, "--out", f"{path}/x\0", "--layers", 4]
 
 
@@ -424,6 +427,18 @@ def test_an_option_that_gets_nonsense(path: tuple[str, ...], world: World, run: 
     for word in WORDS[1:]:
         if word not in ("-",):
             check(run(*path, *words, f"--{word}"))
+
+
+@pytest.mark.parametrize("option", ["--difficulty", "--alphabet", "--length", "--digits"])
+def test_an_option_of_a_task_that_gets_nonsense(option: str, run: Run, tmp_path: Path) -> None:
+    task = [
+        "--task",
+        "addition" if option == "--digits" else "p-hop",
+        *([] if option == "--difficulty" else ["--difficulty", 2]),
+    ]
+    for value in (*NUMBERS, *WORDS):
+        code, *_ = check(run("synthesize", "--out", tmp_path / "x.jsonl", "--documents", 1, *task, f"{option}={value}"))
+        assert code == 2 or value == "1_0", value  # which is ten
 
 
 def test_words_that_are_no_command(run: Run) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -283,31 +285,66 @@ def test_difficulties_are_numbers_and_ranges() -> None:
         ("--task chains --difficulty 1 --kinds words", "--kinds belongs to text"),
         ("--task chains --difficulty 1 --pairs", "--pairs belongs to text"),
         ("--task chains --difficulty 1 --digits 2", "--digits belongs to --task addition, and this is chains"),
-        ("--task addition --difficulty 2 --no-doubles", "--no-doubles belongs to --task p-hop, and this is addition"),
-        ("--task chains --difficulty 1-9", "chains has no difficulty 9; use 0 to 8"),
-        ("--task addition --difficulty 1", "addition has no difficulty 1; use 2 to 32"),
-        ("--task p-hop --difficulty 1,1", "a difficulty stands twice"),
-        ("--task p-hop --difficulty 1-16", "has 15 hops that each lead further back; use --length 67 or more"),
-        ("--task p-hop --difficulty 1 --alphabet 1", "--alphabet 1 is not possible; use 2 to 26 letters"),
-        ("--task p-hop --difficulty 1 --alphabet 2 --no-doubles", "--alphabet 2 is not possible; use 3 to 26 letters"),
-        ("--task p-hop --difficulty 1 --length 5000", "--length 5000 is not possible; use 4 to 4096 tokens"),
-        ("--task addition --difficulty 2 --digits 10", "--digits 10 is not possible; use 1 to 9 digits"),
         ("--task chains --difficulty 1 --tokenizer /dev/null", "cannot write the tokenizer to /dev/null"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(words: str, message: str, tmp_path: Path) -> None:
+def test_options_that_do_not_belong_together_are_refused_in_one_line(words: str, message: str, tmp_path: Path) -> None:
     result = megaloop("synthesize", "--out", tmp_path / "a.jsonl", "--documents", "10", *words.split())
     assert (result.returncode, message in result.stderr) == (2, True), result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_other_names_from_python_are_refused(tmp_path: Path) -> None:
-    for task, difficulties, message in (
-        ("hops", [1], "unknown task hops; choose from p-hop, addition, chains"),
-        ("p-hop", [], "no difficulty; give 1 to 32"),
-    ):
-        with pytest.raises(MegaloopError, match=message):
-            write_ladder(tmp_path / "a.jsonl", task, difficulties=difficulties, count=1)
+@pytest.mark.parametrize(
+    ("task", "difficulties", "options", "message"),
+    [
+        ("hops", [1], {}, "unknown task hops; choose from p-hop, addition, chains"),
+        ("p-hop", [], {}, "no difficulty; give 1 to 32"),
+        ("chains", range(10), {}, "chains has no difficulty 9; use 0 to 8"),
+        ("addition", [1], {}, "addition has no difficulty 1; use 2 to 32"),
+        ("addition", [2], {"doubles": False}, "--no-doubles belongs to --task p-hop, and this is addition"),
+        ("addition", [2], {"digits": 10}, "--digits 10 is not possible; use 1 to 9 digits"),
+        ("p-hop", [1, 1], {}, "a difficulty stands twice"),
+        ("p-hop", range(1, 17), {}, "has 15 hops that each lead further back; use --length 67 or more"),
+        ("p-hop", [1], {"alphabet": 1}, "--alphabet 1 is not possible; use 2 to 26 letters"),
+        ("p-hop", [1], {"alphabet": 2, "doubles": False}, "--alphabet 2 is not possible; use 3 to 26 letters"),
+        ("p-hop", [1], {"length": 5000}, "--length 5000 is not possible; use 4 to 4096 tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    task: str, difficulties: Sequence[int], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(MegaloopError, match=message) as error:
+        write_ladder(tmp_path / "a.jsonl", task, difficulties=difficulties, count=1, **options)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_length_that_is_named_is_enough_and_no_longer_than_needed() -> None:
+    for ladder, difficulty in ((PHop(), 15), (PHop(4, 20), 32), (PHop(6, 64, doubles=False), 32)):
+        with pytest.raises(MegaloopError, match="use --length") as error:
+            ladder.check(difficulty)
+        needed = int(str(error.value).split("use --length ")[1].split()[0])
+        longer = replace(ladder, length=needed)
+        longer.check(difficulty)
+        redrawn = longer.draw(Draws("length"), difficulty, 500).redrawn
+        stays = 1 / longer.alphabet if longer.doubles else 0.0
+        share = stays + (1 - stays) * 0.1  # of draws that end in an answer, at least, and nearly at most
+        assert 0.8 * share < 500 / (500 + redrawn.sum()) < 1.4 * share
+
+
+def test_a_file_where_the_tokenizer_goes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MegaloopError, match="is where the tokenizer goes"):
         write_ladder(tmp_path / "tokenizer.json", "chains", difficulties=[1], count=1, tokenizer=tmp_path)
+
+
+def test_the_lines_that_the_page_shows_are_what_its_commands_write(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/DATA.md").read_text(encoding="utf-8")
+    shown = [json.loads(line) for line in page.splitlines() if line.startswith('    {"tokens"')]
+    made = [
+        *written(tmp_path, "p-hop", 6, difficulties=[1, 2, 3], alphabet=4, length=18, doubles=False),
+        *written(tmp_path, "addition", 6, difficulties=[2, 3, 4]),
+        *written(tmp_path, "chains", 6, difficulties=[0, 1, 2]),
+    ]
+    assert len(shown) == 3
+    assert all(line in made for line in shown)
