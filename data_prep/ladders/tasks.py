@@ -103,7 +103,7 @@ class PHop:
     Such a doubled letter is a shortcut: one place in ``alphabet``, and a larger share of the targets the larger p is, because from other places some chains
     leave the text (of an alphabet of 6 and a length of 64: 18% of the targets at p = 1, 43% at 8, 76% at 12). Chains that begin elsewhere
     never meet one: a hop leads to what follows the *latest* place of a letter, so to another letter. ``doubles=False`` draws each letter from
-    those that the one before is not; then every target is p hops away.
+    those that the one before is not; then every target is p hops away, and at p = 1 it is never the letter just read.
 
     Attributes:
         alphabet: letters to draw from, which are the possible answers at every p.
@@ -246,7 +246,7 @@ class Chains:
     not looked at them one time in 26. The answers are not in the text; after four of them the fifth would be known.
 
     What a variable is follows its name without a sign between, so that to answer at depth d is p-hop induction with p = d + 1 (the latest earlier place of a
-    name that is read or asked is where it was assigned): a mixture with p-hop teaches what is needed here.
+    name that is read or asked is where it was assigned): what p-hop trains is what is needed here.
     """
 
     name: ClassVar[str] = "chains"
