@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from data_prep.ladders.words import LETTERS, NUMBERS, WORDS
 from megaloop.errors import MegaloopError
 
-__all__ = ["NONE", "TASKS", "Addition", "Chains", "Draws", "Ladder", "PHop", "Samples"]
+__all__ = ["NONE", "TASKS", "Addition", "Chains", "Doubles", "Draws", "Ladder", "PHop", "Samples"]
 
 NONE = -1
 """No target at a place."""
@@ -29,6 +29,7 @@ _PLUS, _EQUALS, _STOP, _ASK = map(WORDS.index, "+=;?")
 _RAREST = 0.1
 """Where fewer chains than this are long enough, samples would be long looked for, or be nearly all of another kind."""
 Ints = NDArray[np.int64]
+Doubles = Literal["learn", "text", "none"]
 
 
 class Draws:
@@ -102,13 +103,13 @@ class PHop:
     A letter after its like is its own p-hop, whatever p: the latest earlier place is the one before, and what follows that is the letter itself.
     Such a doubled letter is a shortcut: one place in ``alphabet``, and a larger share of the targets the larger p is, because from other places some chains
     leave the text (of an alphabet of 6 and a length of 64: 18% of the targets at p = 1, 43% at 8, 76% at 12). Chains that begin elsewhere
-    never meet one: a hop leads to what follows the *latest* place of a letter, so to another letter. ``doubles=False`` draws each letter from
+    never meet one: a hop leads to what follows the *latest* place of a letter, so to another letter. ``doubles="text"`` leaves such places in the text but asks nothing there; ``"none"`` draws each letter from
     those that the one before is not; then every target is p hops away, and at p = 1 it is never the letter just read.
 
     Attributes:
         alphabet: letters to draw from, which are the possible answers at every p.
         length: tokens of a sample, p included.
-        doubles: whether a letter may follow itself.
+        doubles: a letter after its like has a target as others (``learn``), has none (``text``), or does not occur (``none``).
     """
 
     name: ClassVar[str] = "p-hop"
@@ -116,10 +117,10 @@ class PHop:
     highest: ClassVar[int] = 32
     alphabet: int = 6
     length: int = 64
-    doubles: bool = True
+    doubles: Doubles = "learn"
 
     def __post_init__(self) -> None:
-        _within("--alphabet", self.alphabet, 2 if self.doubles else 3, len(LETTERS), "letters")
+        _within("--alphabet", self.alphabet, 3 if self.doubles == "none" else 2, len(LETTERS), "letters")
         _within("--length", self.length, 4, 4096, "tokens")
 
     @property
@@ -142,7 +143,7 @@ class PHop:
         A hop goes back by at least one place, and by one more for each of the letters before the one hopped over that is not the one looked for. So the
         length of a hop is geometric, and ``hops`` of them fit where ``hops`` of the letters before are successes.
         """
-        places, chance = length - 3, 1 / (self.alphabet if self.doubles else self.alphabet - 1)
+        places, chance = length - 3, 1 / (self.alphabet - (self.doubles == "none"))
         if places < hops:
             return 0.0
         return 1 - sum(math.comb(places, k) * chance**k * (1 - chance) ** (places - k) for k in range(hops))
@@ -160,6 +161,8 @@ class PHop:
             for _ in range(difficulty):
                 at = onward_BP[np.arange(len(wanted)), at]
             good = at < places
+            if self.doubles == "text":
+                good &= drawn_BP[:, -1] != drawn_BP[:, -2]
             letters_BP[wanted[good]], hops_BP[wanted[good]] = drawn_BP[good], onward_BP[good]
             wanted = wanted[~good]
             redrawn[wanted] += 1
@@ -168,10 +171,12 @@ class PHop:
             at_BP = np.take_along_axis(hops_BP, at_BP, axis=1)
         ends_BP = np.concatenate([letters_BP + _A, np.full((count, 1), NONE)], axis=1)
         targets_BP = np.take_along_axis(ends_BP, at_BP, axis=1)
+        if self.doubles == "text":
+            targets_BP[:, 1:][letters_BP[:, 1:] == letters_BP[:, :-1]] = NONE
         return Samples(_after(difficulty, letters_BP + _A), _after(NONE, targets_BP), redrawn)
 
     def _letters(self, draws: Draws, count: int, places: int) -> Ints:
-        if self.doubles:
+        if self.doubles != "none":
             return draws.below(self.alphabet, (count, places))
         first, steps = draws.below(self.alphabet, (count, 1)), draws.below(self.alphabet - 1, (count, places - 1)) + 1
         return np.cumsum(np.concatenate([first, steps], axis=1), axis=1) % self.alphabet

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.ladders.tasks import NONE, TASKS, Draws, Ladder, Samples
+from data_prep.ladders.tasks import NONE, TASKS, Doubles, Draws, Ladder, Samples
 from data_prep.ladders.words import WORDS, write_word_tokenizer
 from data_prep.synthetic import writing
 from megaloop.errors import MegaloopError
@@ -23,7 +23,7 @@ __all__ = ["Block", "WrittenLadder", "blocks", "ladder_of", "parse_difficulties"
 
 _LINES = 1024
 """Of a block, about: the difficulties take turns in it as often as they fit."""
-_OPTIONS = {"alphabet": "--alphabet", "length": "--length", "doubles": "--no-doubles", "digits": "--digits"}
+_OPTIONS = {"alphabet": "--alphabet", "length": "--length", "doubles": "--doubles", "digits": "--digits"}
 """Options of tasks: their fields, and what the command line calls them."""
 
 
@@ -140,7 +140,7 @@ def write_ladder(
     seed: int = 0,
     alphabet: int | None = None,
     length: int | None = None,
-    doubles: bool | None = None,
+    doubles: Doubles | None = None,
     digits: int | None = None,
     tokenizer: Path | None = None,
     on_document: Callable[[int], None] | None = None,

@@ -85,6 +85,12 @@ class Task(StrEnum):
     chains = "chains"
 
 
+class Doubles(StrEnum):
+    learn = "learn"
+    text = "text"
+    none = "none"
+
+
 def synthesize(
     out: Annotated[Path, typer.Option(help="jsonl file to write; megaloop prep takes it.")],
     documents: Annotated[
@@ -110,7 +116,13 @@ def synthesize(
     ] = None,
     alphabet: Annotated[int | None, typer.Option(help="p-hop: letters to draw from. Default: 6.")] = None,
     length: Annotated[int | None, typer.Option(help="p-hop: tokens of a sample. Default: 64.")] = None,
-    no_doubles: Annotated[bool, typer.Option("--no-doubles", help="p-hop: no letter follows itself.")] = False,
+    doubles: Annotated[
+        Doubles | None,
+        typer.Option(
+            help="p-hop: a letter that follows itself is its own answer: learn it as others, leave it as text without a target, "
+            "or have none. Default: learn."
+        ),
+    ] = None,
     digits: Annotated[int | None, typer.Option(help="addition: digits of a term. Default: 2.")] = None,
     tokenizer: Annotated[
         Path | None,
@@ -125,12 +137,11 @@ def synthesize(
     from data_prep.ladders import parse_difficulties, write_ladder
     from data_prep.synthetic import KINDS, write_jsonl
 
-    doubles = False if no_doubles else None
     of_tasks = {
         "--difficulty": difficulty,
         "--alphabet": alphabet,
         "--length": length,
-        "--no-doubles": doubles,
+        "--doubles": doubles,
         "--digits": digits,
         "--tokenizer": tokenizer,
     }
@@ -156,7 +167,7 @@ def synthesize(
                 seed=seed,
                 alphabet=alphabet,
                 length=length,
-                doubles=doubles,
+                doubles=None if doubles is None else doubles.value,
                 digits=digits,
                 tokenizer=tokenizer,
                 on_document=show,

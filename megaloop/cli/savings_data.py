@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megaloop.cli.output import count_progress, echo
 from megaloop.errors import MegaloopError
@@ -22,7 +22,7 @@ _DOCUMENTS = {"cpu": 6_000, "gpu": 60_000}
 _HELD_OUT = 0.04
 _SOURCES = {"cpu": ("text", "math"), "gpu": ("text", "math"), "reasoning": ("hops",)}
 """Data sets of a preset, in its directory of data."""
-_BEYOND, _BEYOND_DOCUMENTS = "beyond", 6_000
+_ASKED, _ASKED_DOCUMENTS = "asked", 44_000
 
 
 def configuration(preset: str, data: Path, text: list[Path] | None, overrides: list[str] | None) -> Config:
@@ -66,24 +66,24 @@ def evaluation_of(
             raise MegaloopError(
                 f"bench savings: {option} is for the reasoning primitives; the data has targets of its own, which are asked instead"
             )
-    beyond = [folder / _BEYOND] if preset in _SOURCES else []
+    asked = folder / _ASKED if preset in _SOURCES else None
     block = (config.growth or GrowthConfig()).block
-    return LadderEvaluation((*(data.path for data in datasets), *beyond), block, loops=counts or (1, 2, 3, 4, 5))
+    return LadderEvaluation(tuple(data.path for data in datasets), block, asked, loops=counts or (1, 2, 3, 4, 5))
 
 
 def _hops(config: Config, folder: Path) -> None:
-    """p-hop induction: samples for all steps, and numbers of hops that training never has."""
+    """p-hop induction: samples for all steps, and those that are asked."""
     from data_prep.ladders import write_ladder
     from data_prep.prepare import prepare
-    from megaloop.bench.reasoning import BEYOND, HOPS, VALIDATION_FRACTION, documents
+    from megaloop.bench.reasoning import ASKED, HOPS, VALIDATION_FRACTION, documents
     from megaloop.tokenizer.files import FOLDER
 
     length = config.data.sequence_length
-    made = {
-        "hops": (HOPS, documents(config), VALIDATION_FRACTION),
-        _BEYOND: (BEYOND, _BEYOND_DOCUMENTS, 0.5),
-    }
-    for seed, (name, (difficulties, count, held_out)) in enumerate(made.items()):
+    made: tuple[tuple[str, tuple[int, ...], int, float, Literal["learn", "text"]], ...] = (
+        ("hops", HOPS, documents(config), VALIDATION_FRACTION, "learn"),
+        (_ASKED, ASKED, _ASKED_DOCUMENTS, 0.5, "text"),
+    )
+    for seed, (name, difficulties, count, held_out, doubles) in enumerate(made):
         if (folder / name / "data.json").is_file():
             continue
         file = folder / f"{name}.jsonl"
@@ -95,7 +95,7 @@ def _hops(config: Config, folder: Path) -> None:
                 count=count,
                 seed=seed,
                 length=length,
-                doubles=False,
+                doubles=doubles,
                 on_document=show,
             )
         prepare(

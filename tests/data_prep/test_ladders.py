@@ -53,7 +53,7 @@ def answers(line: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"doubles": False}, {"alphabet": 4, "length": 96, "difficulties": [1, 16]}, {"alphabet": 26}],
+    [{}, {"doubles": "none"}, {"alphabet": 4, "length": 96, "difficulties": [1, 16]}, {"alphabet": 26}],
     ids=str,
 )
 def test_every_target_of_p_hop_is_what_walking_the_text_gives(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def test_every_target_of_p_hop_is_what_walking_the_text_gives(tmp_path: Path, op
         for place, target in enumerate(line["targets"][1:]):
             assert target == _walk(letters[: place + 1], hops) == p_hop(letters[: place + 1], hops)
         assert line["targets"][-1] is not None
-        if not options.get("doubles", True):
+        if options.get("doubles") == "none":
             assert all(one != other for one, other in pairwise(letters))
 
 
@@ -127,7 +127,7 @@ def test_each_difficulty_has_the_same_number_of_lines_in_mixed_order(tmp_path: P
 
 @pytest.mark.parametrize(
     ("ladder", "count"),
-    [(PHop(), 6), (PHop(doubles=False), 6), (Addition(), 10), (Addition(3), 10), (Chains(), 26)],
+    [(PHop(), 6), (PHop(doubles="none"), 6), (Addition(), 10), (Addition(3), 10), (Chains(), 26)],
     ids=str,
 )
 def test_at_every_difficulty_the_possible_answers_are_the_same_and_equally_frequent(ladder: Ladder, count: int) -> None:
@@ -173,7 +173,14 @@ def test_only_a_doubled_letter_stays_where_it_is() -> None:
     assert (targets[doubled] == letters[doubled]).all()
     others = (targets != NONE) & ~doubled
     assert 0.12 < (targets == letters)[others].mean() < 0.22
-    free = PHop(doubles=False).draw(Draws("doubles"), 8, 500)
+    unasked = PHop(doubles="text").draw(Draws("doubles"), 8, 500)
+    letters = unasked.tokens[:, 1:]
+    doubled = letters[:, 1:] == letters[:, :-1]
+    assert doubled.mean() > 0.1
+    assert (unasked.targets[:, 2:][doubled] == NONE).all()
+    assert (unasked.targets[:, -1] != NONE).all()
+    assert 0.12 < (unasked.targets == unasked.tokens)[unasked.targets != NONE].mean() < 0.22
+    free = PHop(doubles="none").draw(Draws("doubles"), 8, 500)
     asks = free.targets != NONE
     assert 0.12 < (free.targets == free.tokens)[asks].mean() < 0.22
 
@@ -200,7 +207,7 @@ def test_files_of_a_seed_are_those_of_every_machine_and_version(tmp_path: Path) 
     for task, asked in ASKED.items():
         write_ladder(tmp_path / task, task, difficulties=asked, count=50, seed=1)
         digests[task] = hashlib.sha256((tmp_path / task).read_bytes()).hexdigest()[:16]
-    assert digests == {"p-hop": "28423668b10802bb", "addition": "7b33ac0d6caa993e", "chains": "825c374a6c691363"}
+    assert digests == {"p-hop": "bc8f65312d366574", "addition": "7b33ac0d6caa993e", "chains": "825c374a6c691363"}
 
 
 def test_samples_without_an_answer_at_the_end_are_drawn_again_and_counted(tmp_path: Path) -> None:
@@ -257,13 +264,13 @@ def test_the_command_line_writes_samples(tmp_path: Path) -> None:
     assert list(Task) == list(TASKS)
     made = megaloop(
         "synthesize", "--task", "p-hop", "--difficulty", "1-3,5", "--documents", "8", "--alphabet", "4", "--length", "32",
-        "--no-doubles", "--seed", "2", "--out", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "words", "--json",
+        "--doubles", "none", "--seed", "2", "--out", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "words", "--json",
     )  # fmt: skip
     assert json.loads(made.stdout)["tokenizer"] == str(tmp_path / "words/tokenizer.json")
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert json.loads(made.stdout)["documents"] == len(lines) == 8
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl", "words"]
-    options: dict[str, Any] = {"difficulties": [1, 2, 3, 5], "alphabet": 4, "length": 32, "doubles": False, "seed": 2}
+    options: dict[str, Any] = {"difficulties": [1, 2, 3, 5], "alphabet": 4, "length": 32, "doubles": "none", "seed": 2}
     assert lines == written(tmp_path, "p-hop", 8, **options)
 
 
@@ -281,7 +288,7 @@ def test_difficulties_are_numbers_and_ranges() -> None:
     [
         ("--task p-hop", "--task p-hop needs --difficulty"),
         ("--difficulty 1-8", "--difficulty belongs to a task; name one with --task"),
-        ("--no-doubles", "--no-doubles belongs to a task"),
+        ("--doubles none", "--doubles belongs to a task"),
         ("--task chains --difficulty 1 --kinds words", "--kinds belongs to text"),
         ("--task chains --difficulty 1 --pairs", "--pairs belongs to text"),
         ("--task chains --difficulty 1 --digits 2", "--digits belongs to --task addition, and this is chains"),
@@ -302,12 +309,12 @@ def test_options_that_do_not_belong_together_are_refused_in_one_line(words: str,
         ("p-hop", [], {}, "no difficulty; give 1 to 32"),
         ("chains", range(10), {}, "chains has no difficulty 9; use 0 to 8"),
         ("addition", [1], {}, "addition has no difficulty 1; use 2 to 32"),
-        ("addition", [2], {"doubles": False}, "--no-doubles belongs to --task p-hop, and this is addition"),
+        ("addition", [2], {"doubles": "none"}, "--doubles belongs to --task p-hop, and this is addition"),
         ("addition", [2], {"digits": 10}, "--digits 10 is not possible; use 1 to 9 digits"),
         ("p-hop", [1, 1], {}, "a difficulty stands twice"),
         ("p-hop", range(1, 17), {}, "has 15 hops that each lead further back; use --length 67 or more"),
         ("p-hop", [1], {"alphabet": 1}, "--alphabet 1 is not possible; use 2 to 26 letters"),
-        ("p-hop", [1], {"alphabet": 2, "doubles": False}, "--alphabet 2 is not possible; use 3 to 26 letters"),
+        ("p-hop", [1], {"alphabet": 2, "doubles": "none"}, "--alphabet 2 is not possible; use 3 to 26 letters"),
         ("p-hop", [1], {"length": 5000}, "--length 5000 is not possible; use 4 to 4096 tokens"),
     ],
 )
@@ -321,14 +328,14 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_length_that_is_named_is_enough_and_no_longer_than_needed() -> None:
-    for ladder, difficulty in ((PHop(), 15), (PHop(4, 20), 32), (PHop(6, 64, doubles=False), 32)):
+    for ladder, difficulty in ((PHop(), 15), (PHop(4, 20), 32), (PHop(6, 64, doubles="none"), 32)):
         with pytest.raises(MegaloopError, match="use --length") as error:
             ladder.check(difficulty)
         needed = int(str(error.value).split("use --length ")[1].split()[0])
         longer = replace(ladder, length=needed)
         longer.check(difficulty)
         redrawn = longer.draw(Draws("length"), difficulty, 500).redrawn
-        stays = 1 / longer.alphabet if longer.doubles else 0.0
+        stays = 1 / longer.alphabet if longer.doubles == "learn" else 0.0
         share = stays + (1 - stays) * 0.1  # of draws that end in an answer, at least, and nearly at most
         assert 0.8 * share < 500 / (500 + redrawn.sum()) < 1.4 * share
 
@@ -342,7 +349,7 @@ def test_the_lines_that_the_page_shows_are_what_its_commands_write(tmp_path: Pat
     page = (Path(__file__).parents[2] / "docs/DATA.md").read_text(encoding="utf-8")
     shown = [json.loads(line) for line in page.splitlines() if line.startswith('    {"tokens"')]
     made = [
-        *written(tmp_path, "p-hop", 6, difficulties=[1, 2, 3], alphabet=4, length=18, doubles=False),
+        *written(tmp_path, "p-hop", 6, difficulties=[1, 2, 3], alphabet=4, length=18, doubles="none"),
         *written(tmp_path, "addition", 6, difficulties=[2, 3, 4]),
         *written(tmp_path, "chains", 6, difficulties=[0, 1, 2]),
     ]
