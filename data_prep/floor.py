@@ -15,6 +15,7 @@ held-out ones; the best of them is the floor:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,13 +23,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaloop.data.description import FloorEntry
+from megaloop.errors import MegaloopError
 
 __all__ = ["Example", "FloorSample", "floors"]
 
 _TRAINING, _HELD_OUT = 4_000, 2_000
 """Documents of each difficulty at most, from which guessers learn and on which they are run."""
-_BUDGET = 1 << 31
-"""Comparisons of a target with a place, at most, that the votes of a difficulty are learnt from."""
+_TOKENS = 1 << 20
+"""Tokens of them at most: of long documents there are fewer."""
+_DIFFICULTIES = 256
+"""As many are told apart at most."""
+_BUDGET = 1 << 30
+"""Comparisons of tokens, about and at most, by which the votes of a difficulty are learnt, and as many by which they are counted."""
+_VOTERS = 64
+"""Places whose votes are counted, at most: those of most weight."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,22 @@ class FloorSample:
 
     def __init__(self) -> None:
         self._kept: dict[bool, dict[int, list[Example]]] = {True: {}, False: {}}
+        self._tokens: Counter[tuple[bool, int]] = Counter()
 
     def add(self, example: Example, held_out: bool) -> None:
-        kept = self._kept[held_out].setdefault(example.difficulty, [])
-        if len(kept) < (_HELD_OUT if held_out else _TRAINING):
+        """Take a document, or find that there are enough.
+
+        Raises:
+            MegaloopError: there are too many difficulties.
+        """
+        found = self._kept[held_out]
+        if example.difficulty not in found and len(found) == _DIFFICULTIES:
+            raise MegaloopError(
+                f"prep: more than {_DIFFICULTIES} difficulties (the last: {example.difficulty}); expected a few levels, each of many documents"
+            )
+        kept, key = found.setdefault(example.difficulty, []), (held_out, example.difficulty)
+        if len(kept) < (_HELD_OUT if held_out else _TRAINING) and self._tokens[key] < _TOKENS:
+            self._tokens[key] += len(example)
             kept.append(example)
 
     def floors(self) -> list[FloorEntry]:
@@ -116,12 +136,16 @@ def _majority(known: _Documents, asked: _Documents) -> NDArray[np.int64]:
 
 
 def _after_token(known: _Documents, asked: _Documents) -> NDArray[np.int64]:
-    size = int(max(known.tokens.max(), known.targets.max(), asked.tokens.max())) + 1
-    counts = np.zeros((size, size), np.int64)
     places = known.targets >= 0
-    np.add.at(counts, (known.tokens[places], known.targets[places]), 1)
-    guess = np.where(counts.any(axis=1), counts.argmax(axis=1), _commonest(known.targets))
-    return guess[asked.tokens.clip(min=0)]
+    pairs, counts = np.unique(
+        np.stack([known.tokens[places], known.targets[places]], axis=1), axis=0, return_counts=True
+    )
+    order = np.argsort(counts, kind="stable")
+    best = dict(pairs[order].tolist())  # of a token's pairs the last one stays: the most frequent
+    commonest = _commonest(known.targets)
+    tokens, where = np.unique(asked.tokens, return_inverse=True)
+    guesses = np.array([best.get(token, commonest) for token in tokens.tolist()])
+    return guesses[where].reshape(asked.tokens.shape)
 
 
 def _vote(known: _Documents, asked: _Documents) -> NDArray[np.int64]:
@@ -129,29 +153,31 @@ def _vote(known: _Documents, asked: _Documents) -> NDArray[np.int64]:
     places = np.flatnonzero((asked.targets >= 0).any(axis=0))
     places = places[places < known.targets.shape[1]]
     rows = max(_BUDGET // max(int(places.sum()) + len(places), 1), 64)
-    size = int(max(known.tokens.max(), known.targets.max(), asked.tokens.max())) + 1
+    voters = min(max(int((_BUDGET / max(len(asked.tokens) * len(places), 1)) ** 0.5), 4), _VOTERS)
     for place in places:
-        weights = _weights(known, place, rows, size)
-        if not weights.any():
+        weights = _weights(known, int(place), rows)
+        sources = np.argsort(-weights, kind="stable")[:voters]
+        sources = sources[weights[sources] > 0]
+        if not len(sources):
             continue
-        votes = np.zeros((len(asked.tokens), size + 1))
-        for source in np.flatnonzero(weights):
-            if source < asked.tokens.shape[1]:
-                np.add.at(votes, (np.arange(len(votes)), asked.tokens[:, source]), weights[source])
-        votes = votes[:, :size]  # the last column is what stands beyond a document's end: -1
-        guesses[:, place] = np.where(votes.any(axis=1), votes.argmax(axis=1), guesses[:, place])
+        tokens_NK = asked.tokens[:, sources]
+        weights_NK = np.where(tokens_NK >= 0, weights[sources], 0.0)  # -1: beyond a document's end
+        votes_NK = ((tokens_NK[:, :, None] == tokens_NK[:, None, :]) * weights_NK[:, None, :]).sum(axis=2)
+        best_N = votes_NK.argmax(axis=1)
+        chosen_N = tokens_NK[np.arange(len(best_N)), best_N]
+        guesses[:, place] = np.where(chosen_N >= 0, chosen_N, guesses[:, place])
     return guesses
 
 
-def _weights(known: _Documents, place: int, rows: int, size: int) -> NDArray[np.float64]:
+def _weights(known: _Documents, place: int, rows: int) -> NDArray[np.float64]:
     """q_j of the places up to ``place``; what might be chance (two standard errors) has none."""
     has = np.flatnonzero(known.targets[:, place] >= 0)[:rows]
     if not len(has):
         return np.zeros(0)
     targets, tokens = known.targets[has, place], known.tokens[has, : place + 1]
     agreement = (tokens == targets[:, None]).mean(axis=0)
-    shares = np.bincount(targets, minlength=size) / len(has)
-    by_chance = np.where(tokens >= 0, shares[tokens.clip(min=0)], 0.0).mean(axis=0)
+    shares = np.bincount(targets, minlength=int(tokens.max()) + 1) / len(has)
+    by_chance = shares[tokens].mean(axis=0)
     noise = 2 * np.sqrt(by_chance * (1 - by_chance) / len(has))
     excess = agreement - by_chance
     return np.where(excess > noise, excess / np.maximum(1 - by_chance, 1e-9), 0.0)

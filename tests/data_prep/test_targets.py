@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from data_prep.floor import Example, floors
+from data_prep.ladders import Draws, PHop
 from data_prep.prepare import prepare
 from megaloop.config import DataConfig, SourceConfig
 from megaloop.data import BatchLoader, DataSet, held_out_batch, held_out_places, open_sources
@@ -363,3 +365,58 @@ def test_random_answers_have_the_floor_of_one_in_their_number() -> None:
 
     (entry,) = floors({0: noise(3000)}, {0: noise(2000)})
     assert entry.accuracy == pytest.approx(1 / 6, abs=0.01)
+
+
+def test_the_floor_of_hops_is_that_of_a_guesser_who_knows_where_they_end() -> None:
+    """The true shares of the places where hops end, from walking; the floor finds them from tokens and targets alone."""
+    ladder, length = PHop(length=32, doubles="none"), 32
+
+    def walked(name: str, count: int) -> tuple[list[Example], np.ndarray[Any, Any]]:
+        samples = ladder.draw(Draws(name), 4, count)
+        ends = np.full((count, length), -1)
+        for row, letters in enumerate(samples.tokens[:, 1:].tolist()):
+            for place in range(len(letters)):
+                at: int | None = place
+                for _ in range(4):
+                    before = None if at is None else [j for j in range(at) if letters[j] == letters[at]]
+                    at = before[-1] + 1 if before else None
+                ends[row, place + 1] = -1 if at is None else at + 1
+        assert ((ends >= 0) == (samples.targets >= 0)).all()
+        return [Example(a, b, 4) for a, b in zip(samples.tokens, samples.targets, strict=True)], ends
+
+    training, ends = walked("training", 3000)
+    held_out, _ = walked("held out", 1000)
+    right = asked = 0
+    for place in range(length):
+        shares = np.bincount(ends[ends[:, place] >= 0, place], minlength=length)
+        for example in held_out:
+            if example.targets[place] >= 0:
+                votes = np.bincount(example.tokens, weights=shares)
+                right, asked = right + int(votes.argmax() == example.targets[place]), asked + 1
+    (entry,) = floors({4: training}, {4: held_out})
+    assert entry.accuracy == pytest.approx(right / asked, abs=0.02)
+    assert 0.2 < entry.accuracy < 0.35
+
+
+def test_floors_of_long_documents_and_many_words_take_little_time_and_memory() -> None:
+    rng = np.random.default_rng(0)
+
+    def long(count: int) -> list[Example]:
+        return [
+            Example(tokens, np.where(np.arange(1500) % 3 == 0, tokens[0], -1), 1)
+            for tokens in rng.integers(0, 49_000, (count, 1500))
+        ]
+
+    tracemalloc.start()
+    (entry,) = floors({1: long(60)}, {1: long(30)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (entry.accuracy, entry.guesser) == (1, "vote")
+    assert peak < 200e6
+
+
+def test_more_difficulties_than_levels_are_refused(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(line | {"difficulty": n}) + "\n" for n, line in enumerate(lines(600))))
+    with pytest.raises(MegaloopError, match="more than 256 difficulties"):
+        prepare([file], tmp_path / "out", tokenizer=corpus, sequence_length=LENGTH, targets=True)
