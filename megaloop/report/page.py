@@ -16,6 +16,7 @@ from megaloop import __version__
 from megaloop.errors import MegaloopError
 from megaloop.files import replace_file
 from megaloop.report import plots
+from megaloop.report.format import FILTERS, format_cell, format_spread
 from megaloop.report.primitives import (
     MEAN,
     Cell,
@@ -35,7 +36,6 @@ from megaloop.report.savings import (
     Group,
     Measure,
     Saving,
-    Spread,
     choose_baseline,
     choose_measure,
     differences,
@@ -43,11 +43,9 @@ from megaloop.report.savings import (
     run_labels,
     savings,
 )
+from megaloop.report.style import COLOURS
 
 __all__ = ["Report", "make_report", "write_report"]
-
-_NONE = "\N{EN DASH}"
-"""What the tables show for no value."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
         report=report,
         groups=groups,
         base=base,
-        colours=[plots.COLOURS[number % len(plots.COLOURS)] for number in range(len(groups))],
+        colours=[COLOURS[number % len(COLOURS)] for number in range(len(groups))],
         rows=rows,
         losses=[(name, Markup(plots.loss_plot(groups, axis, measure))) for name, axis in _AXES],
         in_bits=measure is BITS,
@@ -138,16 +136,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        short=_short,
-        spread=_spread,
-        cell=_cell,
-        number=_number,
-        count=_count,
-        percent=_percent,
-        duration=_duration,
-        bytes=_bytes,
-    )
+    environment.filters.update(FILTERS)
     return environment.get_template("report.html.j2")
 
 
@@ -170,7 +159,7 @@ def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: in
         text = f"{row.group.label} took {row.fraction:.3f} of the FLOPs of {base.label}"
         if row.difference.count:
             word = "higher" if row.difference.mean > 0 else "lower"
-            text += f" and ended with {loss} {abs(row.difference.mean):.2f}% {word} ({_spread(row.compared, 4)})"
+            text += f" and ended with {loss} {abs(row.difference.mean):.2f}% {word} ({format_spread(row.compared, 4)})"
         if row.reached_fraction is not None:
             of = (
                 ""
@@ -187,8 +176,8 @@ def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: in
         second = max((mean for mean in means if mean[0] != label), key=lambda item: item[1].value)
         clear = _clear(best, second[1])
         said.append(
-            f"Over the primitives, {label} has the highest mean accuracy, {_cell(best)}; next is {second[0]} with "
-            f"{_cell(second[1])}"
+            f"Over the primitives, {label} has the highest mean accuracy, {format_cell(best)}; next is {second[0]} with "
+            f"{format_cell(second[1])}"
             + ("." if clear else ", less than three standard errors behind: no difference is shown.")
         )
     if any(not group.finished for group in groups):
@@ -313,61 +302,3 @@ def _run_numbers(run: Run, label: str) -> dict[str, Any]:
         "torch": run.torch,
         "attention": run.attention,
     }
-
-
-# --- filters
-
-
-def _spread(value: Spread, digits: int = 4) -> str:
-    if not value.count:
-        return _NONE
-    return f"{value.mean:.{digits}f}" + (
-        "" if value.deviation is None else f" ±\N{NO-BREAK SPACE}{value.deviation:.{digits}f}"
-    )
-
-
-def _cell(cell: Cell | None, digits: int = 1) -> str:
-    if cell is None:
-        return _NONE
-    return f"{100 * cell.value:.{digits}f}" + ("" if cell.error is None else f" ± {100 * cell.error:.{digits}f}") + "%"
-
-
-def _number(value: float | None) -> str:
-    """Scientific, three digits: FLOPs and tokens."""
-    if value is None or math.isnan(value):
-        return _NONE
-    if abs(value) < 1e5:
-        return f"{value:,.0f}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return Markup("{}·10<sup>{}</sup>").format(mantissa, int(exponent))
-
-
-def _short(value: float | None) -> str:
-    """Three digits: 1.98M parameters."""
-    if value is None:
-        return _NONE
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def _count(value: float | None) -> str:
-    return _NONE if value is None else f"{value:,.0f}"
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return _NONE if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"

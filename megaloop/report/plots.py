@@ -1,91 +1,40 @@
-"""The page's pictures: SVG whose text takes the page's colour, so that it suits light and dark."""
+"""The page's pictures of losses and primitives; :mod:`megaloop.report.style` says how they look."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("svg")
-
 from matplotlib.figure import Figure
 
 from megaloop.report.primitives import MEAN, Cell, by_loops, by_shots, cells, held_out
 from megaloop.report.read import Array, Run
 from megaloop.report.savings import NATS, Group, Measure, curve_points, trained_loops
+from megaloop.report.style import COLOURS, INK, STYLE, legend_label, line_style, to_svg
 
-__all__ = ["COLOURS", "loops_plot", "loss_plot", "primitives_plot", "shots_plot"]
+__all__ = ["loops_plot", "loss_plot", "primitives_plot", "shots_plot"]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8a800")
-"""Okabe and Ito's, which colour-blind people tell apart; more groups than these begin again with dashes."""
-_INK = "#123456"
-"""Stands for the colour of the page's text."""
 _POINTS = 300
 _RING: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.2}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a name with dollars in it is a name
-    "svg.hashsalt": "megaloop",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.grid": True,
-    "grid.color": "#80808040",
-    "legend.frameon": False,
-    "legend.labelcolor": _INK,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
-
-
-def _line(number: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
-    }
-
-
-def _label(name: str) -> str:
-    """A name in a legend, from which matplotlib leaves out what begins with an underscore."""
-    return f" {name}" if name.startswith("_") else name
-
-
-def _svg(figure: Figure) -> str:
-    out = io.StringIO()
-    with warnings.catch_warnings():
-        # the browser chooses the font: matplotlib only guesses how wide the text is
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
 
 
 def loss_plot(groups: Sequence[Group], axis: str, measure: Measure) -> str:
     """Validation loss (lines) against ``tokens``, ``flops`` or ``seconds``; boundaries as dots; in nats also training loss (faint)."""
     titles = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 4.4))
         axes = figure.subplots()
         for number, group in enumerate(groups):
-            style = _line(number)
+            style = line_style(number)
             for index, run in enumerate(group.runs):
                 x: Array = getattr(run, axis)
                 if measure is NATS:  # how many bytes of text a training step saw is not known
                     axes.plot(
                         *curve_points(x, run.loss, _POINTS), alpha=0.18, linewidth=0.8, zorder=1, color=style["color"]
                     )
-                label = _label(group.label) if index == 0 else None
+                label = legend_label(group.label) if index == 0 else None
                 axes.plot(x[run.val_at], measure.of(run), linewidth=1.4, label=label, zorder=3, **style)
                 _mark(axes, run, x, measure.of(run), style["color"])
         axes.set_xlabel(titles[axis])
@@ -93,7 +42,7 @@ def loss_plot(groups: Sequence[Group], axis: str, measure: Measure) -> str:
         axes.set_ylim(*_limits(groups, measure))
         axes.set_xlim(left=0)
         axes.legend(loc="upper right", fontsize=9)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _mark(axes: Any, run: Run, x: Array, losses: Array, colour: str) -> None:
@@ -135,7 +84,7 @@ def _errorbar(axes: Any, points: Mapping[int, Cell] | Mapping[float, Cell], **st
 
 def primitives_plot(groups: Sequence[Group], shots: int, chance: float) -> str:
     """The mean accuracy over the primitives against the layers that are executed."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.6))
         axes = figure.subplots()
         depths = sorted({group.runs[-1].depth for group in groups})
@@ -144,15 +93,15 @@ def primitives_plot(groups: Sequence[Group], shots: int, chance: float) -> str:
         for number, (group, cell) in enumerate(zip(groups, cells(groups, MEAN, shots), strict=True)):
             if cell is not None:
                 points = {group.runs[-1].depth + apart * (number - (len(groups) - 1) / 2): cell}
-                label = _label(f"{group.label}, {group.runs[-1].layers} unique")
-                _errorbar(axes, points, color=_line(number)["color"], label=label)
-        axes.axhline(chance, color=_INK, linewidth=0.8, linestyle=":")
+                label = legend_label(f"{group.label}, {group.runs[-1].layers} unique")
+                _errorbar(axes, points, color=line_style(number)["color"], label=label)
+        axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("layers executed")
         axes.set_xticks(depths)
         axes.set_ylabel("mean accuracy")
         axes.margins(x=0.25)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, columnspacing=1.2)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def shots_plot(groups: Sequence[Group], chance: float) -> str:
@@ -186,20 +135,20 @@ def _curves(
     chance: float | None,
     ring: bool = False,
 ) -> str:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.6))
         axes = figure.subplots()
         places: set[int] = set()
         for number, group in enumerate(groups):
             if found := points(group):
-                _errorbar(axes, found, label=_label(group.label), **_line(number))
+                _errorbar(axes, found, label=legend_label(group.label), **line_style(number))
                 if ring and (trained := trained_loops(group.runs[-1])) in found:
                     axes.plot([trained], [found[trained].value], "o", **_RING, color=COLOURS[number % len(COLOURS)])
                 places |= set(found)
         if chance is not None:
-            axes.axhline(chance, color=_INK, linewidth=0.8, linestyle=":")
+            axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xticks(sorted(places))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, columnspacing=1.2)
-        return _svg(figure)
+        return to_svg(figure)

@@ -1,0 +1,83 @@
+"""Values as the page shows them: its template's filters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from markupsafe import Markup
+
+from megaloop.report.primitives import Cell
+from megaloop.report.savings import Spread
+
+__all__ = ["FILTERS", "NONE", "format_cell", "format_percent", "format_spread"]
+
+NONE = "\N{EN DASH}"
+"""What the tables show for no value."""
+
+
+def format_spread(value: Spread, digits: int = 4) -> str:
+    if not value.count:
+        return NONE
+    return f"{value.mean:.{digits}f}" + (
+        "" if value.deviation is None else f" ±\N{NO-BREAK SPACE}{value.deviation:.{digits}f}"
+    )
+
+
+def format_cell(cell: Cell | None, digits: int = 1) -> str:
+    if cell is None:
+        return NONE
+    return f"{100 * cell.value:.{digits}f}" + ("" if cell.error is None else f" ± {100 * cell.error:.{digits}f}") + "%"
+
+
+def format_number(value: float | None) -> str:
+    """Scientific, three digits: FLOPs and tokens."""
+    if value is None or math.isnan(value):
+        return NONE
+    if abs(value) < 1e5:
+        return f"{value:,.0f}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return Markup("{}·10<sup>{}</sup>").format(mantissa, int(exponent))
+
+
+def format_short(value: float | None) -> str:
+    """Three digits: 1.98M parameters."""
+    if value is None:
+        return NONE
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def format_count(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def format_percent(value: float | None, digits: int = 1) -> str:
+    return NONE if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
+
+
+def format_duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def format_size(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "bytes": format_size,
+    "cell": format_cell,
+    "count": format_count,
+    "duration": format_duration,
+    "number": format_number,
+    "percent": format_percent,
+    "short": format_short,
+    "spread": format_spread,
+}
