@@ -20,6 +20,7 @@ REQUIRES = [
     "pyyaml>=6",
     "rich>=13.7",
     "safetensors>=0.5",
+    "scipy>=1.11",
     "sentencepiece>=0.2",
     "spmd_types>=0.3,<0.4",
     "tensorboard>=2.16",

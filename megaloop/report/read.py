@@ -17,7 +17,7 @@ from megaloop.config.yaml_text import read_yaml
 from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.evaluation import records as evaluations
-from megaloop.evaluation.records import EVALUATION, Record
+from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record
 from megaloop.runs.metrics import EVENTS, METRICS
 from megaloop.runs.records import number, parse_record, read_records, text, whole_number
 from megaloop.text import printable
@@ -82,11 +82,13 @@ class Run:
         config: the resolved configuration, of plain values alone.
         held_out: what its validation losses are of.
         step, tokens, flops, seconds, loss: of each optimizer step; all but the loss are counted from the beginning.
+        executed: layers that ran in each step.
         val_at: indices of steps that validation followed; val_loss (nats per token) and val_bits (per byte) of them.
         parameters: of the model that the last start began with, whose depth is ``plan``; None where it does not say.
         torch, attention: versions and kernels of the last start.
         restarts: starts after an end that nobody wanted: an error, or none that was written down.
-        evaluations: of the newest step that was evaluated.
+        evaluations: of the newest step that was evaluated, without those of single difficulties.
+        by_step: evaluations of single difficulties, of all steps.
     """
 
     path: Path
@@ -98,6 +100,7 @@ class Run:
     flops: Array
     seconds: Array
     loss: Array
+    executed: Array
     val_at: NDArray[np.int64]
     val_loss: Array
     val_bits: Array
@@ -113,6 +116,7 @@ class Run:
     restarts: int
     rollbacks: int
     evaluations: tuple[Record, ...]
+    by_step: tuple[Record, ...]
 
     @property
     def steps(self) -> int:
@@ -149,6 +153,9 @@ def read_run(path: Path) -> Run:
     validated = [index for index, record in enumerate(records) if _was_validated(record)]
     last = records[-1]
     model = config.get("model")
+    found = _evaluations(path, isinstance(model, dict) and model.get("document_masking") is True)
+    others = [record for record in found if record.subject.task != DIFFICULTY]
+    newest = max((record.subject.step for record in others), default=0)
     return Run(
         path=path,
         name=printable(config.get("name") or path.name, 80),
@@ -159,6 +166,7 @@ def read_run(path: Path) -> Run:
         flops=_column(records, "flops"),
         seconds=np.nancumsum(_column(records, "seconds")),
         loss=_column(records, "loss"),
+        executed=_column(records, "depth"),
         val_at=np.array(validated, dtype=np.int64),
         val_loss=_column([records[index] for index in validated], "val_loss"),
         val_bits=_column([records[index] for index in validated], "val_bits_per_byte"),
@@ -173,7 +181,8 @@ def read_run(path: Path) -> Run:
         attention=_shown(start, "attention"),
         restarts=_restarts(events),
         rollbacks=sum(event.get("event") == "rollback" for event in events),
-        evaluations=_evaluations(path, isinstance(model, dict) and model.get("document_masking") is True),
+        evaluations=tuple(record for record in others if record.subject.step == newest),
+        by_step=tuple(record for record in found if record.subject.task == DIFFICULTY),
     )
 
 
@@ -310,14 +319,11 @@ def _boundaries(events: Sequence[dict[str, Any]]) -> Iterator[Boundary]:
     yield from (last[step] for step in sorted(last))
 
 
-def _evaluations(path: Path, document_masking: bool) -> tuple[Record, ...]:
-    """Those of the newest step that were made as the model was trained."""
+def _evaluations(path: Path, document_masking: bool) -> list[Record]:
+    """Those that were made as the model was trained."""
     # of a model with document masking, older versions have also left some that let it look across documents
-    found = evaluations.read_records(path / EVALUATION)
-    same = {
-        subject: record
-        for subject, record in found.items()
+    return [
+        record
+        for subject, record in evaluations.read_records(path / EVALUATION).items()
         if subject.document_masking is document_masking and max(subject.loops, subject.shots) <= _DEEPEST
-    }
-    newest = max((subject.step for subject in same), default=0)
-    return tuple(record for subject, record in same.items() if subject.step == newest)
+    ]
