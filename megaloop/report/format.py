@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
+from megaloop.report.difficulty import Level
 from megaloop.report.primitives import Cell
 from megaloop.report.savings import Spread
 
@@ -71,13 +72,35 @@ def format_size(value: float) -> str:
     return f"{value:.3g} TiB"
 
 
+def format_level(level: Level | None) -> str:
+    """An accuracy in percent with half its interval."""
+    if level is None:
+        return NONE
+    margin = "" if level.margin is None else f" ±\N{NO-BREAK SPACE}{100 * level.margin:.1f}"
+    return f"{100 * level.mean:.1f}{margin}"
+
+
+def format_points(value: float | None) -> str:
+    """A difference of accuracies in percentage points, with its sign."""
+    return NONE if value is None else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def format_p(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "bytes": format_size,
     "cell": format_cell,
     "count": format_count,
     "duration": format_duration,
+    "level": format_level,
     "number": format_number,
+    "p": format_p,
     "percent": format_percent,
+    "points": format_points,
     "short": format_short,
     "spread": format_spread,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from megaloop.report.primitives import (
     tasks_of,
 )
 from megaloop.report.read import Run, read_run
+from megaloop.report.reasoning import reasoning, sweep_table
 from megaloop.report.savings import (
     BITS,
     Group,
@@ -50,7 +51,13 @@ __all__ = ["Report", "make_report", "write_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows, as numbers; ``compared_by`` is the unit of the losses that are compared."""
+    """What the page shows, as numbers.
+
+    Attributes:
+        compared_by: the unit of the losses that are compared.
+        difficulties, trade_offs, over_flops, block_loops, claims: of reasoning by difficulty; empty where it was not measured.
+        learning_rates: what a sweep found, by contender.
+    """
 
     baseline: str
     compared_by: str
@@ -59,19 +66,33 @@ class Report:
     primitives: list[dict[str, Any]]
     loops: list[dict[str, Any]]
     runs: list[dict[str, Any]]
+    difficulties: list[dict[str, Any]] = field(default_factory=list)
+    trade_offs: list[dict[str, Any]] = field(default_factory=list)
+    over_flops: list[dict[str, Any]] = field(default_factory=list)
+    block_loops: list[dict[str, Any]] = field(default_factory=list)
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    learning_rates: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write_report(paths: Sequence[Path], out: Path, *, baseline: str | None = None, title: str | None = None) -> Report:
+def write_report(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    baseline: str | None = None,
+    title: str | None = None,
+    lr_sweep: Path | None = None,
+) -> Report:
     """Write the page about some runs.
 
     Args:
         paths: run directories.
         baseline: label of the group that the others are measured by; default: ``baseline``, or the one of most FLOPs.
+        lr_sweep: directory of a bench whose ``lr_sweep.json`` is shown, if it has one.
 
     Raises:
-        MegaloopError: no run, one that cannot be read, no such baseline, or a page that cannot be written.
+        MegaloopError: no run, one that cannot be read, no such baseline, a damaged sweep, or a page that cannot be written.
     """
-    report, page = make_report(paths, baseline=baseline, title=title)
+    report, page = make_report(paths, baseline=baseline, title=title, lr_sweep=lr_sweep)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, page.encode())
@@ -80,7 +101,9 @@ def write_report(paths: Sequence[Path], out: Path, *, baseline: str | None = Non
     return report
 
 
-def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: str | None = None) -> tuple[Report, str]:
+def make_report(
+    paths: Sequence[Path], *, baseline: str | None = None, title: str | None = None, lr_sweep: Path | None = None
+) -> tuple[Report, str]:
     """The numbers, and the page as HTML."""
     runs, tasks_version = of_one_version([read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)])
     if not runs:
@@ -91,14 +114,17 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
     rows = savings(groups, base, measure)
     tasks, shots = tasks_of(groups), shots_shown(groups)
     chance = chance_of(groups, MEAN) if tasks else math.nan
+    found, (rates, swept) = reasoning(groups, rows), sweep_table(lr_sweep)
     report = Report(
         baseline=base.label,
         compared_by=measure.unit,
-        summary=_summary(rows, base, groups, shots, measure),
+        summary=[*_summary(rows, base, groups, shots, measure), *found.summary],
         savings=[_saving_numbers(row) for row in rows],
         primitives=_primitive_numbers(groups, tasks, shots),
         loops=_loop_numbers(groups, shots),
         runs=[_run_numbers(run, label) for run, label in zip(runs, labels, strict=True)],
+        learning_rates=[{"contender": name, **sweep.to_json()} for name, sweep in swept],
+        **found.numbers,
     )
     page = _template().render(
         title=title or (f"Run {runs[0].name}" if len(runs) == 1 else f"{len(groups)} configurations, {len(runs)} runs"),
@@ -112,6 +138,9 @@ def make_report(paths: Sequence[Path], *, baseline: str | None = None, title: st
         losses=[(name, Markup(plots.loss_plot(groups, axis, measure))) for name, axis in _AXES],
         in_bits=measure is BITS,
         boundaries=[(label, boundary) for run, label in zip(runs, labels, strict=True) for boundary in run.boundaries],
+        reasoning=found,
+        rates=rates,
+        swept=swept,
         tasks=_task_rows(groups, tasks, shots),
         tasks_version=tasks_version,
         shots=shots,

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ __all__ = [
     "choose_measure",
     "curve_points",
     "differences",
+    "executed_layers",
     "flops_to_reach",
     "group_runs",
+    "model_of",
     "run_labels",
     "savings",
     "trained_loops",
@@ -277,13 +280,18 @@ def savings(groups: Sequence[Group], baseline: Group, measure: Measure = NATS) -
 
 def _parameters(run: Run) -> int | None:
     """Of the model as it ends; None where the run does not say what it takes."""
-    if run.plan is None or run.parameters is None:
+    model = model_of(run)
+    if run.plan is None or run.parameters is None or model is None:
         return None
+    return run.parameters + (run.layers - run.plan.layers) * layer_parameters(model)
+
+
+def model_of(run: Run) -> ModelConfig | None:
+    """The widths of its layers; None where its configuration holds none that make sense."""
     try:
-        per_layer = layer_parameters(ModelConfig.model_validate(run.config["model"]))
+        return ModelConfig.model_validate(run.config["model"])
     except (KeyError, TypeError, ValueError):
         return None
-    return run.parameters + (run.layers - run.plan.layers) * per_layer
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -310,11 +318,12 @@ def trained_loops(run: Run) -> int:
     """How often the looped block ran at the end of training; 1 without loop."""
     if run.depth == run.layers:
         return 1
-    loops = {record.subject.loops for record in run.evaluations if _executed(record.subject.depth) == run.depth}
+    loops = {record.subject.loops for record in run.evaluations if executed_layers(record.subject.depth) == run.depth}
     return min(loops, default=1)
 
 
-def _executed(recorded: str) -> int:
+@lru_cache(maxsize=1024)
+def executed_layers(recorded: str) -> int:
     """Layers that ran, by the depth of a record, which is text; -1 where it makes no sense."""
     try:
         return DepthSpec.parse(recorded).plan.depth
