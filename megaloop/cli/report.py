@@ -35,7 +35,7 @@ def report(
         bool, typer.Option("--json", help="Print the numbers as one JSON object (and write the page only with --out).")
     ] = False,
 ) -> None:
-    """Write one self-contained HTML page: losses, savings, primitives, loops at inference, differences, costs.
+    """Write one self-contained HTML page: losses, savings, reasoning by difficulty, primitives, loops at inference, differences, costs.
 
     Runs that differ only in name and seed count as one configuration.
     """
@@ -43,10 +43,17 @@ def report(
 
     file = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if json and out is None:
-        made, _ = make_report(runs, baseline=baseline, title=title)
+        made, _ = make_report(runs, baseline=baseline, title=title, lr_sweep=_bench_of(runs))
     else:
-        made = write_report(runs, file, baseline=baseline, title=title)
+        made = write_report(runs, file, baseline=baseline, title=title, lr_sweep=_bench_of(runs))
     print_report(made, None if json and out is None else file, json)
+
+
+def _bench_of(runs: list[Path]) -> Path | None:
+    """The directory of the ``bench savings`` whose runs these are: DIR of DIR/runs/NAME; None where they are of no single one."""
+    folders = {run.resolve().parent for run in runs}
+    folder = folders.pop()
+    return folder.parent if not folders and folder.name == "runs" else None
 
 
 def print_report(made: Report, file: Path | None, as_json: bool) -> None:
@@ -85,6 +92,9 @@ def print_report(made: Report, file: Path | None, as_json: bool) -> None:
     SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
     if loss != "val_loss":
         echo("validated on different data, or with other tokenizers: losses are compared in bits per byte of text")
+    for claim in made.claims:
+        effect = "" if claim["effect"] is None else f" ({100 * claim['effect']:+.1f} points)"
+        echo(f"{claim['verdict']}: {claim['claim']}{effect}")
     if file is not None:
         echo(f"written {file}")
 

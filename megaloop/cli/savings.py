@@ -304,4 +304,4 @@ def _finish(base: Path, work: Sequence[Job], json: bool) -> None:
 
     file = base / "report.html"
     title = f"What growing and looping save: {base.name}"
-    print_report(write_report([job.run for job in work], file, title=title), file, json)
+    print_report(write_report([job.run for job in work], file, title=title, lr_sweep=base), file, json)

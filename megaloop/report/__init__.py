@@ -1,1 +1,1 @@
-"""One page that shows what runs did: losses, savings, primitives, loops at inference, costs."""
+"""One page that shows what runs did: losses, savings, reasoning by difficulty, primitives, loops at inference, costs."""

@@ -152,7 +152,7 @@ class Board:
         key = "floor" if metric == ACCURACY else "last_floor"
         for found in (found for results in self.results.values() for found in results.trained.values()):
             value = number(found[rung].values, key) if rung in found else None
-            if value is not None:
+            if value is not None and 0 <= value <= 1:
                 return value
         return None
 
@@ -210,7 +210,7 @@ def _level(found: Iterable[Found], rungs: Sequence[Rung], metric: str) -> Level 
 def _mean(found: Found, rungs: Sequence[Rung], metric: str) -> tuple[float, float | None] | None:
     """Over rungs, with the standard error of the examples; None where there are none, or one is missing."""
     values = [number(found[rung].values, metric) for rung in rungs if rung in found]
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and 0 <= value <= 1]
     if not known or len(known) < len(rungs):
         return None
     errors = [number(found[rung].values, f"{metric}_stderr") for rung in rungs]

@@ -96,7 +96,7 @@ def trade_offs_plot(board: Board, rows: Sequence[Saving]) -> str:
                 axes.set_ylim(_bottom(board), 1.03)
                 axes.margins(x=0.12)
                 axes.xaxis.set_major_locator(MaxNLocator(5))
-                axes.xaxis.set_major_formatter(EngFormatter(sep="") if title == "parameters" else ScalarFormatter())
+                axes.xaxis.set_major_formatter(ScalarFormatter() if title == "training FLOPs" else EngFormatter(sep=""))
             line[0].set_ylabel(f"accuracy,\n{name}")
         _legend(figure, panels[0][0], columns=5, outside=True)
         return to_svg(figure)

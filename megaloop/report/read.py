@@ -29,7 +29,7 @@ _VALUES, _NESTED = 20_000, 20
 """A run's configuration has fewer values, and is less deep."""
 _LARGEST = 10**30
 _DEEPEST = 100_000
-"""No model executes as many layers (:class:`megaloop.depth.DepthPlan` says so)."""
+"""No model executes as many layers (:class:`megaloop.depth.DepthPlan` says so), and no task is as difficult."""
 _ON_PURPOSE = ("stop_at", "finished", "interrupted", "signal")
 """How the reason of a ``stop`` event begins where somebody wanted that end."""
 
@@ -325,5 +325,6 @@ def _evaluations(path: Path, document_masking: bool) -> list[Record]:
     return [
         record
         for subject, record in evaluations.read_records(path / EVALUATION).items()
-        if subject.document_masking is document_masking and max(subject.loops, subject.shots) <= _DEEPEST
+        if subject.document_masking is document_masking
+        and max(subject.loops, subject.shots, subject.difficulty or 0) <= _DEEPEST
     ]

@@ -36,6 +36,11 @@ class Reasoning:
     summary: list[str] = field(default_factory=list)
 
     @property
+    def tests(self) -> int:
+        """Claims that were tested: the family that Holm's procedure adjusts for."""
+        return sum(claim.p is not None for claim in self.claims)
+
+    @property
     def has_loops(self) -> bool:
         return any(ladder["loops"] for ladder in self.ladders)
 

@@ -149,8 +149,7 @@ EVALUATED = (40, 80, 100)
 """Steps at which checkpoints of made-up contenders were evaluated, of 100."""
 
 
-def graded(
-    run: Path,
+def grade(
     difficulty: int,
     accuracy: float,
     *,
@@ -162,8 +161,8 @@ def graded(
     last: float | None = None,
     floor: float | None = 0.5,
     error: float | None = 0.01,
-) -> None:
-    """Add the result of one difficulty to a run's evaluations."""
+) -> Record:
+    """The result of one difficulty."""
     subject = Subject(
         task=DIFFICULTY, data=data, shots=0, loops=loops, depth=depth, block=block, examples=512, seed=0, precision="fp32",
         version=1, step=step, checkpoint="c", difficulty=difficulty,
@@ -173,7 +172,12 @@ def graded(
         "last_accuracy_stderr": error, "floor": floor, "last_floor": floor, "loss": 2 * (1 - accuracy), "loss_stderr": 0.01,
         "tokens": 20_000, "seconds": 1.0,
     }  # fmt: skip
-    append_record(run / "evaluation.jsonl", Record(subject, values, "2026-01-01T00:00:00+00:00"))
+    return Record(subject, values, "2026-01-01T00:00:00+00:00")
+
+
+def graded(run: Path, difficulty: int, accuracy: float, **options: Any) -> None:
+    """Add the result of one difficulty to a run's evaluations."""
+    append_record(run / "evaluation.jsonl", grade(difficulty, accuracy, **options))
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,7 @@ def write_contender(folder: Path, name: str, seed: int, *, looped_too: bool = Tr
         right = 0.45 + 0.55 / (1 + math.exp(-14 * (solved - 0.55)))
         return min(max(right + random.gauss(0, 0.008), 0.4), 1.0)
 
+    found = []
     for data, difficulties in ((HOPS, TRAINED), (BEYOND, FURTHER)):
         for difficulty in difficulties:
             floor = 0.42 if difficulty == 1 else 0.5 if difficulty < 8 else 0.55
@@ -234,11 +239,13 @@ def write_contender(folder: Path, name: str, seed: int, *, looped_too: bool = Tr
                 shallow = made.grown_at is not None and step <= made.grown_at
                 block, loops = (None, 1) if shallow else (made.block, made.loops)
                 value = accuracy(difficulty, step)
-                graded(run, difficulty, value, data=data, step=step, depth="4" if shallow else made.depth, loops=loops,
-                       block=block, last=value - 0.04, floor=floor)  # fmt: skip
+                found.append(grade(difficulty, value, data=data, step=step, depth="4" if shallow else made.depth, loops=loops,
+                                   block=block, last=value - 0.04, floor=floor))  # fmt: skip
             for start in range(made.layers - 1 if looped_too and made.gain else 0):
                 for loops in range(2, 6):
                     more = made.gain * (1.5 - abs(start - 4) / 2) / (loops - 1)
-                    graded(run, difficulty, accuracy(difficulty, made.steps, more), data=data, step=made.steps, loops=loops,
-                           depth=f"{start}-2x{loops}-{6 - start}", block=f"{start}:{start + 2}", floor=floor)  # fmt: skip
+                    value = accuracy(difficulty, made.steps, more)
+                    found.append(grade(difficulty, value, data=data, step=made.steps, loops=loops, floor=floor,
+                                       depth=f"{start}-2x{loops}-{6 - start}", block=f"{start}:{start + 2}"))  # fmt: skip
+    (run / "evaluation.jsonl").write_text("".join(json.dumps(record.to_json()) + "\n" for record in found))
     return run
