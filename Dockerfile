@@ -22,7 +22,7 @@ RUN pip list --format=freeze \
 # libraries of streaming (boto3, google-cloud-storage, ...) are not: install the one that your shards' place needs.
 RUN pip install --no-cache-dir -c /opt/image-constraints.txt \
         'hjson' 'pydantic>=2.7' 'pyyaml>=6' 'rich>=13.7' 'safetensors>=0.5' 'sentencepiece>=0.2' 'tensorboard>=2.16' \
-        'tokenizers>=0.21' 'transformers>=4.51,<5' 'typer>=0.15' 'xxhash>=3.4' 'zstandard>=0.22' 'pyarrow>=15' \
+        'tokenizers>=0.21' 'transformers>=4.51,<5' 'typer>=0.15' 'xxhash>=3.4' 'zstandard>=0.22' 'pyarrow>=15' 'scipy>=1.11' \
         'einops' 'msgpack' 'ninja' 'psutil' 'py-cpuinfo' 'tqdm' \
         'brotli' 'catalogue<3' 'cramjam' 'python-snappy' 'zstd' 'requests' \
     && pip install --no-cache-dir --no-deps 'deepspeed>=0.19.8,<0.19.9' 'mosaicml-streaming>=0.13,<0.14' 'spmd_types>=0.3,<0.4'

@@ -20,6 +20,7 @@ gain where there is none. The seeds' choices are alike, so their gains are a lit
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -129,8 +130,9 @@ def _pair(board: Board, groups: dict[str, Group], pair: _Pair) -> Claim | None:
         return None
     limit = f" (not more than {100 * MARGIN:g} points below)" if pair.bound else ""
     note = ""
-    if pair.costs and (spent := _flops(groups[pair.first])) and (other := _flops(groups[pair.second])):
-        note = f"{pair.first} took {spent / other:.3f} of the FLOPs of {pair.second}"
+    share = _flops(groups[pair.first]) / (_flops(groups[pair.second]) or math.nan)
+    if pair.costs and math.isfinite(share):
+        note = f"{pair.first} took {share:.3f} of the FLOPs of {pair.second}"
     text = f"{pair.text}: {pair.first} against {pair.second}{limit}"
     return _claim(text, pair.bound, list(paired(first, second).values()), note, "no seed in common")
 

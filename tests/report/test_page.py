@@ -16,7 +16,7 @@ from megaloop.evaluation.tasks import TASKS
 from megaloop.report.page import write_report
 from tests.cli.test_cli import megaloop
 from tests.debian import install, skip
-from tests.report.rundirs import evaluated, write_run
+from tests.report.rundirs import evaluated, write_contender, write_run
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +81,18 @@ def test_a_browser_shows_every_part(runs: list[Path], browser: str, tmp_path: Pa
     assert 'src="http' not in text
     assert not re.search(r'(?:src|href)="(?!#)', text.replace('xlink:href="#', ""))  # nothing is fetched
     assert "NaN" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
+
+
+@pytest.mark.slow
+def test_a_browser_shows_reasoning_by_difficulty(browser: str, tmp_path: Path) -> None:
+    made = [write_contender(tmp_path / "runs", name, seed) for name in ("lidas", "looped") for seed in range(2)]
+    write_report(made, tmp_path / "report.html")
+    text, complaints = _shown(browser, tmp_path / "report.html", tmp_path / "profile")
+    assert complaints == ""
+    section = text.partition('<section id="reasoning">')[2].partition("</section>")[0]
+    assert section.count("<svg") == 6
+    assert "chosen on the other seeds" in section
+    assert not re.search(r'(?:src|href)="(?!#)', text.replace('xlink:href="#', ""))  # nothing is fetched
 
 
 @pytest.mark.slow
