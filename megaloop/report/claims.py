@@ -15,7 +15,8 @@ probability of seeing any effect that is not there stays below 5%.
 
 A loop at inference is chosen by start and extra times. For each seed it is chosen on the other seeds (the one that gains most on
 average; of equals the one with fewest extra times) and measured on this one: choosing and measuring on the same seeds would find a
-gain where there is none. The seeds' choices are alike, so their gains are a little less independent than the test assumes.
+gain where there is none. The seeds' choices share seeds, so intervals and tests of these gains are the wider ones of
+:mod:`megaloop.report.statistics`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from megaloop.report.difficulty import Board, Loop
 from megaloop.report.savings import Group
 from megaloop.report.statistics import LEVEL, Interval, holm, interval, p_value, paired
 
-__all__ = ["MARGIN", "NOT_SEEN", "SEEN", "UNCLEAR", "WORTH", "Claim", "claims", "verdict"]
+__all__ = ["MARGIN", "NOT_SEEN", "SEEN", "UNCLEAR", "WORTH", "Claim", "chosen_on_others", "claims", "verdict"]
 
 MARGIN, WORTH = 0.02, 0.01
 """Accuracy that "not more than 2 points below" may lose, and below which a gain does not matter."""
@@ -118,10 +119,14 @@ def _judged(made: Sequence[Claim]) -> list[Claim]:
     return found
 
 
-def _claim(text: str, bound: float, differences: Sequence[float], note: str, lacking: str) -> Claim:
+def _claim(
+    text: str, bound: float, differences: Sequence[float], note: str, *, lacking: str, left_out: bool = False
+) -> Claim:
     """Not judged yet; ``lacking`` says why there are no differences, where there are none."""
-    effect = interval(differences) if differences else None
-    return Claim(text, bound, effect, p_value(differences, bound), None, f"{UNCLEAR} ({lacking})", note)
+    effect = interval(differences, left_out=left_out) if differences else None
+    return Claim(
+        text, bound, effect, p_value(differences, bound, left_out=left_out), None, f"{UNCLEAR} ({lacking})", note
+    )
 
 
 def _pair(board: Board, groups: dict[str, Group], pair: _Pair) -> Claim | None:
@@ -134,7 +139,7 @@ def _pair(board: Board, groups: dict[str, Group], pair: _Pair) -> Claim | None:
     if pair.costs and math.isfinite(share):
         note = f"{pair.first} took {share:.3f} of the FLOPs of {pair.second}"
     text = f"{pair.text}: {pair.first} against {pair.second}{limit}"
-    return _claim(text, pair.bound, list(paired(first, second).values()), note, "no seed in common")
+    return _claim(text, pair.bound, list(paired(first, second).values()), note, lacking="no seed in common")
 
 
 def _flops(group: Group) -> float:
@@ -146,7 +151,7 @@ def _flops(group: Group) -> float:
 
 def _loops(board: Board, groups: dict[str, Group]) -> list[Claim]:
     found = {
-        name: _chosen(board.gains(groups[name], board.ladder.hardest))
+        name: chosen_on_others(board.gains(groups[name], board.ladder.hardest))
         for name in (_LOOPS, _BASELINE)
         if name in groups and board.loops(groups[name])
     }
@@ -155,16 +160,16 @@ def _loops(board: Board, groups: dict[str, Group]) -> list[Claim]:
         if name in found:
             gains = [gain for _, gain in found[name].values()]
             text = f"Loops at inference help {text}: {name} with a loop against {name} as trained"
-            made.append(_claim(text, 0.0, gains, _choices(found[name]), "one seed"))
+            made.append(_claim(text, 0.0, gains, _choices(found[name]), lacking="one seed", left_out=True))
     if len(found) == 2:
         both = [{seed: gain for seed, (_, gain) in found[name].items()} for name in (_LOOPS, _BASELINE)]
         text = f"Loops at inference help a grown model more: gain of {_LOOPS} against gain of {_BASELINE}"
         lacking = "no seed in common" if all(both) else "one seed"
-        made.append(_claim(text, 0.0, list(paired(*both).values()), "", lacking))
+        made.append(_claim(text, 0.0, list(paired(*both).values()), "", lacking=lacking, left_out=True))
     return made
 
 
-def _chosen(gains: dict[int, dict[Loop, float]]) -> dict[int, tuple[Loop, float]]:
+def chosen_on_others(gains: dict[int, dict[Loop, float]]) -> dict[int, tuple[Loop, float]]:
     """For each seed the loop that gains most on the other seeds, and its gain on this one."""
     chosen: dict[int, tuple[Loop, float]] = {}
     for seed, own in gains.items():

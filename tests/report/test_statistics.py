@@ -65,6 +65,14 @@ def test_differences_that_are_all_the_same_are_certain() -> None:
     assert interval([0.5, 0.5]).margin == 0.0
 
 
+def test_what_was_chosen_on_the_other_seeds_has_the_wider_interval() -> None:
+    """Values 1, 2, 3: deviation 1, error sqrt(1/3 + 1/2) instead of sqrt(1/3)."""
+    values = [1.0, 2.0, 3.0]
+    assert interval(values, left_out=True).mean == 2.0
+    assert interval(values, left_out=True).margin == pytest.approx(4.302653 * math.sqrt(5 / 6), rel=1e-6)
+    assert p_value(values, left_out=True) == pytest.approx(2 * stats.t.sf(2 / math.sqrt(5 / 6), 2))
+
+
 def test_holm_by_hand() -> None:
     """Four: times 4, 3, 2, 1 in order of size, and never smaller than one before; in the order in which they came."""
     assert holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
