@@ -82,13 +82,18 @@ def write_run(
         )
         lines.append(json.dumps(record.to_json()))
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    began = 4 if grown_at is not None else layers
+    events = _events(4 if grown_at is not None else layers, start_parameters, grown_at)
+    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    return path
+
+
+def _events(began: int, parameters: int, grown_at: int | None) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = [
         {
             "event": "start",
             "step": 0,
             "plan": str(began),
-            "parameters": start_parameters,
+            "parameters": parameters,
             "torch": "2.13",
             "attention": "torch SDPA",
         }
@@ -96,8 +101,7 @@ def write_run(
     if grown_at is not None:
         plan = {"order": list(range(8)), "lineage": {}}
         events.append({"event": "grow", "step": grown_at, "plan": plan, "loss_before": 3.5, "loss_after": 3.75})
-    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
-    return path
+    return events
 
 
 def evaluated(
