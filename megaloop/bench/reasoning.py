@@ -21,14 +21,14 @@ HOPS = tuple(range(1, 9))
 ASKED = (*HOPS, 9, 10, 12)
 """Numbers of hops that are asked; the last ones training never has."""
 VALIDATION_FRACTION = 0.05
-_SPARE = 64
-"""Documents made beyond those that are needed: which are held out is chosen by their hash, so their number varies a little."""
+_SPARE, _FEWEST = 64, 2000
+"""Documents beyond those that are needed: which are held out is chosen by their hash, so their number varies a little; and at least."""
 
 
 def documents(config: Config) -> int:
     """How many samples the preset's data has: each is trained on once at most."""
     needed = config.train.steps * config.train.global_batch
-    return round((needed + 4 * needed**0.5) / (1 - VALIDATION_FRACTION)) + _SPARE
+    return max(round((needed + 4 * needed**0.5) / (1 - VALIDATION_FRACTION)) + _SPARE, _FEWEST)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,9 @@ class Ladder:
     """A task by difficulty.
 
     Attributes:
-        name: the data set that was trained on, fit to be shown.
-        trained: its difficulties, ascending.
+        name: the data set that was trained on, and the one that asks where that is another, fit to be shown.
+        trained: its difficulties, ascending: as a data set asks them that was not trained on and has them all, else on held-out
+            samples of its own.
         beyond: difficulties of data sets of the task that were not trained on, ascending; those of ``trained`` are left out.
     """
 
@@ -104,10 +105,17 @@ Found = Mapping[Rung, Record]
 
 @dataclass(frozen=True)
 class _Results:
-    """A run's records of single difficulties: as trained by step, and by loop at inference at the newest step."""
+    """A run's records of single difficulties.
+
+    Attributes:
+        trained: as trained by step; where several numbers of samples were asked, those of the most.
+        loops: by loop at inference, at the newest step.
+        beside: as trained at the newest step, by the number of samples asked: what loops are compared with.
+    """
 
     trained: Mapping[int, Found]
     loops: Mapping[Loop, Found]
+    beside: Mapping[int, Found]
 
     @property
     def newest(self) -> Found:
@@ -183,13 +191,16 @@ class Board:
         return _level([self.results[run.path].loops.get(loop, {}) for run in group.runs], rungs, ACCURACY)
 
     def gains(self, group: Group, rungs: Sequence[Rung]) -> dict[int, dict[Loop, float]]:
-        """What each loop at inference adds to the model as trained, by seed; of complete runs."""
+        """What each loop at inference adds to the model as trained, by seed, on the same samples; of complete runs."""
         found: dict[int, dict[Loop, float]] = {}
         wanted = self.loops(group)
         for run in self.complete(group):
-            base = _mean(self.results[run.path].newest, rungs, ACCURACY)
+            results = self.results[run.path]
             for loop in wanted:
-                value = _mean(self.results[run.path].loops.get(loop, {}), rungs, ACCURACY)
+                looped = results.loops.get(loop, {})
+                asked = {record.subject.examples for rung, record in looped.items() if rung in rungs}
+                beside = results.beside.get(asked.pop(), {}) if len(asked) == 1 else {}
+                base, value = _mean(beside, rungs, ACCURACY), _mean(looped, rungs, ACCURACY)
                 if base is not None and value is not None and run.seed is not None:
                     found.setdefault(run.seed, {})[loop] = value[0] - base[0]
         return found
@@ -225,6 +236,7 @@ def _mean(found: Found, rungs: Sequence[Rung], metric: str) -> tuple[float, floa
 def _results(run: Run) -> _Results:
     trained: dict[int, dict[Rung, Record]] = {}
     loops: dict[Loop, dict[Rung, Record]] = {}
+    beside: dict[int, dict[Rung, Record]] = {}
     newest = max((record.subject.step for record in run.by_step), default=0)
     for record in run.by_step:
         subject = record.subject
@@ -232,10 +244,14 @@ def _results(run: Run) -> _Results:
         assert subject.data is not None
         rung, loop = Rung(_resolved(subject.data), subject.difficulty), _loop(record)
         if subject.block is None or executed_layers(subject.depth) in _executed_around(run, subject.step):
-            trained.setdefault(subject.step, {})[rung] = record
+            at_step = trained.setdefault(subject.step, {})
+            if rung not in at_step or at_step[rung].subject.examples <= subject.examples:
+                at_step[rung] = record
+            if subject.step == newest:
+                beside.setdefault(subject.examples, {})[rung] = record
         elif loop is not None and subject.step == newest:
             loops.setdefault(loop, {})[rung] = record
-    return _Results(trained, loops)
+    return _Results(trained, loops, beside)
 
 
 def _loop(record: Record) -> Loop | None:
@@ -307,13 +323,15 @@ def _alike(path: str, other: str) -> int:
 
 
 def _ladder(own: str, difficulties: set[int], others: Sequence[str], found: Mapping[str, set[int]]) -> Ladder:
+    asks = next((path for path in others if difficulties and found[path] >= difficulties), own)
     beyond: dict[int, Rung] = {}
     for path in others:
         for difficulty in found[path] - difficulties:
             beyond.setdefault(difficulty, Rung(path, difficulty))
+    name = printable(Path(own).name or own, 80)
     return Ladder(
-        printable(Path(own).name or own, 80),
-        tuple(Rung(own, difficulty) for difficulty in sorted(difficulties)),
+        name if asks == own else f"{name}, as {printable(Path(asks).name or asks, 80)} asks it",
+        tuple(Rung(asks, difficulty) for difficulty in sorted(difficulties)),
         tuple(beyond[difficulty] for difficulty in sorted(beyond)),
     )
 

@@ -193,13 +193,25 @@ def _loops(group: Group) -> list[int]:
     return sorted({record.subject.loops for run in group.runs for record in run.evaluations})
 
 
+def _of_several_blocks(group: Group, data: str, loops: int) -> bool:
+    blocks = {
+        record.subject.block
+        for run in group.runs
+        for record in run.evaluations
+        if record.subject.loops == loops and str(record.subject.data) == data and _loss(record) is not None
+    }
+    return len(blocks) > 1
+
+
 def held_out(group: Group, loops: int | None = None) -> list[Held]:
-    """Held-out loss on each data set; as trained, or with that number of loops."""
+    """Held-out loss on each data set; as trained, or with that number of loops (of one block: several have a picture of their own)."""
     names = dict.fromkeys(
         str(record.subject.data) for run in group.runs for record in run.evaluations if _loss(record) is not None
     )
     made = []
     for name in names:
+        if loops is not None and _of_several_blocks(group, name, loops):
+            continue
         values, errors = [], []
         for run in group.runs:
             for record in run.evaluations:
