@@ -9,10 +9,10 @@ PYTEST_ARGS ?=
 WORKERS ?= 3
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv test test-fast lint types unit chaos soak demo clean
+.PHONY: help venv test test-fast lint types unit chaos soak demo demo-reasoning clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## make .venv and install everything into it
 
@@ -50,5 +50,9 @@ soak: $(STAMP)  ## 2,000 steps and 40 changes of depth and topology instead of 6
 demo: $(STAMP)  ## text to shards to a trained model, resumed, exported and generating: under 5 minutes
 	@VENV=$(abspath $(VENV)) tools/demo.sh
 
+demo-reasoning: $(STAMP)  ## what loops are for: 8 layers, 2 layers, and 2 layers looped 4 times, and a page; under 15 minutes
+	$(BIN)/megaloop bench savings --preset reasoning --contenders baseline,iso-params,looped-full --out runs/demo-reasoning
+	@echo "open runs/demo-reasoning/report.html"
+
 clean:  ## remove what make and the demo wrote
-	rm -rf $(VENV) *.egg-info build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-data demo-export runs/demo
+	rm -rf $(VENV) *.egg-info build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-data demo-export runs/demo runs/demo-reasoning
