@@ -166,7 +166,8 @@ def evaluate(
     """Evaluate a checkpoint (or a run's newest), or take what was measured before.
 
     Args:
-        tasks: names of primitives, ``primitives`` for all of them, ``validation``; nothing: all of it.
+        tasks: names of primitives, ``primitives`` for all of them, ``validation``; nothing: all of it, but no primitives if the
+            tokenizer has no words for them.
         shots: numbers of solved examples before each question.
         loops, blocks: see :func:`with_loops`; each number with each block.
         examples: questions of each primitive.
@@ -188,6 +189,9 @@ def evaluate(
     )
     asked = VALIDATION in tasks or data is not None
     datasets = _datasets(checkpoint, data, required=asked, note=on_note or _mute) if asked or not tasks else []
+    if not tasks and (why := work.cannot_ask(primitives)):
+        primitives = []
+        (on_note or _mute)(f"no primitives: {why}")
     records = []
     for depth in dict.fromkeys(depths):
         for dataset in datasets:
@@ -271,6 +275,15 @@ class _Work:
     def primitive(self, depth: _Depth, task: Task, count: int) -> Record:
         subject = self._subject(task.name, depth, count, self._examples, self._seed, None)
         return self._known.get(subject) or self._measured(subject, lambda: self._primitive(depth, task, count, subject))
+
+    def cannot_ask(self, tasks: Sequence[Task]) -> str | None:
+        """Why the tokenizer has no words for the questions of these tasks; None: it has."""
+        try:
+            for task in tasks:
+                questions(self._open_tokenizer(), task, [], examples(task, 1, self._seed))
+        except MegaloopError as error:
+            return str(error)
+        return None
 
     def held_out(self, depth: _Depth, dataset: DataSet) -> list[Record]:
         """The loss over all held-out samples, and a record for each difficulty that they have; all in one pass."""

@@ -17,6 +17,7 @@ from megaloop.config import Config, load_config
 from megaloop.data import DataSet
 from megaloop.data.induction import p_hop
 from megaloop.errors import MegaloopError
+from megaloop.evaluation.evaluate import evaluate
 from megaloop.evaluation.records import EVALUATION, read_records
 from tests.data.targeted import write_targeted
 from tests.train.runs import configuration
@@ -127,6 +128,16 @@ def test_the_numbers_of_the_report_are_there_for_scripts(bench: Path) -> None:
     report: dict[str, Any] = json.loads(made.stdout)
     assert {entry["difficulty"] for entry in report["difficulties"]} == set(ASKED)
     assert len(report["block_loops"]) > 0
+
+
+@pytest.mark.slow
+def test_a_model_of_words_is_asked_no_primitives_and_says_so(bench: Path) -> None:
+    notes: list[str] = []
+    records = evaluate(bench / "runs" / "lidas-seed0", samples=8, on_note=notes.append)
+    assert [note[:15] for note in notes] == ["no primitives: "]
+    assert {record.subject.task for record in records} == {"validation", "difficulty"}
+    with pytest.raises(MegaloopError, match="cannot encode"):
+        evaluate(bench / "runs" / "lidas-seed0", tasks=["copy-real"])
 
 
 def test_data_with_targets_of_ones_own_is_asked_by_difficulty(corpus: Path, tmp_path: Path) -> None:

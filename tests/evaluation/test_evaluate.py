@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from megaloop.data import DataSet
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.evaluate import Block, evaluate, with_loops
+from megaloop.evaluation.evaluate import Block, EveryBlock, evaluate, with_loops
 from megaloop.evaluation.records import Record, clustered, read_records
 from megaloop.inference.load import load_decoder
 from tests.cli.test_cli import megaloop
@@ -113,7 +113,8 @@ def test_errors_of_clusters_are_those_of_their_sums() -> None:
     [
         ({"tasks": ["nothing"]}, "unknown task 'nothing'"),
         ({"tasks": ["hellaswag"]}, "tasks of EleutherAI's lm-eval go to --harness hellaswag"),
-        ({"loops": [2], "block": Block(2, 5)}, "--block 2:5: the model has 3 layers"),
+        ({"loops": [2], "blocks": [Block(2, 5)]}, "--block 2:5: the model has 3 layers"),
+        ({"loops": [2], "blocks": [EveryBlock(4)]}, "--block every:4: the model has 3 layers"),
         ({"data": [Path("nowhere")]}, "data nowhere: no data.json there"),
     ],
 )
@@ -128,6 +129,11 @@ def test_a_trained_loop_stays_where_it_is(looped_run: Path) -> None:
         evaluate(looped_run, **QUICK, loops=[3], blocks=[Block(0, 1)])
     with pytest.raises(MegaloopError, match="expected FIRST:STOP"):
         Block.parse("3")
+    assert EveryBlock.parse("every:2") == EveryBlock(2)
+    assert EveryBlock.parse("1:3") == Block(1, 3)
+    for text in ("every:", "every:0", "every:two"):
+        with pytest.raises(MegaloopError, match="expected every:N"):
+            EveryBlock.parse(text)
 
 
 def test_data_of_another_tokenizer_is_refused(plain_run: Path, tmp_path: Path) -> None:
