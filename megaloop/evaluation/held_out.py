@@ -61,8 +61,10 @@ def score_held_out(model: Decoder, batch: MicroBatch, calls: Sequence[LayerCall]
     for row in rows:
         for document in batch.documents[row][counts_BS[row]].unique().tolist():
             mask_1S = counts_BS[row] & (batch.documents[row] == document)
-            weights_1S = mask_1S.float().to(model.device)
-            loss = float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp, weights_1S))
+            places = mask_1S[0].nonzero().flatten().to(model.device)  # of a document alone: a sample may hold many
+            weights_1N = torch.ones(1, len(places), device=model.device)
+            of_document = logits_BSV[row][:, places], targets_BS[row][:, places]
+            loss = float(vocab_parallel_cross_entropy(*of_document, model.tp, weights_1N))
             right = right_BS[row][mask_1S]
             difficulty = -1 if batch.difficulties is None else int(batch.difficulties[row][mask_1S][0])
             found.append(Scored(difficulty, len(right), loss, int(right.sum()), bool(right[-1])))
