@@ -99,7 +99,9 @@ def summary(scored: Sequence[Scored], dataset: DataSet, difficulty: int | None =
     values |= {"accuracy": accuracy.mean, "accuracy_stderr": accuracy.known_error}
     values |= {"last_accuracy": last.mean, "last_accuracy_stderr": last.known_error}
     targets = dataset.description.targets
-    floor = None if targets is None else targets.floor(-1 if difficulty is None else difficulty)
+    if difficulty is None and all(entry.difficulty < 0 for entry in scored):
+        difficulty = -1  # that floor is of documents without one alone; of a data set that has others too there is none
+    floor = None if targets is None or difficulty is None else targets.floor(difficulty)
     if floor is not None:
         values |= {"floor": floor.accuracy, "last_floor": floor.last}
     return values

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megaloop.data import MicroBatch
-from megaloop.evaluation.held_out import score_held_out
+from megaloop.data.description import FloorEntry, TargetsEntry
+from megaloop.evaluation.held_out import Scored, score_held_out, summary
 from megaloop.model import TensorParallel, vocab_parallel_cross_entropy
 
 SAMPLES, LENGTH, VOCAB = 2, 48, 11
@@ -61,3 +62,16 @@ def test_a_document_costs_what_its_targets_cost(monkeypatch: pytest.MonkeyPatch)
                 expected.append((number, int(places.sum()), float(losses_BS[row][places].sum())))
     assert [(entry.difficulty, entry.tokens) for entry in scored] == [(number, count) for number, count, _ in expected]
     assert [entry.loss for entry in scored] == pytest.approx([loss for *_, loss in expected], rel=1e-5)
+
+
+def test_documents_without_a_difficulty_have_a_floor_that_is_not_that_of_all() -> None:
+    floors = [
+        FloorEntry(difficulty=level, accuracy=floor, last=floor, documents=9, guesser="vote", last_guesser="vote")
+        for level, floor in ((-1, 1.0), (1, 0.5))
+    ]
+    dataset: Any = SimpleNamespace(description=SimpleNamespace(targets=TargetsEntry(counts={}, floors=floors)))
+    easy, hard = Scored(-1, 2, 1.0, 2, True), Scored(1, 2, 1.0, 0, False)
+    assert summary([easy, easy], dataset)["floor"] == 1.0
+    assert summary([hard, hard], dataset, difficulty=1)["floor"] == 0.5
+    assert "floor" not in summary([easy, hard], dataset), "half of them are not what that floor was measured on"
+    assert "floor" not in summary([hard, hard], dataset)
