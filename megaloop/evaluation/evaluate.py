@@ -237,7 +237,8 @@ def _datasets(
         try:
             dataset = DataSet.open(path)
             length = checkpoint.manifest.data.sequence_length
-            if length is not None and dataset.sequence_length % length == 0:
+            whole = dataset.description.targets is not None  # such samples are read at their own length alone
+            if length is not None and dataset.sequence_length % length == 0 and not whole:
                 dataset = DataSet.open(path, length)
             checkpoint.check_tokenizer(path, dataset.tokenizer_sha256)
             if not len(dataset.split("validation")):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from megaloop.checkpoint.depth import grow_checkpoint
 from megaloop.config import Config
-from megaloop.data import open_sources
+from megaloop.data import DataSet, open_sources
 from megaloop.depth import DepthSpec
 from megaloop.evaluation.evaluate import EveryBlock, evaluate
 from megaloop.evaluation.records import DIFFICULTY, Record
@@ -212,6 +212,17 @@ def test_the_held_out_loss_of_evaluation_is_that_of_training(learnt: Path) -> No
     last = metrics(learnt)[-1]
     assert record.values["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
     assert record.values["bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=1e-5)
+
+
+def test_what_is_asked_may_be_longer_than_what_was_trained_on(learnt: Path, corpus: Path, tmp_path: Path) -> None:
+    """Twice as long too: text would be cut in two there, but targets rest on all that comes before."""
+    for length in (2 * LENGTH, LENGTH + 8):
+        longer = write_targeted(tmp_path / str(length), corpus, length=length)
+        records = _records(evaluate(learnt, tasks=["validation"], data=[longer], samples=4, out=tmp_path / "out.jsonl"))
+        assert set(records) == {None, 0, 1, 2}
+        assert records[None].values["tokens"] == sum(
+            DataSet.open(longer).split("validation").loss_mask(n) for n in range(4)
+        )
 
 
 def test_every_block_may_loop_in_turn(learnt: Path) -> None:
