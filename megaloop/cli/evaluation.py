@@ -225,17 +225,20 @@ def _print_records(records: list[Record], as_json: bool) -> None:
         echo(json_module.dumps({"records": values}))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("task", "depth", "shots"):
+    steps = len({value["step"] for value in values}) > 1
+    for name in ("task", *(["step"] if steps else []), "depth", "shots"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for name in ("accuracy", "exact match", "chance", "loss", "bits/byte"):
         table.add_column(name, justify="right")
     for value in values:
         if value.get("difficulty") is not None:
             continue
+        step = [str(value["step"])] if steps else []
         if "loss" in value:
             bits = value.get("bits_per_byte")
             table.add_row(
                 Text(printable(f"held out of {value['data']}")),
+                *step,
                 Text(printable(value["depth"])),
                 *[""] * 4,
                 _with_error(value["loss"], value.get("loss_stderr"), 4),
@@ -244,6 +247,7 @@ def _print_records(records: list[Record], as_json: bool) -> None:
             continue
         table.add_row(
             Text(printable(value["task"])),
+            *step,
             Text(printable(value["depth"])),
             str(value["shots"]),
             *(_percent(value.get(name), value.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
@@ -251,8 +255,8 @@ def _print_records(records: list[Record], as_json: bool) -> None:
         )
     console = SafeConsole(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    if any(value.get("difficulty") is not None for value in values):
-        console.print(_by_difficulty([value for value in values if value.get("difficulty") is not None]))
+    if targeted := [value for value in values if value.get("last_accuracy") is not None]:
+        console.print(_by_difficulty(targeted))
 
 
 def _by_difficulty(values: list[dict[str, Any]]) -> Table:
@@ -263,7 +267,8 @@ def _by_difficulty(values: list[dict[str, Any]]) -> Table:
     for name in ("held out of", *named, "accuracy", "floor", "on the last", "floor", "loss"):
         table.add_column(name, justify="left" if name == "held out of" else "right")
     for value in values:
-        shown = [str(value.get(name) or ("-" if name == "block" else 0)) for name in named]
+        without = {"difficulty": "all", "block": "-"}
+        shown = [str(without.get(name) if value.get(name) is None else value[name]) for name in named]
         table.add_row(
             Text(printable(value["data"])),
             *(Text(printable(text)) for text in shown),
