@@ -6,7 +6,7 @@ own; they differ in depth over time, one in its number of steps, and two have LN
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULTS",
     "GROWING_AND_LOOPING",
     "REASONING",
+    "check_different",
     "contender",
     "counted_flops",
     "looped_depth",
@@ -225,6 +226,24 @@ def contender(
     made = Config.model_validate(values)
     made.check()
     return made
+
+
+def check_different(contenders: Mapping[str, Config]) -> None:
+    """Whether no two are one run under two names, as the loops are where the model is two blocks deep.
+
+    A report would take their runs for those of one contender, with twice as many seeds.
+
+    Raises:
+        MegaloopError: two are.
+    """
+    seen: dict[str, str] = {}
+    for name, config in contenders.items():
+        other = seen.setdefault(config.model_copy(update={"name": ""}).model_dump_json(), name)
+        if other != name:
+            raise MegaloopError(
+                f"bench savings: {other} and {name} are the same, of depth {config.depth}; leave one of them out of "
+                "--contenders, or change depth or growth.block"
+            )
 
 
 def _flops(config: Config, vocab_size: int) -> RunFlops:

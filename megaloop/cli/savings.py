@@ -107,7 +107,7 @@ def bench_savings(
 
     A killed bench goes on where it was when it is started again. Each contender's run is an ordinary run directory.
     """
-    from megaloop.bench.contenders import contender
+    from megaloop.bench.contenders import check_different, contender
     from megaloop.bench.savings import Plan, prepare_jobs
     from megaloop.cli.savings_data import configuration, evaluation_of, prepare_data
 
@@ -121,6 +121,7 @@ def bench_savings(
         evaluation = evaluation_of(preset, config, base / "data", examples, shots, loops)
         vocab_size = _vocabulary(config)
         made = [contender(config, name, vocab_size) for name in names]
+        check_different(dict(zip(names, made, strict=True)))
         Plan(config.model_dump(mode="json"), vocab_size, None if sweep is None else sweep.to_json()).keep(base)
         _check_flops(made, vocab_size)
         rates = None if sweep is None else _best_rates(sweep, config, vocab_size, base, names, jobs, limit)

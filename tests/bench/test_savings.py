@@ -14,6 +14,7 @@ from megaloop.bench.contenders import (
     CONTENDERS,
     GROWING_AND_LOOPING,
     REASONING,
+    check_different,
     contender,
     counted_flops,
     looped_depth,
@@ -143,6 +144,15 @@ def test_loops_have_the_shape_of_the_paper() -> None:
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     ours, theirs = counted_flops(contender(_base(), name, VOCAB), VOCAB)
     assert ours == theirs
+
+
+def test_one_run_under_two_names_is_refused() -> None:
+    """At two blocks of depth all loops are one: a report would count their runs as two seeds."""
+    deep, shallow = _base(), _base(depth="8")
+    check_different({name: contender(deep, name, VOCAB) for name in CONTENDERS})
+    for one, other in (("looped", "looped-full"), ("iso-params", "iso-params-middle")):
+        with pytest.raises(MegaloopError, match=rf"{one} and {other} are the same, .*; leave one of them out"):
+            check_different({name: contender(shallow, name, VOCAB) for name in ("baseline", one, other)})
 
 
 def test_what_makes_no_contender_is_refused() -> None:
