@@ -289,14 +289,13 @@ class _Work:
     def held_out(self, depth: _Depth, dataset: DataSet) -> list[Record]:
         """The loss over all held-out samples, and a record for each difficulty that they have; all in one pass."""
         samples = min(self._samples, len(dataset.split("validation")))
-        path = str(dataset.path)
-        subjects = [self._subject(VALIDATION, depth, 0, samples, 0, path)] + [
-            self._subject(DIFFICULTY, depth, 0, samples, 0, path, difficulty)
+        subjects = [self._subject(VALIDATION, depth, 0, samples, 0, dataset)] + [
+            self._subject(DIFFICULTY, depth, 0, samples, 0, dataset, difficulty)
             for difficulty in self._difficulties(dataset, samples)
         ]
-        known = [self._known.get(subject) for subject in subjects]
-        if all(known):
-            return [record for record in known if record is not None]
+        known = [record for subject in subjects if (record := self._known.get(subject)) is not None]
+        if len(known) == len(subjects) and all(record.subject.is_of_same_data(subjects[0]) for record in known):
+            return known
         began = time.perf_counter()
         scored, size = self._scored(depth, dataset, subjects[0])
         seconds = time.perf_counter() - began
@@ -316,13 +315,13 @@ class _Work:
         count: int,
         examples: int,
         seed: int,
-        data: str | None,
+        dataset: DataSet | None,
         difficulty: int | None = None,
     ) -> Subject:
         manifest = self._checkpoint.manifest
         return Subject(
             task=task,
-            data=data,
+            data=None if dataset is None else str(dataset.path),
             shots=count,
             loops=depth.loops,
             depth=str(depth.execution.depth),
@@ -335,6 +334,7 @@ class _Work:
             checkpoint=manifest.checksum,
             document_masking=self._model.config.document_masking,
             difficulty=difficulty,
+            data_sha256=None if dataset is None else dataset.sha256("validation"),
         )
 
     def _measured(self, subject: Subject, measure: Callable[[], dict[str, Any]]) -> Record:

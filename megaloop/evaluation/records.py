@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Subject:
         document_masking: the model's attention stays inside documents. Records without this key are of models of which
             that is not so: until it came, such models were measured with attention across documents.
         difficulty: of the samples, from 0 on; of records of the task ``difficulty`` alone, which all have it.
+        data_sha256: of validation and difficulty: of the held-out split's index, which tells what lay at the path; None in records that are
+            older than it. It makes no other subject: what is measured when other data lies there takes the place of what was.
     """
 
     task: str
@@ -84,6 +86,11 @@ class Subject:
     checkpoint: str
     document_masking: bool = False
     difficulty: int | None = None
+    data_sha256: str | None = field(default=None, compare=False)
+
+    def is_of_same_data(self, other: Subject) -> bool:
+        """Whether two equal subjects are of the same data, as far as is known."""
+        return None in (self.data_sha256, other.data_sha256) or self.data_sha256 == other.data_sha256
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,9 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         subject = asdict(self.subject)
-        if self.subject.difficulty is None:
-            del subject["difficulty"]  # lines of other tasks are as they were before there were difficulties
+        for name in ("difficulty", "data_sha256"):
+            if subject[name] is None:
+                del subject[name]  # lines of other tasks are as they were before there were these keys
         return {**subject, **self.values, "time": self.time}
 
 
@@ -186,7 +194,7 @@ def read_records(path: Path) -> dict[Subject, Record]:
 def _record(values: dict[str, Any]) -> Record | None:
     """What a line says; None where a value has another type than it should."""
     words = {name: records.text(values, name) for name in ("task", "depth", "precision", "checkpoint", "time")}
-    options = {name: records.text(values, name) for name in ("data", "block")}
+    options = {name: records.text(values, name) for name in ("data", "block", "data_sha256")}
     counts = {
         name: records.whole_number(values, name) for name in ("shots", "loops", "examples", "seed", "version", "step")
     }

@@ -30,11 +30,11 @@ def lines(count: int = 400, seed: int = 0, vocab_size: int = 40) -> list[dict[st
     return made
 
 
-def write_targeted(folder: Path, tokenizer: Path, count: int = 400, length: int = LENGTH) -> Path:
+def write_targeted(folder: Path, tokenizer: Path, count: int = 400, length: int = LENGTH, seed: int = 0) -> Path:
     """Write ``lines.jsonl`` and prepare it into ``targeted``, in samples of ``length`` tokens; returns the data set."""
     folder.mkdir(exist_ok=True)
     file = folder / "lines.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines(count)), encoding="utf-8")
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines(count, seed)), encoding="utf-8")
     prepare(
         [file], folder / "targeted", tokenizer=tokenizer, sequence_length=length, validation_fraction=0.2, targets=True
     )

@@ -15,7 +15,7 @@ from megaloop.config import Config
 from megaloop.data import DataSet, open_sources
 from megaloop.depth import DepthSpec
 from megaloop.evaluation.evaluate import EveryBlock, evaluate
-from megaloop.evaluation.records import DIFFICULTY, Record
+from megaloop.evaluation.records import DIFFICULTY, Record, read_records
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
 from megaloop.model.parameters import parameter_specs
@@ -223,6 +223,18 @@ def test_what_is_asked_may_be_longer_than_what_was_trained_on(learnt: Path, corp
         assert records[None].values["tokens"] == sum(
             DataSet.open(longer).split("validation").loss_mask(n) for n in range(4)
         )
+
+
+def test_data_prepared_anew_at_the_same_path_is_measured_anew(learnt: Path, corpus: Path, tmp_path: Path) -> None:
+    data, out = write_targeted(tmp_path / "data", corpus), tmp_path / "out.jsonl"
+    first = evaluate(learnt, tasks=["validation"], data=[data], samples=4, out=out)
+    assert evaluate(learnt, tasks=["validation"], data=[data], samples=4, out=out) == first, "remembered"
+    shutil.rmtree(data)
+    write_targeted(tmp_path / "data", corpus, count=300, seed=1)
+    second = evaluate(learnt, tasks=["validation"], data=[data], samples=4, out=out)
+    assert [record.subject for record in second] == [record.subject for record in first]
+    assert [record.values["loss"] for record in second] != [record.values["loss"] for record in first]
+    assert list(read_records(out).values()) == second, "what was measured last counts"
 
 
 def test_every_block_may_loop_in_turn(learnt: Path) -> None:
