@@ -117,7 +117,7 @@ class TargetWriter:
         self.tokens += len(example)
         self.bytes += self._text_bytes(example.targets)
 
-    def _text_bytes(self, targets: NDArray[np.int64]) -> int:
+    def _text_bytes(self, targets: NDArray[Any]) -> int:
         return int(self._token_bytes[targets[targets >= 0]].sum())
 
     def _write(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.floor import Example, floors
+from data_prep.floor import Example, FloorSample, floors
 from data_prep.ladders import Draws, PHop
 from data_prep.prepare import prepare
 from megaloop.config import DataConfig, SourceConfig
@@ -420,3 +420,14 @@ def test_more_difficulties_than_levels_are_refused(corpus: Path, tmp_path: Path)
     file.write_text("".join(json.dumps(line | {"difficulty": n}) + "\n" for n, line in enumerate(lines(600))))
     with pytest.raises(MegaloopError, match="more than 256 difficulties"):
         prepare([file], tmp_path / "out", tokenizer=corpus, sequence_length=LENGTH, targets=True)
+
+
+def test_documents_kept_for_the_floor_take_eight_bytes_a_token() -> None:
+    """Of many difficulties with long documents there are tens of millions of tokens."""
+    sample = FloorSample()
+    for number in range(8):
+        sample.add(Example(np.arange(6) + number, np.arange(6), difficulty=1), held_out=number % 2 == 0)
+    kept = [example for side in sample._kept.values() for examples in side.values() for example in examples]
+    assert len(kept) == 8
+    assert {example.tokens.nbytes + example.targets.nbytes for example in kept} == {8 * 6}
+    assert [entry.accuracy for entry in sample.floors()] == [1.0]
