@@ -176,7 +176,12 @@ class MarkedText(ExampleReader):
         tokens = [end, *self._tokenizer.prefix_ids]
         answers = [False] * len(tokens)
         for text, is_answer in self._parts(self._text_of(fields)):
-            ids = self._tokenizer.encode(text)
+            try:
+                ids = self._tokenizer.encode(text)
+            except (
+                MegaloopError
+            ) as error:  # one of words alone, and this is none: the line's fault, and it may be skipped
+                raise NotText(str(error)) from None
             tokens += ids
             answers += [is_answer] * len(ids)
         following = [*tokens[1:], end]

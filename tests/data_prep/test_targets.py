@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data_prep.floor import Example, FloorSample, floors
-from data_prep.ladders import Draws, PHop
+from data_prep.ladders import Draws, PHop, write_word_tokenizer
 from data_prep.prepare import prepare
 from megaloop.config import DataConfig, SourceConfig
 from megaloop.data import BatchLoader, DataSet, held_out_batch, held_out_places, open_sources
@@ -431,3 +431,13 @@ def test_documents_kept_for_the_floor_take_eight_bytes_a_token() -> None:
     assert len(kept) == 8
     assert {example.tokens.nbytes + example.targets.nbytes for example in kept} == {8 * 6}
     assert [entry.accuracy for entry in sample.floors()] == [1.0]
+
+
+def test_a_line_with_a_word_that_the_tokenizer_does_not_have_is_named_and_may_be_skipped(tmp_path: Path) -> None:
+    tokenizer, file = write_word_tokenizer(tmp_path / "tokenizer"), tmp_path / "lines.jsonl"
+    texts = ["1 + two = [[3]]", *(f"{n} + 1 = [[{n + 1}]]" for n in range(40))]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    options: Any = {"tokenizer": tokenizer, "sequence_length": 8, "marks": "[[ ]]", "validation_fraction": 0.2}
+    with pytest.raises(MegaloopError, match=r"lines.jsonl, line 1: .*cannot encode a text"):
+        prepare([file], tmp_path / "data", **options)
+    assert prepare([file], tmp_path / "data", errors="skip", **options).skipped == 1
