@@ -2,20 +2,22 @@
 
 A score of 50% says little where guessing well gives 45%. In p-hop induction many hops lead to the beginning of the
 sequence, whatever it is, so that a guesser who knows how often a hop ends where is right far more often than one time in the
-alphabet; with many answers in view, one of them is the right one. Three guessers learn from training documents and are run on
+alphabet; with many answers in view, one of them is the right one. Four guessers learn from training documents and are run on
 held-out ones; the best of them is the floor:
 
 * ``majority``: the most frequent target at that place of the document;
 * ``majority after the token``: the most frequent one after the token that stands there;
 * ``vote``: each earlier place j has the weight q_j with which the target at place i stands there, and the token of most weight is
-  the guess. If the place is independent of the tokens, no guesser of that knowledge is better: q_j then is the
-  probability that the answer is copied from j. It is found from how often the target equals the token at j, less the agreement of
-  two independent draws c_j: (P(t_i = x_j) - c_j) / (1 - c_j).
+  the guess. If the place is independent of the tokens, q_j is the probability that the answer is copied from j. It is found from
+  a_j, how often the target equals the token at j, less c_j, the agreement of two independent draws: (a_j - c_j) / (1 - c_j);
+* ``odds``: each earlier place adds the log of the odds a_j / (1 - a_j) over those of c_j to its token, and the target's own frequency counts
+  as well (naive Bayes). This one also knows what the answer is *not*: at one hop, for instance, never the letter just read.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +36,12 @@ _TOKENS = 1 << 20
 """Tokens of them at most: of long documents there are fewer."""
 _DIFFICULTIES = 256
 """As many are told apart at most."""
-_BUDGET = 1 << 30
+_BUDGET = 1 << 28
 """Comparisons of tokens, about and at most, by which the votes of a difficulty are learnt, and as many by which they are counted."""
 _VOTERS = 64
 """Places whose votes are counted, at most: those of most weight."""
+_COMMON = 16
+"""Tokens that ``odds`` considers besides those that stand at these places."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,13 @@ class Example:
 
 
 class FloorSample:
-    """Documents of each difficulty, the first ones, until there are enough."""
+    """Documents of each difficulty, drawn evenly from all of them by a hash of their tokens, as many as are enough."""
 
     def __init__(self) -> None:
-        self._kept: dict[bool, dict[int, list[Example]]] = {True: {}, False: {}}
-        self._tokens: Counter[tuple[bool, int]] = Counter()
+        self._kept: dict[bool, dict[int, _Drawn]] = {True: {}, False: {}}
 
     def add(self, example: Example, held_out: bool) -> None:
-        """Take a document, or find that there are enough.
+        """Take a document, or find that others go before it.
 
         Raises:
             MegaloopError: there are too many difficulties.
@@ -76,14 +79,42 @@ class FloorSample:
             raise MegaloopError(
                 f"prep: more than {_DIFFICULTIES} difficulties (the last: {example.difficulty}); expected a few levels, each of many documents"
             )
-        kept, key = found.setdefault(example.difficulty, []), (held_out, example.difficulty)
-        if len(kept) < (_HELD_OUT if held_out else _TRAINING) and self._tokens[key] < _TOKENS:
-            self._tokens[key] += len(example)
-            kept.append(_narrow(example))
+        found.setdefault(example.difficulty, _Drawn(_HELD_OUT if held_out else _TRAINING)).add(example)
 
     def floors(self) -> list[FloorEntry]:
         """Of each difficulty of which there are documents on both sides."""
-        return floors(self._kept[False], self._kept[True])
+        training, held_out = (
+            {key: drawn.documents for key, drawn in self._kept[side].items()} for side in (False, True)
+        )
+        return floors(training, held_out)
+
+
+class _Drawn:
+    """The documents of smallest hash among those that came: at most so many, and not many more tokens than are enough."""
+
+    def __init__(self, most: int):
+        self._most, self._tokens, self._count = most, 0, 0
+        self._heap: list[tuple[int, int, Example]] = []  # the largest hash first
+
+    def add(self, example: Example) -> None:
+        digest = hashlib.blake2b(example.tokens.tobytes(), digest_size=8, salt=b"floor").digest()
+        entry = (-int.from_bytes(digest, "big"), self._count, _narrow(example))
+        self._count += 1
+        if self._full and entry < self._heap[0]:
+            return
+        heapq.heappush(self._heap, entry)
+        self._tokens += len(example)
+        while len(self._heap) > self._most or self._tokens - len(self._heap[0][2]) >= _TOKENS:
+            self._tokens -= len(heapq.heappop(self._heap)[2])
+
+    @property
+    def _full(self) -> bool:
+        return len(self._heap) >= self._most or self._tokens >= _TOKENS
+
+    @property
+    def documents(self) -> list[Example]:
+        """In the order in which they came."""
+        return [example for _, _, example in sorted(self._heap, key=lambda entry: entry[1])]
 
 
 def _narrow(example: Example) -> Example:
@@ -155,38 +186,89 @@ def _after_token(known: _Documents, asked: _Documents) -> NDArray[np.int64]:
 
 
 def _vote(known: _Documents, asked: _Documents) -> NDArray[np.int64]:
+    def guess(place: int, rows: int, voters: int) -> NDArray[np.int64] | None:
+        agreement, by_chance, noise, _ = _agreement(known, place, rows)
+        weights = np.where(
+            agreement - by_chance > noise, (agreement - by_chance) / np.maximum(1 - by_chance, 1e-9), 0.0
+        )
+        sources = _heaviest(weights, voters)
+        tokens_NK = asked.tokens[:, sources]
+        return _most_voted(tokens_NK, tokens_NK, weights[sources], 0.0) if len(sources) else None
+
+    return _by_place(known, asked, guess)
+
+
+def _odds(known: _Documents, asked: _Documents) -> NDArray[np.int64]:
+    def guess(place: int, rows: int, voters: int) -> NDArray[np.int64] | None:
+        agreement, by_chance, noise, targets = _agreement(known, place, rows)
+        if not len(targets):
+            return None
+        least = 0.5 / len(targets)
+        a, c = (np.clip(share, least, 1 - least) for share in (agreement, by_chance))
+        weights = np.where(np.abs(agreement - by_chance) > noise, np.log(a * (1 - c) / (c * (1 - a))), 0.0)
+        sources = _heaviest(weights, voters)
+        tokens, counts = np.unique(targets, return_counts=True)
+        common = tokens[np.argsort(-counts, kind="stable")[:_COMMON]]
+        tokens_NK = asked.tokens[:, sources]
+        candidates_NC = np.concatenate([np.tile(common, (len(tokens_NK), 1)), tokens_NK], axis=1)
+        frequent = dict(zip(tokens.tolist(), np.log(counts / len(targets)).tolist(), strict=True))
+        seen, where = np.unique(candidates_NC, return_inverse=True)
+        prior_NC = np.array([frequent.get(token, np.log(least)) for token in seen.tolist()])[where].reshape(
+            candidates_NC.shape
+        )
+        return _most_voted(candidates_NC, tokens_NK, weights[sources], prior_NC)
+
+    return _by_place(known, asked, guess)
+
+
+def _by_place(
+    known: _Documents, asked: _Documents, guess: Callable[[int, int, int], NDArray[np.int64] | None]
+) -> NDArray[np.int64]:
+    """What ``guess(place, rows, voters)`` says of each place that is asked; elsewhere, and for -1, the majority."""
     guesses = _majority(known, asked)
     places = np.flatnonzero((asked.targets >= 0).any(axis=0))
     places = places[places < known.targets.shape[1]]
     rows = max(_BUDGET // max(int(places.sum()) + len(places), 1), 64)
     voters = min(max(int((_BUDGET / max(len(asked.tokens) * len(places), 1)) ** 0.5), 4), _VOTERS)
-    for place in places:
-        weights = _weights(known, int(place), rows)
-        sources = np.argsort(-weights, kind="stable")[:voters]
-        sources = sources[weights[sources] > 0]
-        if not len(sources):
-            continue
-        tokens_NK = asked.tokens[:, sources]
-        weights_NK = np.where(tokens_NK >= 0, weights[sources], 0.0)  # -1: beyond a document's end
-        votes_NK = ((tokens_NK[:, :, None] == tokens_NK[:, None, :]) * weights_NK[:, None, :]).sum(axis=2)
-        best_N = votes_NK.argmax(axis=1)
-        chosen_N = tokens_NK[np.arange(len(best_N)), best_N]
-        guesses[:, place] = np.where(chosen_N >= 0, chosen_N, guesses[:, place])
+    for place in places.tolist():
+        chosen_N = guess(place, rows, voters)
+        if chosen_N is not None:
+            guesses[:, place] = np.where(chosen_N >= 0, chosen_N, guesses[:, place])
     return guesses
 
 
-def _weights(known: _Documents, place: int, rows: int) -> NDArray[np.float64]:
-    """q_j of the places up to ``place``; what might be chance (two standard errors) has none."""
+def _most_voted(
+    candidates_NC: NDArray[np.int64],
+    tokens_NK: NDArray[np.int64],
+    weights_K: NDArray[np.float64],
+    prior_NC: NDArray[np.float64] | float,
+) -> NDArray[np.int64]:
+    """Of each row's candidates the one that its tokens give most weight; -1, what stands beyond a document's end, is none."""
+    votes_NC = ((candidates_NC[:, :, None] == tokens_NK[:, None, :]) * weights_K).sum(axis=2) + prior_NC
+    best_N = np.where(candidates_NC >= 0, votes_NC, -np.inf).argmax(axis=1)
+    chosen_N: NDArray[np.int64] = candidates_NC[np.arange(len(best_N)), best_N]
+    return chosen_N
+
+
+def _agreement(
+    known: _Documents, place: int, rows: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Of the places up to ``place``: how often the target is the token there, how often by chance, two standard errors; and the targets."""
     has = np.flatnonzero(known.targets[:, place] >= 0)[:rows]
-    if not len(has):
-        return np.zeros(0)
     targets, tokens = known.targets[has, place], known.tokens[has, : place + 1]
-    agreement = (tokens == targets[:, None]).mean(axis=0)
+    if not len(has):
+        none = np.zeros(0)
+        return none, none, none, targets
     shares = np.bincount(targets, minlength=int(tokens.max()) + 1) / len(has)
     by_chance = shares[tokens].mean(axis=0)
     noise = 2 * np.sqrt(by_chance * (1 - by_chance) / len(has))
-    excess = agreement - by_chance
-    return np.where(excess > noise, excess / np.maximum(1 - by_chance, 1e-9), 0.0)
+    return (tokens == targets[:, None]).mean(axis=0), by_chance, noise, targets
+
+
+def _heaviest(weights: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Places of the largest weights, whatever their sign; those without any are left out."""
+    chosen = np.argsort(-np.abs(weights), kind="stable")[:count]
+    return chosen[weights[chosen] != 0]
 
 
 def _commonest(targets: NDArray[np.int64]) -> int:
@@ -197,4 +279,5 @@ _GUESSERS: dict[str, Callable[[_Documents, _Documents], NDArray[np.int64]]] = {
     "majority": _majority,
     "majority after the token": _after_token,
     "vote": _vote,
+    "odds": _odds,
 }

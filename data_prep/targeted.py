@@ -62,10 +62,7 @@ class ExampleReader:
         if self._read is not None and self._read[0] is line:
             return self._read[1]
         fields = read_object(line.encode())
-        difficulty = fields.get("difficulty", -1)
-        if type(difficulty) is not int or not -1 <= difficulty < _HARDEST:
-            raise NotText(f"difficulty {printable(difficulty, 40)}; expected a whole number from 0 on")
-        example = self._example(fields, difficulty)
+        example = self._example(fields, _difficulty(fields))
         if len(example) > self._longest:
             raise NotText(f"{len(example):,} tokens; a sample has {self._longest:,}, so raise --sequence-length")
         self._read = line, example
@@ -77,6 +74,16 @@ class ExampleReader:
 
     def _example(self, fields: dict[str, Any], difficulty: int) -> Example:
         raise NotImplementedError
+
+
+def _difficulty(fields: dict[str, Any]) -> int:
+    """A line's difficulty; -1: it gives none."""
+    difficulty = fields.get("difficulty")
+    if difficulty is None:
+        return -1
+    if type(difficulty) is not int or not 0 <= difficulty < _HARDEST:
+        raise NotText(f"difficulty {printable(difficulty, 40)}; expected a whole number from 0 on")
+    return difficulty
 
 
 class TokenLists(ExampleReader):
@@ -149,7 +156,9 @@ class MarkedText(ExampleReader):
 
     def check(self, line: str) -> None:
         if self._tokenizer is None:
-            self._parts(self._text_of(read_object(line.encode())))
+            fields = read_object(line.encode())
+            self._parts(self._text_of(fields))
+            _difficulty(fields)
         else:
             super().check(line)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -87,7 +87,7 @@ def evaluate_command(
             from megaloop.parallel.engine import join_ranks
 
             join_ranks()
-        from megaloop.evaluation.evaluate import EveryBlock, evaluate
+        from megaloop.evaluation.evaluate import EveryBlock
 
         blocks = [EveryBlock.parse(text) for text in block or []]
         if harness is not None:
@@ -108,30 +108,41 @@ def evaluate_command(
             _print_harness(results, json)
             return
         with _progress() as show:
-            records = [
-                record
-                for path in (_kept_checkpoints(checkpoint) if every_checkpoint else [checkpoint])
-                for record in evaluate(
-                    path,
-                    tasks=names,
-                    shots=shot_counts,
-                    loops=loop_counts,
-                    blocks=blocks,
-                    examples=examples,
-                    seed=seed,
-                    data=data,
-                    samples=samples,
-                    precision=precision,
-                    again=again,
-                    out=out,
-                    on_step=show,
-                    on_note=lambda note: echo(note, err=True),
-                )
-            ]
+            records = _measured(
+                _kept_checkpoints(checkpoint) if every_checkpoint else [checkpoint],
+                tasks=names,
+                shots=shot_counts,
+                loops=loop_counts,
+                blocks=blocks,
+                examples=examples,
+                seed=seed,
+                data=data,
+                samples=samples,
+                precision=precision,
+                again=again,
+                out=out,
+                on_step=show,
+                on_note=lambda note: echo(note, err=True),
+            )
         if _first():
             _print_records(records, json)
     finally:
         del store
+
+
+def _measured(paths: Sequence[Path], **options: Any) -> list[Record]:
+    """The records of all checkpoints; of several, those that are too shallow for a block are left out, and that is said."""
+    from megaloop.evaluation.evaluate import TooShallow, evaluate
+
+    records: list[Record] = []
+    for path in paths:
+        try:
+            records += evaluate(path, **options)
+        except TooShallow as error:
+            if path == paths[-1] and not records:
+                raise
+            echo(f"{path.name} is left out: {error}", err=True)
+    return records
 
 
 def _kept_checkpoints(run: Path) -> list[Path]:

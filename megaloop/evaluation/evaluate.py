@@ -30,7 +30,7 @@ from megaloop.runtime.collectives import broadcast_object, gather_objects
 from megaloop.text import parse_whole, printable
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["VALIDATION", "Block", "EveryBlock", "evaluate", "with_loops"]
+__all__ = ["VALIDATION", "Block", "EveryBlock", "TooShallow", "evaluate", "with_loops"]
 
 VALIDATION = "validation"
 _VALIDATION_VERSION = 2
@@ -60,6 +60,10 @@ class Block:
         return f"{self.first}:{self.stop}"
 
 
+class TooShallow(MegaloopError):
+    """A model has no block of that many layers."""
+
+
 @dataclass(frozen=True)
 class EveryBlock:
     """Every block of that many neighbouring layers, each by itself; of a model that was trained with a loop, that one."""
@@ -83,12 +87,12 @@ class EveryBlock:
         """The blocks of a model.
 
         Raises:
-            MegaloopError: it has fewer layers.
+            TooShallow: it has fewer layers.
         """
         if plan.is_looped:
             return [None]
         if self.size > plan.layers:
-            raise MegaloopError(f"--block every:{self.size}: the model has {plan.layers} layers; choose fewer")
+            raise TooShallow(f"--block every:{self.size}: the model has {plan.layers} layers; choose fewer")
         return [Block(first, first + self.size) for first in range(plan.layers - self.size + 1)]
 
 

@@ -191,6 +191,7 @@ def test_a_batch_says_of_each_place_how_hard_its_document_is(targeted: Path) -> 
         ({"tokens": [5, [6]], "targets": [None, 5]}, "among the tokens is neither"),
         ({"tokens": [5, 6], "targets": [None, 5], "difficulty": "hard"}, "difficulty hard; expected a whole number"),
         ({"tokens": [5, 6], "targets": [None, 5], "difficulty": 1 << 40}, "expected a whole number"),
+        ({"tokens": [5, 6], "targets": [None, 5], "difficulty": -1}, "expected a whole number from 0 on"),
         ({"tokens": [5] * 33, "targets": [6] * 33}, "33 tokens; a sample has 32, so raise --sequence-length"),
         ([1], "no object of JSON"),
     ],
@@ -422,12 +423,36 @@ def test_more_difficulties_than_levels_are_refused(corpus: Path, tmp_path: Path)
         prepare([file], tmp_path / "out", tokenizer=corpus, sequence_length=LENGTH, targets=True)
 
 
+def test_the_floor_knows_what_the_answer_is_not() -> None:
+    """Never the token just read: one of five, where the other guessers see one of six."""
+    rng = np.random.default_rng(0)
+
+    def another(count: int) -> list[Example]:
+        return [Example(tokens, (tokens + rng.integers(1, 6, 8)) % 6, 0) for tokens in rng.integers(0, 6, (count, 8))]
+
+    (entry,) = floors({0: another(4000)}, {0: another(4000)})
+    assert entry.accuracy == pytest.approx(1 / 5, abs=0.01)
+
+
+def test_documents_for_the_floor_come_from_the_whole_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file whose first half has random answers and whose second always the same: half and half."""
+    monkeypatch.setattr("data_prep.floor._TRAINING", 200)
+    monkeypatch.setattr("data_prep.floor._HELD_OUT", 200)
+    rng, sample = np.random.default_rng(0), FloorSample()
+    for number in range(8000):
+        answer = rng.integers(0, 6) if number < 4000 else 3
+        sample.add(Example(rng.integers(0, 6, 8), np.array([-1] * 7 + [answer]), 0), held_out=number % 4 == 0)
+    (entry,) = sample.floors()
+    assert entry.documents == 200
+    assert entry.accuracy == pytest.approx((1 + 1 / 6) / 2, abs=0.1)
+
+
 def test_documents_kept_for_the_floor_take_eight_bytes_a_token() -> None:
     """Of many difficulties with long documents there are tens of millions of tokens."""
     sample = FloorSample()
     for number in range(8):
         sample.add(Example(np.arange(6) + number, np.arange(6), difficulty=1), held_out=number % 2 == 0)
-    kept = [example for side in sample._kept.values() for examples in side.values() for example in examples]
+    kept = [example for side in sample._kept.values() for drawn in side.values() for example in drawn.documents]
     assert len(kept) == 8
     assert {example.tokens.nbytes + example.targets.nbytes for example in kept} == {8 * 6}
     assert [entry.accuracy for entry in sample.floors()] == [1.0]
