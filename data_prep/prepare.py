@@ -34,7 +34,8 @@ _TRAINING_BYTES = 32 << 20
 class PrepSummary:
     """What ``prepare`` made; ``tokens`` count one end-of-text token per document, ``bytes`` are UTF-8 text.
 
-    ``targets`` are those of the training samples, where documents carry their own; None: every token is one.
+    ``targets`` are those of the training samples, where documents carry their own, and ``floors`` what guessing scores by difficulty
+    (-1: not given); None: every token is a target.
     """
 
     out: str
@@ -49,6 +50,7 @@ class PrepSummary:
     skipped: int
     seconds: float
     targets: int | None = None
+    floors: dict[int, float] | None = None
 
 
 def prepare(
@@ -133,6 +135,9 @@ def prepare(
         skipped=sum(source.skipped for source in description.sources),
         seconds=time.perf_counter() - began,
         targets=None if description.targets is None else DataSet.open(out).split("train").targets,
+        floors=None
+        if description.targets is None
+        else {entry.difficulty: round(entry.accuracy, 4) for entry in description.targets.floors},
     )
 
 

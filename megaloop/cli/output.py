@@ -49,6 +49,8 @@ def show_result(result: Any, as_json: bool) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ", ".join(map(_text, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(element)}" for key, element in value.items())
     if value is None:
         return "-"
     return _number(value) if isinstance(value, int | float) else str(value)

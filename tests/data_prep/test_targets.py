@@ -124,7 +124,10 @@ def test_a_tokenizer_can_be_trained_on_marked_text_without_its_marks(tmp_path: P
         "--validation-fraction", "0.2", "--answer-marks", "<< >>", "--json",
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout)["targets"] == DataSet.open(tmp_path / "out").split("train").targets
+    summary, dataset = json.loads(made.stdout), DataSet.open(tmp_path / "out")
+    assert summary["targets"] == dataset.split("train").targets
+    assert dataset.description.targets is not None
+    assert summary["floors"] == {"-1": round(dataset.description.targets.floors[0].accuracy, 4)}
     assert not any(
         "<<" in word or ">" in word
         for word in load_tokenizer(tmp_path / "out").vocabulary()

@@ -114,6 +114,14 @@ def test_every_layout_has_the_curve_of_one_mean_over_all_targets(
     assert expected[-1] < 0.98 * expected[0], "it does not learn, so the comparison says little"
 
 
+def test_bf16_is_near_the_plain_curve_in_fp32(targeted: Path, tmp_path: Path, ranks_2: RankPool) -> None:
+    values = _values(targeted, tmp_path / "run", (2, 1, 1), train__precision="bf16")
+    ranks_2.run(train, values)
+    assert losses(tmp_path / "run") == pytest.approx(_plainly(values), rel=BF16_TOLERANCE)
+
+
+BF16_TOLERANCE = 3.5e-4
+"""Twice what was measured."""
 TOLERANCE = 4e-7
 """Twice the largest relative difference that was measured."""
 
