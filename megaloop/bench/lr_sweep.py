@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megaloop.bench.contenders import contender, total_flops
@@ -37,13 +38,15 @@ class LrSweep:
     Attributes:
         rates: peak learning rates, rising.
         steps: of each short run.
+        seeds: short runs of each contender at each rate; the mean of their losses decides.
     """
 
     rates: tuple[float, ...]
     steps: int
+    seeds: int = 1
 
     @classmethod
-    def parse(cls, text: str, steps: int | None, config: Config) -> LrSweep:
+    def parse(cls, text: str, steps: int | None, config: Config, seeds: int = 1) -> LrSweep:
         """What ``--lr-sweep`` and ``--lr-steps`` say.
 
         Args:
@@ -65,11 +68,11 @@ class LrSweep:
             raise MegaloopError(
                 f"--lr-steps {steps} is more than train.steps {whole}; the short runs have at most as many"
             )
-        return cls(tuple(rates), max(round(_SHARE * whole), 1) if steps is None else steps)
+        return cls(tuple(rates), max(round(_SHARE * whole), 1) if steps is None else steps, seeds)
 
     def to_json(self) -> dict[str, Any]:
         """As a bench's directory keeps it."""
-        return {"rates": list(self.rates), "steps": self.steps}
+        return {"rates": list(self.rates), "steps": self.steps, "seeds": self.seeds}
 
 
 def _positive(text: str) -> float | None:
@@ -120,25 +123,29 @@ class Trials:
     ) -> None:
         self._directory, self._sweep = directory, sweep
         self._names = tuple(dict.fromkeys(contenders))
-        self._found = {name: dict(found.losses) for name, found in read_lr_sweep(directory).items()}
-        self._of: dict[str, tuple[str, float]] = {}
+        self._found = {
+            name: {rate: dict(of_rate) for rate, of_rate in found.runs.items()}
+            for name, found in read_lr_sweep(directory).items()
+        }
+        self._of: dict[str, tuple[str, float, int]] = {}
+        self._seeds = range(config.seed + SEED, config.seed + SEED + sweep.seeds)
         self.jobs: list[Job] = []
         short = shortened(config, sweep.steps)
-        for name in self._names:
-            for rate in sweep.rates:
-                if rate not in self._found.get(name, {}):
-                    self._add(short, vocab_size, name, rate)
+        for seed in self._seeds:
+            for name in self._names:
+                for rate in sweep.rates:
+                    if seed not in self._found.get(name, {}).get(rate, {}):
+                        self._add(short, vocab_size, name, rate, seed)
 
-    def _add(self, config: Config, vocab_size: int, name: str, rate: float) -> None:
-        label = f"{name}-lr{rate}"
+    def _add(self, config: Config, vocab_size: int, name: str, rate: float, seed: int) -> None:
+        label = f"{name}-lr{rate}" + (f"-seed{seed}" if seed != self._seeds[0] else "")
         made = contender(
-            config, name, vocab_size, seed=config.seed + SEED, lr=rate, label=label,
-            directory=self._directory / "sweep" / label,
-        )  # fmt: skip
+            config, name, vocab_size, seed=seed, lr=rate, label=label, directory=self._directory / "sweep" / label
+        )
         file = write_config(made, self._directory)
         flops = total_flops(made, vocab_size)
         self.jobs.append(Job(label, file, made.directory, made.train.steps, made.seed, flops, [], may_diverge=True))
-        self._of[label] = name, rate
+        self._of[label] = name, rate, seed
 
     def keep(self, jobs: Sequence[Job]) -> None:
         """Write down what has come of those that are over.
@@ -148,18 +155,23 @@ class Trials:
         """
         new = False
         for job in jobs:
-            name, rate = self._of[job.name]
-            losses = self._found.setdefault(name, {})
-            if job.is_over and rate not in losses:
-                losses[rate] = None if job.state == "diverged" else _last_loss(job)
+            name, rate, seed = self._of[job.name]
+            runs = self._found.setdefault(name, {}).setdefault(rate, {})
+            if job.is_over and seed not in runs:
+                runs[seed] = None if job.state == "diverged" else _last_loss(job)
                 new = True
         if new:
             write_lr_sweep(self._directory, {name: self._of_contender(name) for name in self._found})
 
     def _of_contender(self, name: str) -> RateSweep:
-        losses = self._found[name]
+        runs = {rate: dict(sorted(found.items())) for rate, found in self._found.get(name, {}).items() if found}
+        losses: dict[float, float | None] = {}
+        for rate, found in runs.items():
+            if set(found) >= set(self._seeds):
+                each = [loss for loss in found.values() if loss is not None]
+                losses[rate] = fmean(each) if len(each) == len(found) else None
         over = set(losses) >= set(self._sweep.rates) and any(loss is not None for loss in losses.values())
-        return RateSweep.over(losses) if over else RateSweep(losses)
+        return RateSweep.over(losses, runs) if over else RateSweep(losses, runs=runs)
 
     def results(self) -> dict[str, RateSweep]:
         """The whole sweep, once all jobs are over, by contender.

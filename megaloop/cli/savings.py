@@ -79,6 +79,11 @@ _RateSteps = Annotated[
     int | None, typer.Option(min=1, help="Steps of each run of --lr-sweep; default: 40% of train.steps.")
 ]
 
+_RateSeeds = Annotated[
+    int | None,
+    typer.Option(min=1, max=_MOST_SEEDS, help="Runs of --lr-sweep at each rate, whose mean decides. Default: 1."),
+]
+
 
 def bench_savings(
     overrides: _Overrides = None,
@@ -91,6 +96,7 @@ def bench_savings(
     minutes: _Minutes = None,
     lr_sweep: _Rates = None,
     lr_steps: _RateSteps = None,
+    lr_seeds: _RateSeeds = None,
     examples: Annotated[
         int | None, typer.Option(min=1, help="Questions of each reasoning primitive. Default: 250.")
     ] = None,
@@ -115,7 +121,7 @@ def bench_savings(
     names = _names(preset, contenders)
     base = out or Path("runs") / f"savings-{Path(preset).stem}"
     config = configuration(preset, base / "data", text, overrides)
-    sweep = _sweep(lr_sweep, lr_steps, config)
+    sweep = _sweep(lr_sweep, lr_steps, lr_seeds, config)
     with _held(base):
         prepare_data(preset, config, base / "data", text or [])
         evaluation = evaluation_of(preset, config, base / "data", examples, shots, loops)
@@ -155,14 +161,15 @@ def _names(preset: str, contenders: str | None) -> list[str]:
     return names
 
 
-def _sweep(rates: str | None, steps: int | None, config: Config) -> LrSweep | None:
-    """What ``--lr-sweep`` and ``--lr-steps`` ask for; None: nothing."""
+def _sweep(rates: str | None, steps: int | None, seeds: int | None, config: Config) -> LrSweep | None:
+    """What ``--lr-sweep``, ``--lr-steps`` and ``--lr-seeds`` ask for; None: nothing."""
     from megaloop.bench.lr_sweep import LrSweep
 
     if rates is not None:
-        return LrSweep.parse(rates, steps, config)
-    if steps is not None:
-        raise MegaloopError("--lr-steps is for --lr-sweep; give learning rates, or leave it out")
+        return LrSweep.parse(rates, steps, config, seeds or 1)
+    for option, value in (("--lr-steps", steps), ("--lr-seeds", seeds)):
+        if value is not None:
+            raise MegaloopError(f"{option} is for --lr-sweep; give learning rates, or leave it out")
     return None
 
 

@@ -96,6 +96,15 @@ def test_the_file_is_read_as_it_was_written(tmp_path: Path) -> None:
             "chosen is neither null nor a rate",
         ),
         ('{"a": {"rates": {"1": 2}, "chosen": 1, "edge": 0, "tie": false}}', "edge and tie are not both true or false"),
+        (
+            '{"a": {"rates": {}, "chosen": null, "edge": false, "tie": false, "runs": [1]}}',
+            "runs is no object of objects",
+        ),
+        ('{"a": {"rates": {}, "chosen": null, "edge": false, "tie": false, "runs": {"1": {"x": 2}}}}', "x is no seed"),
+        (
+            '{"a": {"rates": {}, "chosen": null, "edge": false, "tie": false, "runs": {"1": {"2": "3"}}}}',
+            "the loss is neither",
+        ),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -145,7 +154,7 @@ def test_an_explicit_schedule_becomes_shorter_in_proportion() -> None:
 
 def test_each_contender_is_tried_at_each_rate_that_is_not_known(tmp_path: Path) -> None:
     config, sweep = _config(seed=3), LrSweep((1e-3, 2e-3), 20)
-    write_lr_sweep(tmp_path, {"lidas": RateSweep({2e-3: None})})
+    write_lr_sweep(tmp_path, {"lidas": RateSweep({2e-3: None}, runs={2e-3: {3 + SEED: None}})})
     trials = Trials(config, VOCAB, tmp_path, contenders=["lidas", "iso-params"], sweep=sweep)
     assert [job.name for job in trials.jobs] == ["lidas-lr0.001", "iso-params-lr0.001", "iso-params-lr0.002"]
     for job in trials.jobs:
@@ -167,10 +176,43 @@ def test_a_trial_gives_its_last_validation_loss(tmp_path: Path) -> None:
         job.state = "done"
     highest.state = "diverged"
     trials.keep(trials.jobs[1:])
-    assert read_lr_sweep(tmp_path)["lidas"] == RateSweep({2e-3: None, 3e-3: None})
+    assert read_lr_sweep(tmp_path)["lidas"] == RateSweep(
+        {2e-3: None, 3e-3: None}, runs={2e-3: {SEED: None}, 3e-3: {SEED: None}}
+    )
     trials.keep(trials.jobs)
-    assert trials.results() == read_lr_sweep(tmp_path) == {"lidas": RateSweep.over({1e-3: 2.5, 2e-3: None, 3e-3: None})}
+    runs: dict[float, dict[int, float | None]] = {1e-3: {SEED: 2.5}, 2e-3: {SEED: None}, 3e-3: {SEED: None}}
+    expected = {"lidas": RateSweep.over({1e-3: 2.5, 2e-3: None, 3e-3: None}, runs)}
+    assert trials.results() == read_lr_sweep(tmp_path) == expected
     assert not Trials(_config(), VOCAB, tmp_path, contenders=["lidas"], sweep=LrSweep((1e-3, 2e-3, 3e-3), 20)).jobs
+
+
+def test_of_several_seeds_the_mean_decides(tmp_path: Path) -> None:
+    """A lucky run is not enough, nor is a rate that diverges with one of them."""
+    sweep = LrSweep((1e-3, 2e-3, 4e-3), 20, 2)
+    trials = Trials(_config(), VOCAB, tmp_path, contenders=["lidas"], sweep=sweep)
+    rates = ("0.001", "0.002", "0.004")
+    names = [f"lidas-lr{rate}" for rate in rates] + [f"lidas-lr{rate}-seed{SEED + 1}" for rate in rates]
+    assert [job.name for job in trials.jobs] == names
+    assert [job.seed for job in trials.jobs] == [SEED] * 3 + [SEED + 1] * 3
+    for job, loss in zip(trials.jobs, (0.9, 0.1, 0.05, 0.7, 2.0, None), strict=True):
+        job.run.mkdir(parents=True)
+        (job.run / "metrics.jsonl").write_text(json.dumps({"step": 20, "val_loss": loss}) + "\n")
+        job.state = "done"
+    trials.keep(trials.jobs[:4])
+    known = read_lr_sweep(tmp_path)["lidas"]
+    assert known.chosen is None
+    assert list(known.losses) == [1e-3]
+    assert known.losses[1e-3] == pytest.approx(0.8)
+    left = Trials(_config(), VOCAB, tmp_path, contenders=["lidas"], sweep=sweep)
+    assert [job.name for job in left.jobs] == names[4:]
+    trials.keep(trials.jobs)
+    found = trials.results()["lidas"]
+    assert found == read_lr_sweep(tmp_path)["lidas"]
+    assert (found.chosen, found.losses[4e-3]) == (1e-3, None)
+    assert (
+        "0.001: 0.8000 (0.9000, 0.7000), 0.002: 1.0500 (0.1000, 2.0000), 0.004: diverged (0.0500, diverged)"
+        in found.text
+    )
 
 
 def test_what_gives_no_rate_is_refused(tmp_path: Path) -> None:
@@ -259,6 +301,7 @@ def test_bad_options_are_one_line(tmp_path: Path) -> None:
         (("--lr-sweep", "1e-3"), "--lr-sweep 1e-3: expected two or more different learning rates"),
         (("--lr-sweep", "1e-3,2e-3", "--lr-steps", "41"), "--lr-steps 41 is more than train.steps 40"),
         (("--lr-steps", "5"), "--lr-steps is for --lr-sweep"),
+        (("--lr-seeds", "2"), "--lr-seeds is for --lr-sweep"),
         (("--contenders", ", "), "--contenders names none"),
     ):
         result = megaloop("bench", "savings", "--preset", preset, *arguments, "--out", tmp_path / "out")
