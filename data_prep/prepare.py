@@ -109,7 +109,7 @@ def prepare(
         if reused is not None:
             kept = copy_tokenizer(reused.path, output.folder)[0]
         else:
-            texts = sample if reader is None else [reader.plain(line) for line in sample]
+            texts = [reader.plain(line) for line in sample] if isinstance(reader, MarkedText) else sample
             kept = _train(texts, vocab_size or 0, train_bpe, output.folder, console)
         shards = Shards(output.folder, load_tokenizer(kept), held_out, sequence_length, validation_fraction)
         if reader is None:

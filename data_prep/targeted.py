@@ -16,6 +16,7 @@ Targets of the first form stand where they are predicted: nothing is shifted by 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ _HARDEST = 1 << 31
 """Difficulties are smaller."""
 
 
-class ExampleReader:
+class ExampleReader(ABC):
     """Reads examples from lines of jsonl; the two forms say how.
 
     Args:
@@ -68,12 +69,9 @@ class ExampleReader:
         self._read = line, example
         return example
 
-    def plain(self, line: str) -> str:
-        """What a tokenizer is trained on."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _example(self, fields: dict[str, Any], difficulty: int) -> Example:
-        raise NotImplementedError
+        """The example of a line's fields; NotText as :meth:`read`."""
 
 
 def _difficulty(fields: dict[str, Any]) -> int:
@@ -152,6 +150,7 @@ class MarkedText(ExampleReader):
         self._marks, self._text_of = marks, text_of
 
     def plain(self, line: str) -> str:
+        """A line's text without the marks, which a tokenizer is trained on."""
         return "".join(text for text, _ in self._parts(self._text_of(read_object(line.encode()))))
 
     def check(self, line: str) -> None:

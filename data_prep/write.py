@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +95,16 @@ class Shards:
         )
 
 
+@contextmanager
+def _abandoned_on_error(writers: Collection[SplitWriter] | Collection[TargetWriter]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for writer in writers:
+            writer.abandon()
+        raise
+
+
 def write_text(documents: Inputs, shards: Shards, workers: int, console: Console | None) -> Description:
     """Both splits of text, whose tokens are all predicted."""
     sizes, tokenizer, dtype = shards.tokenizer.token_bytes(), shards.tokenizer, shards.dtype
@@ -101,16 +112,12 @@ def write_text(documents: Inputs, shards: Shards, workers: int, console: Console
         name: SplitWriter(shards.folder / name, shards.sequence_length, dtype, sizes, tokenizer.eos_id)
         for name in _SPLITS
     }
-    try:
+    with _abandoned_on_error(writers.values()):
         with PassProgress(console, "tokenizing", documents) as advance:
             for number, text, tokens in encode_documents(iter(documents), tokenizer, dtype, workers):
                 writers[shards.split_of(text)].add(tokens)
                 advance(number)
         splits = {name: writer.finish() for name, writer in writers.items()}
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
     return shards.describe(documents, splits)
 
 
@@ -121,7 +128,7 @@ def write_targets(documents: Inputs, shards: Shards, reader: ExampleReader, cons
         name: TargetWriter(shards.folder / name, shards.sequence_length, shards.dtype, sizes, shards.tokenizer.eos_id)
         for name in _SPLITS
     }
-    try:
+    with _abandoned_on_error(writers.values()):
         with PassProgress(console, "packing", documents) as advance:
             for number, line in documents:
                 example, split = reader.read(line), shards.split_of(line)
@@ -129,10 +136,6 @@ def write_targets(documents: Inputs, shards: Shards, reader: ExampleReader, cons
                 sample.add(example, held_out=split == "validation")
                 advance(number)
         splits = {name: writer.finish() for name, writer in writers.items()}
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
     counts = {name: file_sha256(shards.folder / name / TARGET_COUNTS) for name in _SPLITS}
     return shards.describe(documents, splits, TargetsEntry(counts=dict(counts), floors=sample.floors()))
 

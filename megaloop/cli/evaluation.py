@@ -87,7 +87,7 @@ def evaluate_command(
             from megaloop.parallel.engine import join_ranks
 
             join_ranks()
-        from megaloop.evaluation.evaluate import EveryBlock
+        from megaloop.evaluation.loops import EveryBlock
 
         blocks = [EveryBlock.parse(text) for text in block or []]
         if harness is not None:
@@ -132,7 +132,8 @@ def evaluate_command(
 
 def _measured(paths: Sequence[Path], **options: Any) -> list[Record]:
     """The records of all checkpoints; of several, those that are too shallow for a block are left out, and that is said."""
-    from megaloop.evaluation.evaluate import TooShallow, evaluate
+    from megaloop.evaluation.evaluate import evaluate
+    from megaloop.evaluation.loops import TooShallow
 
     records: list[Record] = []
     for path in paths:

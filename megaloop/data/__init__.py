@@ -1,6 +1,6 @@
 """Reading token shards in a global order that no topology changes."""
 
-from megaloop.data.dataset import DataSet, Sample
+from megaloop.data.dataset import DataSet
 from megaloop.data.excluded import ExcludedSamples, past_excluded
 from megaloop.data.loader import (
     BatchLoader,
@@ -13,6 +13,7 @@ from megaloop.data.loader import (
 )
 from megaloop.data.order import SampleOrder
 from megaloop.data.sources import Sources, embedding_rows, open_sources
+from megaloop.data.split import Sample
 
 __all__ = [
     "BatchLoader",

@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megaloop.data.dataset import DataSet, Sample, Split
+from megaloop.data.dataset import DataSet
 from megaloop.data.excluded import ExcludedSamples, past_excluded
 from megaloop.data.order import SampleOrder
 from megaloop.data.sft import FineTuningSet, FineTuningSplit
+from megaloop.data.split import Sample, Split
 from megaloop.errors import MegaloopError
 
 __all__ = [

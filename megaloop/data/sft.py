@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 
 from megaloop.config import DataConfig
-from megaloop.data.dataset import Sample
 from megaloop.data.jsonl import BEGINNING, MARK, NotText, field_text, foreign_encoding, read_object
+from megaloop.data.split import Sample
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer, file_sha256
@@ -44,7 +44,7 @@ class _Example:
 
 
 class FineTuningSplit:
-    """Samples in memory; what :class:`megaloop.data.dataset.Split` is to shards.
+    """Samples in memory; what :class:`megaloop.data.split.Split` is to shards.
 
     Attributes:
         shard_sizes: samples by block of neighbours.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,9 +16,9 @@ import torch.distributed as dist
 
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, bits_per_byte, held_out_batch, held_out_places
-from megaloop.depth import DepthPlan, DepthSpec, Execution, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.held_out import Scored, difficulties, score_held_out, summary
+from megaloop.evaluation.loops import Block, EveryBlock, InferenceDepth, inference_depth
 from megaloop.evaluation.prompts import questions
 from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, clustered, read_records
 from megaloop.evaluation.scoring import score
@@ -27,10 +26,9 @@ from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examp
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
 from megaloop.runtime.collectives import broadcast_object, gather_objects
-from megaloop.text import parse_whole, printable
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["VALIDATION", "Block", "EveryBlock", "TooShallow", "evaluate", "with_loops"]
+__all__ = ["VALIDATION", "evaluate"]
 
 VALIDATION = "validation"
 _VALIDATION_VERSION = 2
@@ -38,116 +36,6 @@ _VALIDATION_VERSION = 2
 _Part = TypeVar("_Part")
 OnStep = Callable[[str, int, int], None]
 """Called with what is under way, how much of it is done, and how much there is."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Layers by place, [first, stop): what a loop runs."""
-
-    first: int
-    stop: int
-
-    @classmethod
-    def parse(cls, text: str) -> Block:
-        """``"10:14"``."""
-        first, separator, stop = text.partition(":")
-        begin, end = parse_whole(first), parse_whole(stop)
-        if not separator or begin is None or end is None or begin >= end:
-            raise MegaloopError(f"--block {printable(text, 60)}: expected FIRST:STOP, places of layers, such as 10:14")
-        return cls(begin, end)
-
-    def __str__(self) -> str:
-        return f"{self.first}:{self.stop}"
-
-
-class TooShallow(MegaloopError):
-    """A model has no block of that many layers."""
-
-
-@dataclass(frozen=True)
-class EveryBlock:
-    """Every block of that many neighbouring layers, each by itself; of a model that was trained with a loop, that one."""
-
-    size: int
-
-    @classmethod
-    def parse(cls, text: str) -> EveryBlock | Block:
-        """``"every:2"``, or one block."""
-        word, _, number = text.partition(":")
-        if word != "every":
-            return Block.parse(text)
-        size = parse_whole(number)
-        if not size:
-            raise MegaloopError(
-                f"--block {printable(text, 60)}: expected every:N with a number of layers, such as every:2"
-            )
-        return cls(size)
-
-    def of(self, plan: DepthPlan) -> list[Block | None]:
-        """The blocks of a model.
-
-        Raises:
-            TooShallow: it has fewer layers.
-        """
-        if plan.is_looped:
-            return [None]
-        if self.size > plan.layers:
-            raise TooShallow(f"--block every:{self.size}: the model has {plan.layers} layers; choose fewer")
-        return [Block(first, first + self.size) for first in range(plan.layers - self.size + 1)]
-
-
-@dataclass(frozen=True)
-class _Depth:
-    """One way to run a model: a block of layers ``loops`` times (1, None: every layer once)."""
-
-    loops: int
-    execution: Execution
-    block: Block | None
-
-
-def with_loops(plan: DepthPlan, loops: int | None, block: Block | None = None) -> Execution:
-    """How to run a model with a loop at inference.
-
-    Args:
-        loops: None: as it was trained; 1: every layer once. A model that was trained with a loop changes how often
-            that one runs; another loops ``block``.
-        block: default: the four layers in the middle (fewer, where there are not as many).
-
-    Raises:
-        MegaloopError: the block does not fit the model.
-    """
-    return _depth(plan, loops, block).execution
-
-
-def _depth(plan: DepthPlan, loops: int | None, block: Block | None) -> _Depth:
-    trained = plan.loop
-    if plan.is_looped and trained is None:
-        if loops is not None:
-            raise MegaloopError(f"--loops: depth {plan.notation} is more than one loop; it runs as trained only")
-        return _Depth(1, Execution.as_trained(plan), None)
-    if trained is not None:
-        own = Block(trained.start, trained.start + trained.block)
-        if block is not None and block != own:
-            raise MegaloopError(f"--block {block}: the model was trained with a loop over {own}; leave --block out")
-        if loops is None or loops == trained.iterations:
-            return _Depth(trained.iterations, Execution.as_trained(plan), own)
-        block = own
-    elif loops in (None, 1):
-        return _Depth(1, Execution.as_trained(plan), None)
-    block = block or _middle(plan.layers)
-    if block.stop > plan.layers:
-        raise MegaloopError(
-            f"--block {block}: the model has {plan.layers} layers; choose FIRST:STOP within 0:{plan.layers}"
-        )
-    count = loops or 1
-    depth = DepthSpec.looped(block.first, block.stop - block.first, count, plan.layers - block.stop)
-    return _Depth(count, with_inference_loop(plan, depth), block)
-
-
-def _middle(layers: int) -> Block:
-    size = min(4, layers)
-    first = (layers - size) // 2
-    return Block(first, first + size)
 
 
 def evaluate(
@@ -173,7 +61,7 @@ def evaluate(
         tasks: names of primitives, ``primitives`` for all of them, ``validation``; nothing: all of it, but no primitives if the
             tokenizer has no words for them.
         shots: numbers of solved examples before each question.
-        loops, blocks: see :func:`with_loops`; each number with each block.
+        loops, blocks: see :func:`megaloop.evaluation.loops.with_loops`; each number with each block.
         examples: questions of each primitive.
         seed: of the questions.
         data: data sets whose held-out samples validation takes; None: those that the run was trained on.
@@ -187,7 +75,7 @@ def evaluate(
     primitives = tasks_named([name for name in tasks if name != VALIDATION]) if set(tasks) != {VALIDATION} else []
     model, checkpoint = load_decoder(path, precision=precision)
     chosen = [one for block in blocks for one in (block.of(model.plan) if isinstance(block, EveryBlock) else [block])]
-    depths = [_depth(model.plan, loop, block) for block in chosen or [None] for loop in loops]
+    depths = [inference_depth(model.plan, loop, block) for block in chosen or [None] for loop in loops]
     work = _Work(
         model, checkpoint, precision, seed, examples, samples, _remembered(checkpoint, out), again, on_step or _silent
     )
@@ -277,7 +165,7 @@ class _Work:
         self._tokenizer: Tokenizer | None = None
         self._found: dict[Path, list[int]] = {}  # difficulties of a data set
 
-    def primitive(self, depth: _Depth, task: Task, count: int) -> Record:
+    def primitive(self, depth: InferenceDepth, task: Task, count: int) -> Record:
         subject = self._subject(task.name, depth, count, self._examples, self._seed, None)
         return self._known.get(subject) or self._measured(subject, lambda: self._primitive(depth, task, count, subject))
 
@@ -290,7 +178,7 @@ class _Work:
             return str(error)
         return None
 
-    def held_out(self, depth: _Depth, dataset: DataSet) -> list[Record]:
+    def held_out(self, depth: InferenceDepth, dataset: DataSet) -> list[Record]:
         """The loss over all held-out samples, and a record for each difficulty that they have; all in one pass."""
         samples = min(self._samples, len(dataset.split("validation")))
         subjects = [self._subject(VALIDATION, depth, 0, samples, 0, dataset)] + [
@@ -315,7 +203,7 @@ class _Work:
     def _subject(
         self,
         task: str,
-        depth: _Depth,
+        depth: InferenceDepth,
         count: int,
         examples: int,
         seed: int,
@@ -354,7 +242,7 @@ class _Work:
             append_record(self._file, record)
         return record
 
-    def _primitive(self, depth: _Depth, task: Task, count: int, subject: Subject) -> dict[str, Any]:
+    def _primitive(self, depth: InferenceDepth, task: Task, count: int, subject: Subject) -> dict[str, Any]:
         asked = examples(task, self._examples, self._seed)
         blocks = [asked[first : first + BLOCK] for first in range(0, len(asked), BLOCK)]
         scored = self._shared(
@@ -373,7 +261,7 @@ class _Work:
         }
 
     def _score(
-        self, depth: _Depth, task: Task, count: int, number: int, block: Sequence[Example]
+        self, depth: InferenceDepth, task: Task, count: int, number: int, block: Sequence[Example]
     ) -> list[tuple[bool, bool]]:
         """Of each example, whether the right answer is the likeliest, and whether greedy decoding gives it."""
         tokenizer, solved = self._open_tokenizer(), shots(task, count, self._seed, number)
@@ -385,7 +273,7 @@ class _Work:
             for result, example in zip(results, block, strict=True)
         ]
 
-    def _scored(self, depth: _Depth, dataset: DataSet, subject: Subject) -> tuple[list[Scored], int]:
+    def _scored(self, depth: InferenceDepth, dataset: DataSet, subject: Subject) -> tuple[list[Scored], int]:
         """Every held-out document, and the bytes of text that they are."""
         places = held_out_places([dataset], subject.examples)
         batch = max((1 << 13) // dataset.sequence_length, 1)

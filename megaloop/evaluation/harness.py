@@ -15,7 +15,7 @@ import torch
 from megaloop.checkpoint import Checkpoint
 from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.evaluate import Block, with_loops
+from megaloop.evaluation.loops import Block, with_loops
 from megaloop.evaluation.prompts import encode_text
 from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import generate_tokens
@@ -60,7 +60,7 @@ class HarnessModel(TemplateLM):
         block: Block | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> HarnessModel:
-        """The model of a checkpoint, or of a run's newest; loops as :func:`megaloop.evaluation.evaluate.with_loops`."""
+        """The model of a checkpoint, or of a run's newest; loops as :func:`megaloop.evaluation.loops.with_loops`."""
         model, checkpoint = load_decoder(path, precision=precision)
         calls = with_loops(model.plan, loops, block).calls
         tokenizer = checkpoint.open_tokenizer("lm-eval asks in text")
