@@ -49,8 +49,8 @@ class LadderEvaluation:
     block: int
     asked: Path | None = None
     samples: int = 2816
-    along: int = 1408
-    swept: int = 704
+    along: int = 352
+    swept: int = 176
     loops: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def commands(self, config: Config) -> list[list[str]]:
