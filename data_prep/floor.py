@@ -19,16 +19,15 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaloop.data.description import FloorEntry
+from megaloop.data.targeted import Example
 from megaloop.errors import MegaloopError
 
-__all__ = ["Example", "FloorSample", "floors"]
+__all__ = ["FloorSample", "floors"]
 
 _TRAINING, _HELD_OUT = 4_000, 2_000
 """Documents of each difficulty at most, from which guessers learn and on which they are run."""
@@ -42,24 +41,6 @@ _VOTERS = 64
 """Places whose votes are counted, at most: those of most weight."""
 _COMMON = 16
 """Tokens that ``odds`` considers besides those that stand at these places."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A document whose places have targets.
-
-    Attributes:
-        tokens: its ids.
-        targets: what each place is to predict; -1: nothing.
-        difficulty: -1: not given.
-    """
-
-    tokens: NDArray[np.integer[Any]]
-    targets: NDArray[np.integer[Any]]
-    difficulty: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class FloorSample:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.floor import Example
 from megaloop.data.description import COLUMNS, HASH, TARGET_COLUMNS, TARGET_COUNTS, SplitEntry
 from megaloop.data.streaming_base import mds_writer
+from megaloop.data.targeted import Example
 
 __all__ = ["SplitWriter", "TargetWriter"]
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from data_prep.progress import PassProgress
 from data_prep.publish import Output
 from data_prep.sources import HASH_RANGE, Inputs, document_hash, find_inputs
-from data_prep.targeted import ExampleReader, MarkedText, TokenLists, answer_marks
 from data_prep.tokenizer import train_byte_level, train_sentencepiece
 from data_prep.write import Shards, write_targets, write_text
 from megaloop.data.dataset import DataSet
 from megaloop.data.sources import open_tokenizer
+from megaloop.data.targeted import ExampleReader, MarkedText, TokenLists, answer_marks
 from megaloop.errors import MegaloopError
 from megaloop.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from megaloop.tokenizer.files import FOLDER, SENTENCEPIECE
@@ -87,7 +87,7 @@ def prepare(
             few samples.
         errors: what to do with text that is not UTF-8 or lines that are not JSON: stop, or skip and count.
         workers: threads; default: one per core.
-        targets, marks: documents carry their targets, as lists or as marked answers (:mod:`data_prep.targeted`).
+        targets, marks: documents carry their targets, as lists or as marked answers (:mod:`megaloop.data.targeted`).
         overwrite: replace a data set that is already there.
         console: where progress is shown; None: nowhere.
 

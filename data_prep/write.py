@@ -18,7 +18,6 @@ from data_prep.floor import FloorSample
 from data_prep.pack import SplitWriter, TargetWriter
 from data_prep.progress import PassProgress
 from data_prep.sources import Inputs, document_hash
-from data_prep.targeted import ExampleReader
 from megaloop import __version__
 from megaloop.data.description import (
     FORMAT_VERSION,
@@ -29,6 +28,7 @@ from megaloop.data.description import (
     TargetsEntry,
     TokenizerEntry,
 )
+from megaloop.data.targeted import ExampleReader
 from megaloop.errors import MegaloopError
 from megaloop.tokenizer import Tokenizer, file_sha256
 

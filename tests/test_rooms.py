@@ -26,12 +26,13 @@ ROOMS = (
     "plan",
     "inference",
     "evaluation",
+    "analysis",
     "train",
     "report",
     "bench",
     "cli",
 )
-"""From the ground up; analysis, when there is one, lies between evaluation and train."""
+"""From the ground up."""
 
 BESIDE = {
     "launchers": {"ground", "config", "data", "tokenizer"},

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,12 @@ from megaloop.model.layers import AttentionContext, DecoderLayer, KeyValueCache,
 from megaloop.model.parameters import initial_values, loop_ends, norm_factors, parameter_specs
 from megaloop.model.tensor_parallel import ColumnParallelLinear, TensorParallel, VocabParallelEmbedding
 
-__all__ = ["Decoder", "DecoderStage", "LoopInput", "Recompute"]
+__all__ = ["Decoder", "DecoderStage", "LayerFunction", "LoopInput", "Recompute"]
 
 Recompute = Literal["none", "full", "selective"]
+LayerFunction = Callable[[LayerCall, DecoderLayer, Tensor, AttentionContext, float, float], Tensor]
+"""What stands in for an execution of a layer: the call, its layer, what enters it [B, S, D], positions and mask, and the factors of
+:class:`megaloop.model.layers.DecoderLayer` (scale, norm_factor), to what leaves it [B, S, D]."""
 
 
 @dataclass
@@ -137,16 +140,18 @@ class DecoderStage(nn.Module):
         last: bool,
         entry: LoopInput | None = None,
         context: AttentionContext | None = None,
+        execute: LayerFunction | None = None,
     ) -> Tensor:
         """Some uses of the stage's layers, after the embedding if ``first``, before norm and head if ``last``.
 
         Args:
             entry: what the loop was entered with, where that was in an earlier call; where it is in this one, it is kept there.
             context: positions and mask of the tokens, where they are not simply the next ones.
+            execute: stands in for each layer, without caches: what analysis sees and changes of a forward pass.
         """
         if context is None:
             length = x.shape[1] if first or not self.tp.sequence_parallel else x.shape[1] * self.tp.size
-            context = self._context(length, caches[0].length if caches else 0, documents_BS, x.device)
+            context = self.attention_context(length, caches[0].length if caches else 0, documents_BS, x.device)
         if first:
             x = self.embedding(x)
         entry = entry or LoopInput()
@@ -161,7 +166,10 @@ class DecoderStage(nn.Module):
                 layer, cache = self.layers[str(call.layer_id)], caches[index] if caches else None
                 recompute = self.recompute if torch.is_grad_enabled() else "none"
                 scale = 1.0 / call.iterations if scaled and call.iterations is not None else 1.0
-                x = self._run_layer(layer, x, context, cache, scale, factors[call.layer_id], recompute)
+                if execute is None:
+                    x = self._run_layer(layer, x, context, cache, scale, factors[call.layer_id], recompute)
+                else:
+                    x = execute(call, cast(DecoderLayer, layer), x, context, scale, factors[call.layer_id])
                 if call.is_last and self.plan.style.norm:
                     x = self.loop["norm"](x)
         return self.logits(x) if last else x
@@ -187,7 +195,10 @@ class DecoderStage(nn.Module):
         logits: Tensor = self.head(self.tp.enter(x_BSD))
         return logits
 
-    def _context(self, length: int, start: int, documents_BS: Tensor | None, device: torch.device) -> AttentionContext:
+    def attention_context(
+        self, length: int, start: int, documents_BS: Tensor | None, device: torch.device
+    ) -> AttentionContext:
+        """Positions ``start`` to ``start + length``, and which of them see which."""
         dtype = next(self.parameters()).dtype
         key = (length, start, device, dtype)
         if key not in self._tables:

@@ -268,9 +268,20 @@ class DecoderLayer(nn.Module):
             scale: factor of what attention and MLP add.
             norm_factor: factor of what the two norms give (:func:`megaloop.model.norm_factors`).
         """
-        attended_BSD = self.attention(self.attention_norm(x_BSD, norm_factor), context, cache)
-        x_BSD = torch.add(x_BSD, attended_BSD, alpha=scale)
-        return torch.add(x_BSD, self.mlp(self.mlp_norm(x_BSD, norm_factor)), alpha=scale)
+        x_BSD = torch.add(x_BSD, self.attend(x_BSD, context, cache, norm_factor), alpha=scale)
+        return torch.add(x_BSD, self.transform(x_BSD, norm_factor), alpha=scale)
+
+    def attend(
+        self, x_BSD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, norm_factor: float = 1.0
+    ) -> Tensor:
+        """What attention adds to the residual stream, before ``scale``."""
+        out: Tensor = self.attention(self.attention_norm(x_BSD, norm_factor), context, cache)
+        return out
+
+    def transform(self, x_BSD: Tensor, norm_factor: float = 1.0) -> Tensor:
+        """What the MLP adds to the residual stream, before ``scale``."""
+        out: Tensor = self.mlp(self.mlp_norm(x_BSD, norm_factor))
+        return out
 
 
 class LoopAdapter(nn.Module):

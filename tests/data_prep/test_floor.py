@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.floor import Example, FloorSample, floors
+from data_prep.floor import FloorSample, floors
 from data_prep.ladders import Draws, PHop
 from data_prep.prepare import prepare
+from megaloop.data.targeted import Example
 from megaloop.errors import MegaloopError
 from tests.data.targeted import LENGTH, lines
 

@@ -33,7 +33,7 @@ def decoder(depth: str = "1-2x3-1", style: LoopStyle = LoopStyle(), *, disturbed
 
 def by_hand(model: Decoder, style: LoopStyle, iterations: int, *, learning: int | None = None) -> Tensor:
     """Logits of a 1-2xk-1 model."""
-    context = model._context(TOKENS.shape[1], 0, None, TOKENS.device)
+    context = model.attention_context(TOKENS.shape[1], 0, None, TOKENS.device)
     layers: list[Any] = [model.layers[str(number)] for number in range(4)]
     first, *middle, last = layers
     loop: Any = getattr(model, "loop", None)

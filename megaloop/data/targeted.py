@@ -18,20 +18,39 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_prep.floor import Example
 from megaloop.data.jsonl import NotText, read_object
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["ExampleReader", "MarkedText", "TokenLists", "answer_marks"]
+__all__ = ["Example", "ExampleReader", "MarkedText", "TokenLists", "answer_marks"]
 
 _HARDEST = 1 << 31
 """Difficulties are smaller."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document whose places have targets.
+
+    Attributes:
+        tokens: its ids.
+        targets: what each place is to predict; -1: nothing.
+        difficulty: -1: not given.
+    """
+
+    tokens: NDArray[np.integer[Any]]
+    targets: NDArray[np.integer[Any]]
+    difficulty: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class ExampleReader(ABC):

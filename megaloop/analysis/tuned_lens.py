@@ -1,0 +1,157 @@
+"""The tuned lens: an affine map for each place, trained so that norm and head predict from it what the model predicts at the end.
+
+arXiv 2303.08112. The maps begin as the identity, so that an untrained tuned lens is the logit lens; the last residual stream has none, which is the
+identity too. Each map's gradient is its own, so that all are trained in one pass over the data, the model frozen.
+
+A lens is kept as safetensors, with the checksum of the checkpoint that it is of; with optimizer state and the step, so that training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from megaloop.analysis.prompts import PromptBatch, Prompts
+from megaloop.analysis.trace import trace
+from megaloop.errors import MegaloopError
+from megaloop.files import replace_file
+from megaloop.model import Decoder
+
+__all__ = ["TunedLens", "load_lens", "save_lens", "train_lens"]
+
+_ROWS = 512
+"""Positions whose distributions are in memory at once."""
+_SAVE_EVERY = 50
+
+
+class TunedLens(nn.Module):
+    """One affine map of the residual stream for each place.
+
+    Args:
+        places: executions of layers.
+        size: of the residual stream.
+        checkpoint: checksum of what it is trained for.
+
+    Attributes:
+        step: of its training.
+    """
+
+    def __init__(self, places: int, size: int, checkpoint: str):
+        super().__init__()
+        self.checkpoint, self.step = checkpoint, 0
+        self.weight_LDD = nn.Parameter(torch.zeros(places, size, size))
+        self.bias_LD = nn.Parameter(torch.zeros(places, size))
+
+    def forward(self, place: int, h_MD: Tensor) -> Tensor:
+        """What norm and head are to read instead of the residual stream that enters a place; [M, D]."""
+        return h_MD + h_MD @ self.weight_LDD[place].to(h_MD.dtype).T + self.bias_LD[place].to(h_MD.dtype)
+
+
+def train_lens(
+    model: Decoder,
+    tuned: TunedLens,
+    prompts: Prompts,
+    *,
+    steps: int,
+    file: Path | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr: float = 1e-3,
+    batch_tokens: int = 2048,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> torch.optim.Optimizer:
+    """Train the maps on KL(p_L || p_l), summed over places, from ``tuned.step`` to ``steps``; Adam, the rate falling to 0 in a straight line.
+
+    What a step reads follows from the seed and its number alone, so that a training that was interrupted goes on as if it had not been.
+
+    Args:
+        file: where to keep it on the way.
+        optimizer: of the training so far.
+        on_step: called with the step and the loss per place.
+    """
+    optimizer = optimizer or torch.optim.Adam(tuned.parameters(), lr=lr)
+    places = tuned.weight_LDD.shape[0]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    while tuned.step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - tuned.step / steps)
+        batch = _batch(prompts, tuned.step, batch_tokens, seed, model.device)
+        traced = trace(model, batch.tokens_BS, batch.documents_BS)
+        row_M, position_M = batch.valid_BS.nonzero(as_tuple=True)
+        loss = 0.0
+        for row, position in zip(row_M.split(_ROWS), position_M.split(_ROWS), strict=True):
+            with torch.no_grad():
+                final_MV = _log_distribution(model, traced.final_BSD[row, position])
+            for place in range(places):
+                found_MV = _log_distribution(model, tuned(place, traced.layers[place].h_BSD[row, position]))
+                divergence = (final_MV.exp() * (final_MV - found_MV)).sum() / len(row_M)
+                divergence.backward()  # type: ignore[no-untyped-call]
+                loss += float(divergence)
+        optimizer.step()
+        optimizer.zero_grad()
+        tuned.step += 1
+        if on_step is not None:
+            on_step(tuned.step, loss / places)
+        if file is not None and (tuned.step % _SAVE_EVERY == 0 or tuned.step == steps):
+            save_lens(file, tuned, optimizer, steps)
+    return optimizer
+
+
+def _batch(prompts: Prompts, step: int, tokens: int, seed: int, device: torch.device) -> PromptBatch:
+    """Prompts at random, as many as make so many tokens (at least one)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    chosen: list[int] = []
+    for number in torch.randperm(len(prompts), generator=generator).tolist():
+        if chosen and (len(chosen) + 1) * max(len(prompts.prompts[one]) for one in (*chosen, number)) > tokens:
+            break
+        chosen.append(number)
+    return prompts.batch(chosen, device)
+
+
+def _log_distribution(model: Decoder, hidden_MD: Tensor) -> Tensor:
+    return model.logits(hidden_MD.unsqueeze(0))[0].float().log_softmax(-1)
+
+
+def save_lens(file: Path, tuned: TunedLens, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Write a lens, or what there is of it."""
+    tensors = {"weight": tuned.weight_LDD.detach().cpu(), "bias": tuned.bias_LD.detach().cpu()}
+    for name, parameter in (("weight", tuned.weight_LDD), ("bias", tuned.bias_LD)):
+        for moment, value in optimizer.state[parameter].items():
+            tensors[f"{name}.{moment}"] = value.cpu()
+    about = {"checkpoint": tuned.checkpoint, "step": str(tuned.step), "steps": str(steps)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, save(tensors, {"megaloop": json.dumps(about)}))
+
+
+def load_lens(file: Path, places: int, size: int, checkpoint: str) -> tuple[TunedLens, torch.optim.Optimizer, int]:
+    """A lens that was kept, its optimizer, and how many steps it was to have.
+
+    Raises:
+        MegaloopError: it cannot be read, or is of another checkpoint.
+    """
+    tuned = TunedLens(places, size, checkpoint)
+    optimizer = torch.optim.Adam(tuned.parameters())
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("megaloop", "{}"))
+            if about.get("checkpoint") != checkpoint:
+                raise MegaloopError(
+                    f"lens {file} is of checkpoint {str(about.get('checkpoint'))[:12]}, this is {checkpoint[:12]}; "
+                    "remove the file to train another"
+                )
+            tuned.step = int(about["step"])
+            with torch.no_grad():
+                for name, parameter in (("weight", tuned.weight_LDD), ("bias", tuned.bias_LD)):
+                    parameter.copy_(opened.get_tensor(name))
+                    moments = ("step", "exp_avg", "exp_avg_sq")
+                    optimizer.state[parameter] = {moment: opened.get_tensor(f"{name}.{moment}") for moment in moments}
+            return tuned, optimizer, int(about["steps"])
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise MegaloopError(f"lens {file}: cannot be read ({error}); remove the file to train another") from None
