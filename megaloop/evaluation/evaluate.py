@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch.distributed as dist
-
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, bits_per_byte, held_out_batch, held_out_places
 from megaloop.errors import MegaloopError
@@ -25,7 +23,8 @@ from megaloop.evaluation.scoring import score
 from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examples, shots, tasks_named
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
-from megaloop.runtime.collectives import broadcast_object, gather_objects
+from megaloop.runtime.collectives import broadcast_object
+from megaloop.runtime.share import OnPart, rank, share_over_ranks
 from megaloop.tokenizer import Tokenizer
 
 __all__ = ["VALIDATION", "evaluate"]
@@ -34,8 +33,6 @@ VALIDATION = "validation"
 _VALIDATION_VERSION = 2
 """Of how held-out loss is measured: what earlier versions of the tasks left beside it stays valid."""
 _Part = TypeVar("_Part")
-OnStep = Callable[[str, int, int], None]
-"""Called with what is under way, how much of it is done, and how much there is."""
 
 
 def evaluate(
@@ -52,7 +49,7 @@ def evaluate(
     precision: Literal["fp32", "bf16"] = "fp32",
     again: bool = False,
     out: Path | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnPart | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> list[Record]:
     """Evaluate a checkpoint (or a run's newest), or take what was measured before.
@@ -156,7 +153,7 @@ class _Work:
         samples: int,
         file: Path | None,
         again: bool,
-        on_step: OnStep,
+        on_step: OnPart,
     ):
         self._model, self._checkpoint, self._precision = model, checkpoint, precision
         self._seed, self._examples, self._samples, self._on_step = seed, examples, samples, on_step
@@ -238,7 +235,7 @@ class _Work:
         """Write down what was measured."""
         values["seconds"] = round(seconds, 3)
         record = Record(subject, values, datetime.now(UTC).isoformat(timespec="seconds"))
-        if self._file is not None and _rank() == 0:
+        if self._file is not None and rank() == 0:
             append_record(self._file, record)
         return record
 
@@ -287,14 +284,7 @@ class _Work:
         return [entry for part, _ in found for entry in part], sum(size for _, size in found)
 
     def _shared(self, label: str, parts: Sequence[_Part], run: Callable[[int, _Part], Any]) -> list[Any]:
-        """``run`` on every part, the ranks in turn; all results on every rank, in order."""
-        own: dict[int, Any] = {}
-        for number in range(_rank(), len(parts), _ranks()):
-            self._on_step(label, number, len(parts))
-            own[number] = run(number, parts[number])
-        self._on_step(label, len(parts), len(parts))
-        results = {number: result for of_rank in gather_objects(own) for number, result in of_rank.items()}
-        return [results[number] for number in range(len(parts))]
+        return share_over_ranks(label, parts, run, self._on_step)
 
     def _open_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -314,11 +304,3 @@ def _label(subject: Subject) -> str:
     shots = "" if subject.task == VALIDATION else f", {subject.shots} shots"
     loops = f", {subject.loops} loops" if subject.block else ""
     return f"{subject.task}{shots}{loops}"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megaloop.errors import MegaloopError
-from megaloop.files import fsync_file
 from megaloop.runs import records
 
 __all__ = [
@@ -162,27 +158,8 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> Measured:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add a line, in one write: several evaluations may write to a file at a time.
-
-    Raises:
-        MegaloopError: it cannot be written.
-    """
-    line = json.dumps(record.to_json()).encode() + b"\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            if file.tell() and not _ends_a_line(path):
-                line = b"\n" + line  # after a line that was cut off
-            file.write(line)
-            fsync_file(file)
-    except OSError as error:
-        raise MegaloopError(f"eval: cannot write {path} ({error.strerror})") from None
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+    """Add a line; MegaloopError if it cannot be written."""
+    records.append_record(path, record.to_json(), "eval")
 
 
 def read_records(path: Path) -> dict[Subject, Record]:

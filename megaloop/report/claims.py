@@ -1,7 +1,8 @@
 """Claims about growing and looping, each with what was measured for it and a verdict.
 
-All are about accuracy at the hardest difficulty of training, over all places with a target, of runs that are finished and were
-evaluated at their last step. The *effect* is the mean over seeds of the difference between two contenders that had the same
+All are about accuracy over all places with a target, of runs that are finished and were evaluated at their last step: at the hardest
+difficulty of training, and "solves more" about the mean over all difficulties of training, which also tells apart models of which none gets to the
+hardest one. The *effect* is the mean over seeds of the difference between two contenders that had the same
 samples in the same order, in percentage points, with its 95% interval (Student's t). What is claimed lies above a *bound*: 0 for
 "more than", -2 points for "not more than 2 points below" (:data:`MARGIN`; non-inferiority). p is that of the two-sided t test
 that the effect is the bound, and Holm's procedure adjusts it over all claims of the page that could be tested, so that the
@@ -64,18 +65,26 @@ class Claim:
 
 @dataclass(frozen=True)
 class _Pair:
-    """``first`` against ``second``; where ``costs`` is set, the note says what share of its FLOPs ``first`` took."""
+    """``first`` against ``second``.
+
+    Attributes:
+        costs: the note says what share of its FLOPs ``first`` took.
+        overall: about the mean over difficulties, not the hardest one.
+    """
 
     text: str
     first: str
     second: str
     bound: float = 0.0
     costs: bool = False
+    overall: bool = False
 
 
 _PAIRS = (
     _Pair("A loop does more with the same parameters", "looped-full", "iso-params"),
     _Pair("A loop in the middle does more with the same parameters", "looped", "iso-params-middle"),
+    _Pair("A loop solves more with the same parameters", "looped-full", "iso-params", overall=True),
+    _Pair("A loop in the middle solves more with the same parameters", "looped", "iso-params-middle", overall=True),
     _Pair("A loop keeps what full depth has", "looped-full", _BASELINE, -MARGIN),
     _Pair("A loop in the middle keeps what full depth has", "looped", _BASELINE, -MARGIN),
     _Pair("Growing keeps what full depth has", "lidas", _BASELINE, -MARGIN, costs=True),
@@ -130,10 +139,12 @@ def _claim(
 
 
 def _pair(board: Board, groups: dict[str, Group], pair: _Pair) -> Claim | None:
-    first, second = (board.by_seed(groups[name], board.ladder.hardest) for name in (pair.first, pair.second))
+    rungs = board.ladder.trained if pair.overall else board.ladder.hardest
+    first, second = (board.by_seed(groups[name], rungs) for name in (pair.first, pair.second))
     if not first or not second:
         return None
     limit = f" (not more than {100 * MARGIN:g} points below)" if pair.bound else ""
+    limit += " (mean over difficulties)" if pair.overall else ""
     note = ""
     share = _flops(groups[pair.first]) / (_flops(groups[pair.second]) or math.nan)
     if pair.costs and math.isfinite(share):

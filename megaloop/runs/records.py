@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from megaloop.errors import MegaloopError
+from megaloop.files import fsync_file
 
 __all__ = [
     "JsonLines",
+    "append_record",
     "is_at",
     "is_finite",
     "number",
@@ -44,6 +46,33 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # not UTF-8, not JSON, an integer of thousands of digits; nested too deep
         return None
     return value if isinstance(value, dict) else None
+
+
+def append_record(path: Path, record: dict[str, Any], command: str) -> None:
+    """Add a line, in one write: several processes may write to a file at a time.
+
+    Args:
+        command: that an error names.
+
+    Raises:
+        MegaloopError: it cannot be written.
+    """
+    line = json.dumps(record).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell() and not _ends_a_line(path):
+                line = b"\n" + line  # after a line that was cut off
+            file.write(line)
+            fsync_file(file)
+    except OSError as error:
+        raise MegaloopError(f"{command}: cannot write {path} ({error.strerror})") from None
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

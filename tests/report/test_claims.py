@@ -75,20 +75,21 @@ def test_effects_are_paired_by_seed_and_p_adjusted_over_all_claims(tmp_path: Pat
     found = _claims(*runs)
     assert [claim.text.partition(": ")[2] for claim in found] == [
         "looped-full against iso-params",
+        "looped-full against iso-params (mean over difficulties)",
         "looped-full against baseline (not more than 2 points below)",
     ]
-    first, second = found
-    assert first.effect is not None
-    assert second.effect is not None
-    assert (first.effect.count, second.effect.count) == (2, 3)
-    assert first.effect.mean == pytest.approx(0.155)
+    effects = [claim.effect for claim in found if claim.effect is not None]
+    assert [effect.count for effect in effects] == [2, 2, 3]
+    # all have one hop at 99%, so that the mean over both difficulties has half the difference
+    assert [effect.mean for effect in effects[:2]] == pytest.approx([0.155, 0.0775])
     expected = [
         stats.ttest_1samp([0.15, 0.16], 0.0).pvalue,
+        stats.ttest_1samp([0.075, 0.08], 0.0).pvalue,
         stats.ttest_1samp([0.05, 0.06, 0.055], -0.02).pvalue,
     ]
-    assert [first.p, second.p] == pytest.approx(expected)
-    assert [first.adjusted, second.adjusted] == pytest.approx(holm(expected))
-    assert [first.verdict, second.verdict] == ["seen", "seen"]
+    assert [claim.p for claim in found] == pytest.approx(expected)
+    assert [claim.adjusted for claim in found] == pytest.approx(holm(expected))
+    assert [claim.verdict for claim in found] == ["seen", "seen", "seen"]
 
 
 def test_contenders_without_a_seed_in_common_are_not_compared(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_the_page_has_every_part(runs: list[Path], tmp_path: Path) -> None:
     assert "<b>" not in section
     assert "nan" not in _plain(section).lower()
     assert "those by difficulty</a> stand above" in page
-    assert len(report.claims) == 12
+    assert len(report.claims) == 14
     assert len(report.difficulties) == len(CONTENDERS) * (len(TRAINED) + len(FURTHER))
     assert [entry["trained"] for entry in report.difficulties[:8]] == [True] * 5 + [False] * 3
     assert len(report.over_flops) == len(CONTENDERS) * len(EVALUATED) - 1  # baseline-matched ends before the last
@@ -236,7 +236,7 @@ def test_the_page_has_every_part(runs: list[Path], tmp_path: Path) -> None:
         (f"{start}:{start + 2}", extra) for start in range(7) for extra in range(1, 5)
     }
     assert all(entry["hardest"]["low"] < entry["hardest"]["value"] for entry in report.trade_offs)
-    assert re.search(r"Of 12 claims about reasoning by difficulty, \d+ (is|are) seen", report.summary[-1])
+    assert re.search(r"Of 14 claims about reasoning by difficulty, \d+ (is|are) seen", report.summary[-1])
     json.dumps(dataclasses.asdict(report), allow_nan=False)
 
 
@@ -244,7 +244,7 @@ def test_one_seed_of_three_contenders_has_a_page(tmp_path: Path) -> None:
     """What make demo-reasoning ends in."""
     three = [write_contender(tmp_path, name, 0, looped_too=False) for name in ("baseline", "iso-params", "looped-full")]
     report, page = make_report(three)
-    assert [claim["verdict"] for claim in report.claims] == ["unclear (one seed)"] * 2
+    assert [claim["verdict"] for claim in report.claims] == ["unclear (one seed)"] * 3
     assert all(claim["low"] is None and claim["p_holm"] is None for claim in report.claims)
     assert "No claim can be tested on one seed." in page
     assert page.partition('<section id="reasoning">')[2].partition("</section>")[0].count("<svg") == 4

@@ -1,0 +1,135 @@
+"""Interventions that are scored: layers skipped, exchanged, reversed, repeated, or an early end, each at every place.
+
+On prompts with targets an intervened pass begins where it first differs from the untouched one, from that pass's trace. On questions (reasoning
+primitives, k-shot) the same order of execution goes through evaluation's own scoring.
+
+Sweeps as in arXiv 2505.13898 and 2602.16490: blocks of 1, 2, 4 and 8 neighbours skipped and exchanged, 4 reversed, every block repeated 1 to 4 times more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megaloop.analysis.edits import Calls, exit_after, repeat, reverse, skip, swap
+from megaloop.analysis.prompts import PromptBatch
+from megaloop.analysis.trace import Trace
+from megaloop.depth import LayerCall
+from megaloop.model import Decoder
+
+__all__ = ["KINDS", "Intervention", "Kind", "score_targets", "sweep"]
+
+Kind = Literal["skip", "swap", "reverse", "exit", "repeat"]
+KINDS: tuple[Kind, ...] = ("skip", "swap", "reverse", "exit", "repeat")
+_BLOCKS = (1, 2, 4, 8)
+_REVERSED = 4
+_MOST_REPEATS = 4
+_HEAD_ROWS = 512
+"""Positions whose distributions are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One change of the order of execution.
+
+    Attributes:
+        start: the first place that is concerned; of an exit the number of layers that still run.
+        count: layers of the block.
+        more: of repeat: how many times more.
+    """
+
+    kind: Kind
+    start: int
+    count: int = 1
+    more: int = 0
+
+    @property
+    def curve(self) -> str:
+        """What it is over all places: "swap 2", "repeat 2 +1", "exit"."""
+        if self.kind == "exit":
+            return "exit"
+        return f"{self.kind} {self.count}" + (f" +{self.more}" if self.kind == "repeat" else "")
+
+    @property
+    def same_until(self) -> int:
+        """Up to this place everything is as it was."""
+        return self.start + self.count if self.kind == "repeat" else self.start
+
+    def calls(self, calls: Sequence[LayerCall]) -> Calls:
+        """The order of execution with it.
+
+        Raises:
+            MegaloopError: there are no such places.
+        """
+        if self.kind == "exit":
+            return exit_after(calls, self.start)
+        if self.kind == "repeat":
+            return repeat(calls, self.start, self.count, self.more)
+        change = {"skip": skip, "swap": swap, "reverse": reverse}[self.kind]
+        return change(calls, self.start, self.count)
+
+
+def sweep(kind: Kind, depth: int, block: int = _REVERSED) -> list[Intervention]:
+    """One kind at every place of a model that executes so many layers.
+
+    Args:
+        block: layers of a block that is repeated: that of growth or of the loop.
+    """
+    if kind == "exit":
+        return [Intervention("exit", layers) for layers in range(1, depth)]
+    if kind == "reverse":
+        count = min(_REVERSED, depth)
+        return [Intervention("reverse", start, count) for start in range(depth - count + 1)]
+    if kind == "repeat":
+        return [
+            Intervention("repeat", start, block, more)
+            for more in range(1, _MOST_REPEATS + 1)
+            for start in range(depth - block + 1)
+        ]
+    span = 2 if kind == "swap" else 1
+    return [
+        Intervention(kind, start, count)
+        for count in _BLOCKS
+        for start in range(depth - span * count + 1)
+        if span * count < depth or kind == "swap"
+    ]
+
+
+@torch.no_grad()
+def score_targets(
+    model: Decoder,
+    traced: Trace,
+    batch: PromptBatch,
+    interventions: Sequence[Intervention],
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Loss (nats) and correct predictions, summed over the targets of each prompt: fp64 [B, 1 + I, 2]; the first is without intervention."""
+    scores = [_score(model, traced.final_BSD, batch, vocab_size)]
+    context = model.attention_context(batch.tokens_BS.shape[1], 0, batch.documents_BS, batch.tokens_BS.device)
+    all_rows = torch.arange(len(batch.numbers), device=batch.tokens_BS.device)
+    for intervention in interventions:
+        calls, at = intervention.calls(traced.calls), intervention.same_until
+        left = calls[at:]
+        if at == len(traced.layers):
+            state, entry = traced.final_BSD, None
+        else:
+            state, entry = traced.layers[at].before_BSD, traced.entry(at, all_rows)
+        final_BSD = model.run(state, left, first=False, last=False, entry=entry, context=context)
+        scores.append(_score(model, final_BSD, batch, vocab_size))
+    return torch.stack(scores, 1)
+
+
+def _score(model: Decoder, final_BSD: Tensor, batch: PromptBatch, vocab_size: int | None) -> Tensor:
+    row_M, position_M = (batch.targets_BS >= 0).nonzero(as_tuple=True)
+    sums_B2 = torch.zeros(len(batch.numbers), 2, dtype=torch.float64)
+    for row, position in zip(row_M.split(_HEAD_ROWS), position_M.split(_HEAD_ROWS), strict=True):
+        target_M = batch.targets_BS[row, position]
+        logits_MV = model.logits(final_BSD[row, position].unsqueeze(0))[0].float()
+        loss_M = logits_MV.logsumexp(1) - logits_MV.gather(1, target_M.unsqueeze(1)).squeeze(1)
+        right_M = logits_MV[:, :vocab_size].argmax(1) == target_M
+        sums_B2.index_add_(0, row.cpu(), torch.stack([loss_M.double(), right_M.double()], 1).cpu())
+    return sums_B2

@@ -1,0 +1,213 @@
+"""The measures of ``megaloop diagnose``: each goes over all prompts and gives curves over the places of layers.
+
+What a measure computes of one batch of prompts is in the module of its name; here the batches are put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megaloop.analysis.contributions import STATISTICS, contributions
+from megaloop.analysis.effects import SHORTEST, Setting, boundaries, local_effects, skip_effects
+from megaloop.analysis.interventions import Intervention, Kind, score_targets, sweep
+from megaloop.analysis.lens import AT_TARGETS, AT_TOKENS, Translate, lens
+from megaloop.analysis.prompts import PromptBatch, Prompts
+from megaloop.analysis.results import Curve, Result, curve
+from megaloop.analysis.trace import Trace, trace
+from megaloop.evaluation.records import ratio
+from megaloop.model import Decoder
+from megaloop.runtime.share import OnPart, share_over_ranks
+
+__all__ = ["Subject", "contribution_curves", "depth_scores", "effect_matrices", "intervention_curves", "lens_curves"]
+
+_BATCH_TOKENS = 2048
+"""Tokens of prompts that are traced together: of 30 layers of width 576 a trace of fp32 takes 0.4 GB."""
+_BOUNDARIES = 4
+_EFFECT_PROMPTS = 10
+_SCORED_PROMPTS = 20
+"""Prompts of each difficulty whose depth is scored."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at.
+
+    Attributes:
+        block: layers of a block: the period that is looked for, and what is repeated.
+        vocab_size: the tokenizer's tokens; None: all rows of the head.
+    """
+
+    model: Decoder
+    prompts: Prompts
+    block: int
+    seed: int
+    vocab_size: int | None
+    on_part: OnPart
+
+    @property
+    def depth(self) -> int:
+        return self.model.plan.depth
+
+    def collect(
+        self,
+        label: str,
+        measure: Callable[[Trace, PromptBatch], Sequence[Tensor]],
+        prompts: Prompts | None = None,
+        tokens: int = _BATCH_TOKENS,
+    ) -> list[NDArray[np.float64]]:
+        """What a measure gives for each prompt, in their order: arrays [P, ...].
+
+        Args:
+            measure: of a batch, tensors whose first index is the prompt.
+        """
+        prompts = prompts or self.prompts
+
+        def run(_: int, batch: PromptBatch) -> tuple[list[int], list[NDArray[np.float64]]]:
+            found = measure(trace(self.model, batch.tokens_BS, batch.documents_BS), batch)
+            return batch.numbers, [tensor.double().cpu().numpy() for tensor in found]
+
+        parts = share_over_ranks(label, list(prompts.batches(tokens, self.model.device)), run, self.on_part)
+        order = np.argsort([number for numbers, _ in parts for number in numbers])
+        return [np.concatenate(arrays)[order] for arrays in zip(*(found for _, found in parts), strict=True)]
+
+
+def contribution_curves(subject: Subject) -> Result:
+    """What attention, MLP and both add to the residual stream; see :mod:`megaloop.analysis.contributions`."""
+    sums_PLK, counts_P = subject.collect("contributions", lambda t, b: (contributions(t, b), b.valid_BS.sum(1)))
+    curves = {name: _ratios(sums_PLK[..., index], counts_P) for index, name in enumerate(STATISTICS)}
+    sizes_PL = sums_PLK[..., STATISTICS.index("attention_size")] / counts_P[:, None]
+    return Result(curves=curves, by_prompt={"attention_size": _rows(sizes_PL)})
+
+
+def effect_matrices(subject: Subject) -> Result:
+    """Effects of skipping each layer on later ones and on the output; see :mod:`megaloop.analysis.effects`."""
+    prompts = Prompts(subject.prompts.source, subject.prompts.prompts[:_EFFECT_PROMPTS])
+    prompts.require(SHORTEST, "effects")
+    at = boundaries([len(prompt) for prompt in prompts.prompts], _BOUNDARIES, subject.seed)
+    matrices, curves = {}, {}
+    for setting in ("current", "future"):
+        later, output, local = _effects(subject, prompts, setting, at)
+        matrices[f"{setting} effect on later layers"] = _rows(later.max(0))
+        matrices[f"{setting} local effect"] = _rows(local.max(0))
+        curves[f"{setting} effect on the output"] = curve(output.max(0))
+    return Result(curves=curves, matrices=matrices)
+
+
+def _effects(
+    subject: Subject, prompts: Prompts, setting: Setting, at: Sequence[Sequence[int]]
+) -> list[NDArray[np.float64]]:
+    def measure(traced: Trace, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
+        own = [at[number] for number in batch.numbers]
+        effects = skip_effects(subject.model, traced, batch, setting, own)
+        return effects.later_BLL, effects.output_BL, local_effects(subject.model, traced, batch, setting, own)
+
+    tokens = _BATCH_TOKENS // (_BOUNDARIES if setting == "future" else 1)
+    return subject.collect(f"{setting} effects", measure, prompts, tokens)
+
+
+def depth_scores(subject: Subject) -> Result:
+    """Future effects on the output, of up to 20 prompts of each difficulty (20 in all where there is none)."""
+    prompts = _few_of_each(subject.prompts)
+    prompts.require(SHORTEST, "depth-score")
+    at = boundaries([len(prompt) for prompt in prompts.prompts], _BOUNDARIES, subject.seed)
+
+    def measure(traced: Trace, batch: PromptBatch) -> tuple[Tensor]:
+        own = [at[number] for number in batch.numbers]
+        return (skip_effects(subject.model, traced, batch, "future", own).output_BL,)
+
+    (output_PL,) = subject.collect("depth score", measure, prompts, _BATCH_TOKENS // _BOUNDARIES)
+    difficulty_P = np.array([[prompt.difficulty] for prompt in prompts.prompts])
+    levels = prompts.difficulties
+    places = np.arange(1, subject.depth + 1)
+    scores = [_depth_score(output_PL[difficulty_P[:, 0] == level].mean(0), places) for level in levels]
+    curves = {"largest output change": curve(output_PL.mean(0))}
+    curves |= {f"output change at difficulty {level}": curve(output_PL[difficulty_P[:, 0] == level].mean(0)) for level in levels}  # fmt: skip
+    numbers = {"depth score": _depth_score(output_PL.mean(0), places)}
+    numbers |= {f"depth score at difficulty {level}": score for level, score in zip(levels, scores, strict=True)}
+    return Result(
+        curves=curves,
+        numbers=numbers,
+        by_prompt={"output": _rows(output_PL), "difficulty": _rows(difficulty_P.astype(np.float64))},
+    )
+
+
+def _depth_score(effect_L: NDArray[np.float64], places: NDArray[np.int64]) -> float:
+    return float((places * effect_L).sum() / max(effect_L.sum(), 1e-12))
+
+
+def _few_of_each(prompts: Prompts) -> Prompts:
+    taken: dict[int, int] = {}
+    chosen = []
+    for prompt in prompts.prompts:
+        taken[prompt.difficulty] = taken.get(prompt.difficulty, 0) + 1
+        if taken[prompt.difficulty] <= _SCORED_PROMPTS:
+            chosen.append(prompt)
+    return Prompts(prompts.source, chosen)
+
+
+def lens_curves(subject: Subject, translate: Translate | None = None) -> Result:
+    """What each residual stream predicts; see :mod:`megaloop.analysis.lens`. Place 0 is the embedding, the last the model's end."""
+
+    def measure(traced: Trace, batch: PromptBatch) -> tuple[Tensor, ...]:
+        sums = lens(subject.model, traced, batch, subject.vocab_size, translate)
+        return sums.tokens_BLK, sums.targets_BLK, sums.deep_B, sums.token_count_B, sums.target_count_B
+
+    label = "logit lens" if translate is None else "tuned lens"
+    tokens_PLK, targets_PLK, deep_P, token_count_P, target_count_P = subject.collect(label, measure)
+    curves = {name: _ratios(tokens_PLK[..., index], token_count_P) for index, name in enumerate(AT_TOKENS)}
+    if target_count_P.sum():
+        curves |= {name: _ratios(targets_PLK[..., index], target_count_P) for index, name in enumerate(AT_TARGETS)}
+    overlap_P = tokens_PLK[:, -2, AT_TOKENS.index("overlap")]
+    return Result(
+        curves=curves,
+        numbers={"deep-thinking ratio": float(deep_P.sum() / token_count_P.sum())},
+        by_prompt={"overlap at the last layer": _rows(np.stack([overlap_P, token_count_P], 1))},
+    )
+
+
+def intervention_curves(subject: Subject, kind: Kind) -> Result:
+    """Loss and accuracy over the targets of the prompts, with one change of the order at every place; as differences to none."""
+    interventions = sweep(kind, subject.depth, subject.block)
+    sums_PIK, counts_P = subject.collect(
+        kind,
+        lambda t, b: (
+            score_targets(subject.model, t, b, interventions, subject.vocab_size),
+            (b.targets_BS >= 0).sum(1),
+        ),
+    )
+    curves, by_prompt = {}, {"targets": _rows(counts_P[:, None]), "loss without": _rows(sums_PIK[:, :1, 0])}
+    for index, name in enumerate(("loss", "accuracy")):
+        changed_PI = sums_PIK[:, 1:, index] - sums_PIK[:, :1, index]
+        for title, columns in _by_curve(interventions).items():
+            curves[f"{title}: {name}"] = _ratios(changed_PI[:, columns], counts_P)
+    for title, columns in _by_curve(interventions).items():
+        by_prompt[title] = _rows(sums_PIK[:, 1:, 0][:, columns])
+    without = sums_PIK[:, 0].sum(0) / max(counts_P.sum(), 1)
+    return Result(
+        curves=curves, by_prompt=by_prompt, numbers={"loss": float(without[0]), "accuracy": float(without[1])}
+    )
+
+
+def _by_curve(interventions: Sequence[Intervention]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, intervention in enumerate(interventions):
+        found.setdefault(intervention.curve, []).append(index)
+    return found
+
+
+def _ratios(sums_PL: NDArray[np.float64], counts_P: NDArray[np.float64]) -> Curve:
+    """Means over the items of all prompts with standard errors, each prompt a cluster."""
+    counts = [int(count) for count in counts_P]
+    measured = [ratio(sums_PL[:, place].tolist(), counts) for place in range(sums_PL.shape[1])]
+    return curve(
+        np.array([one.mean for one in measured]), np.array([one.error for one in measured])
+    )  # nan of one prompt: no error
+
+
+def _rows(values: NDArray[np.float64]) -> list[list[float]]:
+    return [[float(f"{value:.6g}") for value in row] for row in values]

@@ -1,0 +1,227 @@
+"""Signatures: what the papers saw of how grown and looped models use their depth, each as one number of a model with a test.
+
+Intervals come from resampling the prompts (1,000 times, 95% percentiles). A signature is *seen* where its whole interval lies on the side that the
+papers describe, *not seen* where it lies on the other, and *unclear* in between; the period of the block has a permutation test instead.
+What is the best of many (the start of a block that is repeated) is chosen on one half of the prompts and measured on the other, both ways.
+
+arXiv 2505.13898 (depth score, cosines), 2512.08819 and 2602.16490 (periods, swaps, skipped layers, loops at inference).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Array",
+    "Signature",
+    "Verdict",
+    "bootstrap",
+    "depth_score_signature",
+    "late_layers",
+    "mean_of",
+    "middle_permutable",
+    "period",
+    "period_test",
+    "repeat_gain",
+    "score_by_difficulty",
+]
+
+Array = NDArray[np.float64]
+Verdict = Literal["seen", "not seen", "unclear", "-"]
+_RESAMPLES = 1000
+_PERMUTATIONS = 2000
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One line of the table.
+
+    Attributes:
+        name: of the signature.
+        value: its number; None where it cannot be had (``why`` says it).
+        low, high: its interval.
+        p: of the period's permutation test.
+        verdict: ``-`` for numbers that no side of is meant.
+        why: what stands in the way.
+    """
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    verdict: Verdict = "-"
+    why: str = ""
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], Array | float], count: int, seed: int = 0
+) -> tuple[float, float]:
+    """The 2.5% and 97.5% percentiles of a statistic over resampled prompts.
+
+    Args:
+        statistic: of the indices of some prompts, int64 [count].
+        count: prompts.
+    """
+    generator = np.random.default_rng(seed)
+    values = [float(statistic(generator.integers(0, count, count))) for _ in range(_RESAMPLES)]
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _with_interval(
+    name: str, statistic: Callable[[NDArray[np.int64]], float], count: int, *, judged: bool
+) -> Signature:
+    """A signature that is seen above 0."""
+    value = statistic(np.arange(count))
+    low, high = bootstrap(statistic, count)
+    return Signature(name, value, low, high, verdict=_verdict(low, high) if judged else "-")
+
+
+def _verdict(low: float, high: float) -> Verdict:
+    return "seen" if low > 0 else "not seen" if high < 0 else "unclear"
+
+
+def mean_of(name: str, sums_P: Array, counts_P: Array) -> Signature:
+    """A mean over tokens of all prompts."""
+    return _with_interval(name, lambda chosen: _ratio(sums_P[chosen], counts_P[chosen]), len(sums_P), judged=False)
+
+
+def _ratio(sums: Array, counts: Array) -> float:
+    return float(sums.sum() / max(counts.sum(), 1))
+
+
+def depth_score_signature(effects_PL: Array) -> Signature:
+    """The depth score: sum of l e_l / sum of e_l, where e_l is the mean over prompts of the largest output change when layer l is skipped."""
+
+    def score(chosen: NDArray[np.int64]) -> float:
+        mean_L = effects_PL[chosen].mean(0)
+        return float((np.arange(1, len(mean_L) + 1) * mean_L).sum() / max(mean_L.sum(), 1e-12))
+
+    return _with_interval("depth score", score, len(effects_PL), judged=False)
+
+
+def score_by_difficulty(effects_PL: Array, difficulty_P: NDArray[np.int64]) -> Signature:
+    """How much the depth score grows with each step of difficulty: the slope of a straight line through each difficulty's score."""
+    levels = sorted(set(difficulty_P.tolist()) - {-1})
+    name = "depth score per step of difficulty"
+    if len(levels) < 2:
+        return Signature(name, None, why="the prompts are not of several difficulties")
+    members = [np.flatnonzero(difficulty_P == level) for level in levels]
+
+    def slope(generator: np.random.Generator | None) -> float:
+        scores = []
+        for own in members:
+            chosen = own if generator is None else generator.choice(own, len(own))
+            mean_L = effects_PL[chosen].mean(0)
+            scores.append((np.arange(1, len(mean_L) + 1) * mean_L).sum() / max(mean_L.sum(), 1e-12))
+        return float(np.polyfit(levels, scores, 1)[0])
+
+    generator = np.random.default_rng(0)
+    low, high = np.percentile([slope(generator) for _ in range(_RESAMPLES)], [2.5, 97.5])
+    return Signature(name, slope(None), float(low), float(high), verdict=_verdict(low, high))
+
+
+def period(sizes_L: Array, lag: int) -> float:
+    """Autocorrelation at ``lag``, less the mean of that at lags that are no multiples of it; of log sizes less their straight line."""
+    x = _detrended(np.log(np.maximum(sizes_L, 1e-12)))
+    return _contrast(x, lag)
+
+
+def period_test(sizes_L: Array, lag: int, seed: int = 0) -> Signature:
+    """Whether what attention adds repeats with the period of the block: the contrast of :func:`period` against that of shuffled layers."""
+    name = f"period of {lag}"
+    depth = len(sizes_L)
+    if lag < 2 or depth < 2 * lag or depth < 6:
+        return Signature(name, None, why=f"{depth} layers are too few for a period of {lag}")
+    x = _detrended(np.log(np.maximum(sizes_L, 1e-12)))
+    found = _contrast(x, lag)
+    generator = np.random.default_rng(seed)
+    shuffled = [_contrast(_detrended(generator.permutation(x)), lag) for _ in range(_PERMUTATIONS)]
+    p = (1 + sum(value >= found - 1e-12 for value in shuffled)) / (1 + _PERMUTATIONS)
+    return Signature(name, found, p=p, verdict="seen" if p < _LEVEL else "not seen")
+
+
+def _detrended(x: Array) -> Array:
+    places = np.arange(len(x))
+    return x - np.polyval(np.polyfit(places, x, 1), places)
+
+
+def _contrast(x: Array, lag: int) -> float:
+    lags = range(1, min(2 * lag, len(x) - 2) + 1)
+    values = {other: _autocorrelation(x, other) for other in lags}
+    others = [value for other, value in values.items() if other % lag]
+    return float(values[lag] - np.mean(others))
+
+
+def _autocorrelation(x: Array, lag: int) -> float:
+    """Pearson's correlation of the sequence with itself, moved by ``lag``."""
+    one, other = x[:-lag] - x[:-lag].mean(), x[lag:] - x[lag:].mean()
+    norm = np.sqrt((one**2).sum() * (other**2).sum())
+    return float((one * other).sum() / norm) if norm > 1e-12 else 0.0
+
+
+def late_layers(loss_PI: Array, without_P: Array, targets_P: Array) -> Signature:
+    """Late layers indispensable: how much more the loss rises when one of the last quarter is skipped than when one of the middle half is.
+
+    Args:
+        loss_PI: sums over the targets of each prompt with each layer skipped.
+        without_P: without intervention.
+    """
+    depth = loss_PI.shape[1]
+    quarter = max(depth // 4, 1)
+    late, middle = slice(depth - quarter, depth), slice(quarter, depth - quarter)
+    name = "late layers indispensable"
+    if depth < 4:
+        return Signature(name, None, why=f"{depth} layers have no middle")
+    return _rise_difference(name, loss_PI, without_P, targets_P, late, middle)
+
+
+def middle_permutable(loss_PI: Array, without_P: Array, targets_P: Array) -> Signature:
+    """Permutable middle: how much more the loss rises when neighbours at the ends are exchanged than when those in the middle half are."""
+    swaps = loss_PI.shape[1]
+    name, quarter = "middle permutable", max((swaps + 1) // 4, 1)
+    if swaps < 4:
+        return Signature(name, None, why=f"{swaps + 1} layers have no middle")
+    middle = np.zeros(swaps, bool)
+    middle[quarter : swaps - quarter] = True
+    return _rise_difference(name, loss_PI, without_P, targets_P, ~middle, middle)
+
+
+def _rise_difference(
+    name: str, loss_PI: Array, without_P: Array, targets_P: Array, of: slice | Array | Any, against: slice | Array | Any
+) -> Signature:
+    rise_PI = loss_PI - without_P[:, None]
+
+    def difference(chosen: NDArray[np.int64]) -> float:
+        rise_I = rise_PI[chosen].sum(0) / max(targets_P[chosen].sum(), 1)
+        return float(rise_I[of].mean() - rise_I[against].mean())
+
+    return _with_interval(name, difference, len(rise_PI), judged=True)
+
+
+def repeat_gain(
+    loss_PI: Array, without_P: Array, targets_P: Array, name: str = "gain from repeating a block"
+) -> Signature:
+    """How much the loss falls when the best block runs once more: chosen on one half of the prompts, measured on the other, both ways."""
+    count = len(loss_PI)
+    if count < 4 or not loss_PI.shape[1]:
+        return Signature(name, None, why="too few prompts" if count < 4 else "no block fits")
+    gain_PI = without_P[:, None] - loss_PI
+    halves = np.arange(count) % 2 == 0, np.arange(count) % 2 == 1
+
+    def gain(chosen: NDArray[np.int64]) -> float:
+        total = 0.0
+        for choosing, measured in (halves, halves[::-1]):
+            own, other = chosen[choosing[chosen]], chosen[measured[chosen]]
+            best = int(gain_PI[own].sum(0).argmax())
+            total += _ratio(gain_PI[other, best], targets_P[other]) / 2
+        return total
+
+    return _with_interval(name, gain, count, judged=True)
