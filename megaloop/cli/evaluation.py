@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launchers.rank import launched, open_store, started_by_launcher
-from megaloop.cli.output import echo, print_error
+from launchers.rank import started_by_launcher
+from megaloop.cli.output import echo
+from megaloop.cli.ranks import is_first_rank, joined_ranks, launch_again, part_progress
 from megaloop.errors import MegaloopError
-from megaloop.terminal import DescriptionColumn, SafeConsole
+from megaloop.terminal import SafeConsole
 from megaloop.text import parse_whole, printable
 
 if TYPE_CHECKING:
@@ -79,14 +78,9 @@ def evaluate_command(
     if block and loops is None:
         raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
     if ranks > 1 and not started_by_launcher():
-        _on_ranks(ranks)
+        launch_again(ranks)
         return
-    store = open_store() if started_by_launcher() else None
-    try:
-        if launched():
-            from megaloop.parallel.engine import join_ranks
-
-            join_ranks()
+    with joined_ranks():
         from megaloop.evaluation.loops import EveryBlock
 
         blocks = [EveryBlock.parse(text) for text in block or []]
@@ -107,7 +101,7 @@ def evaluate_command(
             )
             _print_harness(results, json)
             return
-        with _progress() as show:
+        with part_progress() as show:
             records = _measured(
                 _kept_checkpoints(checkpoint) if every_checkpoint else [checkpoint],
                 tasks=names,
@@ -124,10 +118,8 @@ def evaluate_command(
                 on_step=show,
                 on_note=lambda note: echo(note, err=True),
             )
-        if _first():
+        if is_first_rank():
             _print_records(records, json)
-    finally:
-        del store
 
 
 def _measured(paths: Sequence[Path], **options: Any) -> list[Record]:
@@ -190,45 +182,6 @@ def numbers(option: str, text: str, least: int) -> list[int]:
             f"{option} {printable(text, 60)}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
         )
     return whole
-
-
-def _on_ranks(ranks: int) -> None:
-    """Start this command on that number of ranks."""
-    import tempfile
-
-    from launchers import local
-
-    with tempfile.TemporaryDirectory(prefix="megaloop-eval-") as logs:
-        try:
-            local.launch([sys.executable, "-m", "megaloop", *sys.argv[1:]], ranks, Path(logs))
-        except local.RankFailed as error:
-            print_error(str(error))
-            raise typer.Exit(1) from None
-
-
-def _first() -> bool:
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar for what is under way, on a terminal; a line for each thing that begins otherwise."""
-    begun: list[str] = []
-    columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=SafeConsole(stderr=True), disable=not (sys.stderr.isatty() and _first()), transient=True
-    ) as bar:
-        task = bar.add_task("loading the model", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-            if not sys.stderr.isatty() and _first() and what not in begun:
-                begun.append(what)
-                echo(what, err=True)
-
-        yield show
 
 
 def _print_records(records: list[Record], as_json: bool) -> None:

@@ -23,6 +23,7 @@ from launchers.slurm_rank import join_slurm
 from megaloop import __version__
 from megaloop.cli import checkpoints, cluster, data, evaluation, report, runs, train
 from megaloop.cli.bench import bench
+from megaloop.cli.diagnose import diagnose
 from megaloop.cli.generate import generate
 from megaloop.cli.output import echo
 from megaloop.cli.ranks import leave, print_rank_error
@@ -90,6 +91,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("generate", generate),
     ("eval", evaluation.evaluate_command),
     ("export-tasks", evaluation.export_tasks),
+    ("diagnose", diagnose),
     ("report", report.report),
     ("submit", cluster.submit),
     ("cancel", cluster.cancel),

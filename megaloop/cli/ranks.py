@@ -7,15 +7,28 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from launchers.rank import open_store
+from launchers.rank import launched, open_store, started_by_launcher
 from launchers.slurm_rank import record_exit
-from megaloop.cli.output import print_error
+from megaloop.cli.output import echo, print_error
+from megaloop.terminal import DescriptionColumn, SafeConsole
 
-__all__ = ["launch_ranks", "leave", "print_rank_error", "rank_store"]
+if TYPE_CHECKING:
+    from megaloop.runtime.share import OnPart
+
+__all__ = [
+    "is_first_rank",
+    "joined_ranks",
+    "launch_again",
+    "launch_ranks",
+    "leave",
+    "part_progress",
+    "print_rank_error",
+    "rank_store",
+]
 
 
 def leave(code: int) -> NoReturn:
@@ -57,3 +70,53 @@ def rank_store() -> Iterator[None]:
         yield
     finally:
         del store
+
+
+def launch_again(ranks: int) -> None:
+    """Start this command on that number of local ranks."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="megaloop-ranks-") as logs:
+        launch_ranks([sys.executable, "-m", "megaloop", *sys.argv[1:]], ranks, Path(logs))
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Within it this process is one of the ranks, if a launcher started it."""
+    store = open_store() if started_by_launcher() else None
+    try:
+        if launched():
+            from megaloop.parallel.engine import join_ranks
+
+            join_ranks()
+        yield
+    finally:
+        del store
+
+
+def is_first_rank() -> bool:
+    """It speaks for all; so does a process that is no rank."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def part_progress() -> Iterator[OnPart]:
+    """A bar for what is under way, on a terminal; a line for each thing that begins otherwise."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+    begun: list[str] = []
+    on_terminal = sys.stderr.isatty()
+    columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = SafeConsole(stderr=True)
+    with Progress(*columns, console=console, disable=not (on_terminal and is_first_rank()), transient=True) as bar:
+        task = bar.add_task("loading the model", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+            if not on_terminal and is_first_rank() and what not in begun:
+                begun.append(what)
+                echo(what, err=True)
+
+        yield show

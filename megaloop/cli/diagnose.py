@@ -1,0 +1,136 @@
+"""``megaloop diagnose``: how models use their depth."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from launchers.rank import started_by_launcher
+from megaloop.cli.options import Json
+from megaloop.cli.output import echo
+from megaloop.cli.ranks import is_first_rank, joined_ranks, launch_again, part_progress
+from megaloop.errors import MegaloopError
+from megaloop.terminal import SafeConsole
+from megaloop.text import printable
+
+if TYPE_CHECKING:
+    from megaloop.analysis.results import DiagnosisRecord
+    from megaloop.analysis.signatures import Signature
+
+__all__ = ["diagnose"]
+
+
+def diagnose(
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="Checkpoints, runs (their latest), or Hugging Face directories of Llamas."),
+    ],
+    measures: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, separated by commas: contributions, effects, depth-score, lens, skip, swap, reverse, exit, repeat; default: all."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A data set (its held-out samples) or a jsonl file; default: the run's own data."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 64,
+    field: Annotated[str, typer.Option(help="Field of a jsonl line that has the text.")] = "text",
+    block: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers of a block: the period that is looked for, and what is repeated; default: the loop's, or 4."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the boundaries between skipped and measured positions.")] = 123,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic.")] = "fp32",
+    ranks: Annotated[int, typer.Option(min=1, help="Local ranks that share the prompts.")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File of results, one JSON object a line; default: RUN/diagnosis.jsonl.")
+    ] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Which layers a model cannot do without, how far the last ones change its answer, whether its layers repeat a pattern.
+
+    Results are remembered; 'megaloop report' shows those of several runs side by side.
+    """
+    if ranks > 1 and not started_by_launcher():
+        launch_again(ranks)
+        return
+    with joined_ranks():
+        from megaloop.analysis.diagnose import DEFAULT_MEASURES, PromptSource
+        from megaloop.analysis.diagnose import diagnose as measure
+
+        names = [name.strip() for name in (measures or "").split(",") if name.strip()] or DEFAULT_MEASURES
+        found: list[tuple[Path, list[DiagnosisRecord]]] = []
+        with part_progress() as show:
+            for model in models:
+                with _as_checkpoint(model) as checkpoint:
+                    records = measure(
+                        checkpoint,
+                        measures=names,
+                        prompts=PromptSource(prompts, count, field),
+                        block=block,
+                        seed=seed,
+                        precision=precision,
+                        again=again,
+                        out=out,
+                        on_part=show,
+                    )
+                found.append((model, records))
+        if not is_first_rank():
+            return
+        if json:
+            listed = [
+                {"model": str(model), "records": [record.to_json() for record in records]} for model, records in found
+            ]
+            echo(json_module.dumps({"models": listed}))
+        else:
+            _print_signatures(found)
+
+
+@contextmanager
+def _as_checkpoint(model: Path) -> Iterator[Path]:
+    """The checkpoint of a model; of a Hugging Face directory one that is read from it, for as long as it is looked at."""
+    if not (model / "config.json").is_file() or (model / "manifest.json").is_file():
+        yield model
+        return
+    from megaloop.huggingface.weights import import_huggingface
+
+    with tempfile.TemporaryDirectory(prefix="megaloop-diagnose-") as folder:
+        checkpoint = Path(folder) / "imported"
+        import_huggingface(model, checkpoint)
+        yield checkpoint
+
+
+def _print_signatures(found: Sequence[tuple[Path, Sequence[DiagnosisRecord]]]) -> None:
+    """A row for each signature, a column for each model."""
+    tables = [(model, {row.name: row for row in records[-1].result.signatures}) for model, records in found]
+    names = list(dict.fromkeys(name for _, rows in tables for name in rows))
+    if not names:
+        raise MegaloopError("diagnose: these measures make no signature; add --json to see what they found")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("signature")
+    for model, _ in tables:
+        table.add_column(Text(printable(model.name)), justify="right")
+    for name in names:
+        table.add_row(name, *(_shown(rows.get(name)) for _, rows in tables))
+    SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _shown(row: Signature | None) -> str:
+    if row is None:
+        return "-"
+    if row.value is None:
+        return row.why
+    interval = f" p {row.p:.3f}" if row.p is not None else f" ({row.low:.3g} to {row.high:.3g})"
+    return f"{row.value:.3g}{interval}" + ("" if row.verdict == "-" else f" {row.verdict}")
