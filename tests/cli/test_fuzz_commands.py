@@ -388,6 +388,7 @@ def _needed(world: World, out: Path) -> dict[tuple[str, ...], list[object]]:
         ("generate",): [world.run, "--prompt", "x", "--max-tokens", 1],
         ("eval",): [world.run, "--tasks", "copying", "--examples", 1, "--shots", "0", "--out", out / "e.jsonl"],
         ("export-tasks",): [out / "tasks", "--tasks", "copying"],
+        ("diagnose",): [world.run, "--measures", "none", "--out", out / "d.jsonl"],
         ("report",): [world.run, "--out", out / "r.html"],
         ("checkpoints",): [world.run],
         ("doctor",): [world.run],
