@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
+from megaloop.report.depth_use import Row
 from megaloop.report.difficulty import Level
 from megaloop.report.primitives import Cell
 from megaloop.report.savings import Spread
@@ -91,6 +92,20 @@ def format_p(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def format_signature(row: Row | None) -> str:
+    """A number with where it lies, and how many runs show it."""
+    if row is None:
+        return NONE
+    if row.mean is None:
+        return row.why
+    text = f"{row.mean:.3g}"
+    if row.low is not None and row.high is not None:
+        text += f" ({row.low:.3g} to {row.high:.3g})"
+    total = sum(row.verdicts.values())
+    said = [verdict if total == 1 else f"{verdict} in {count} of {total}" for verdict, count in row.verdicts.items()]
+    return "; ".join([text, *said])
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "bytes": format_size,
     "cell": format_cell,
@@ -102,5 +117,6 @@ FILTERS: dict[str, Callable[..., str]] = {
     "percent": format_percent,
     "points": format_points,
     "short": format_short,
+    "signature": format_signature,
     "spread": format_spread,
 }

@@ -44,6 +44,7 @@ from megaloop.report.savings import (
     run_labels,
     savings,
 )
+from megaloop.report.signatures import signatures
 from megaloop.report.style import COLOURS
 
 __all__ = ["Report", "make_report", "write_report"]
@@ -57,6 +58,7 @@ class Report:
         compared_by: the unit of the losses that are compared.
         difficulties, trade_offs, over_flops, block_loops, claims: of reasoning by difficulty; empty where it was not measured.
         learning_rates: what a sweep found, by contender.
+        signatures: how models use their depth, where it was diagnosed.
     """
 
     baseline: str
@@ -72,6 +74,7 @@ class Report:
     block_loops: list[dict[str, Any]] = field(default_factory=list)
     claims: list[dict[str, Any]] = field(default_factory=list)
     learning_rates: list[dict[str, Any]] = field(default_factory=list)
+    signatures: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_report(
@@ -114,7 +117,7 @@ def make_report(
     rows = savings(groups, base, measure)
     tasks, shots = tasks_of(groups), shots_shown(groups)
     chance = chance_of(groups, MEAN) if tasks else math.nan
-    found, (rates, swept) = reasoning(groups, rows), sweep_table(lr_sweep)
+    found, (rates, swept), depth = reasoning(groups, rows), sweep_table(lr_sweep), signatures(groups)
     report = Report(
         baseline=base.label,
         compared_by=measure.unit,
@@ -124,6 +127,7 @@ def make_report(
         loops=_loop_numbers(groups, shots),
         runs=[_run_numbers(run, label) for run, label in zip(runs, labels, strict=True)],
         learning_rates=[{"contender": name, **sweep.to_json()} for name, sweep in swept],
+        signatures=depth.numbers,
         **found.numbers,
     )
     page = _template().render(
@@ -139,6 +143,7 @@ def make_report(
         in_bits=measure is BITS,
         boundaries=[(label, boundary) for run, label in zip(runs, labels, strict=True) for boundary in run.boundaries],
         reasoning=found,
+        depth=depth,
         rates=rates,
         swept=swept,
         tasks=_task_rows(groups, tasks, shots),

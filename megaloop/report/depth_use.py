@@ -1,0 +1,129 @@
+"""What the page's section *Signatures* shows: how the runs of each group use their depth, as ``megaloop diagnose`` measured it.
+
+Runs compare where they were asked with the same prompts in the same way. Of each run the newest step that was diagnosed counts; where runs were asked
+with different prompts, those that most of them share are shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaloop.analysis.results import DIAGNOSIS, Examination, Result, read_results
+from megaloop.analysis.signature_table import signature_table
+from megaloop.analysis.signatures import Signature
+from megaloop.report.savings import Group
+
+__all__ = ["DepthUse", "Row", "depth_use", "signature_rows"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DepthUse:
+    """Of one group.
+
+    Attributes:
+        number: of the group on the page, which its colour follows.
+        runs: of each diagnosed run its results by measure.
+        block: layers of a block.
+    """
+
+    number: int
+    label: str
+    runs: tuple[dict[str, Result], ...]
+    block: int
+
+    def curve(self, measure: str, name: str) -> Array | None:
+        """[runs, places]; None where no run has it. NaN where a value is not known."""
+        found = [run[measure].curves[name] for run in self.runs if measure in run and name in run[measure].curves]
+        lengths = {len(one.values) for one in found}
+        if len(lengths) != 1:
+            return None
+        return np.array([[np.nan if value is None else value for value in one.values] for one in found])
+
+    def matrix(self, measure: str, name: str) -> Array | None:
+        """[layer skipped, later layer], the mean over runs; None where no run has it."""
+        found = [run[measure].matrices[name] for run in self.runs if measure in run and name in run[measure].matrices]
+        shapes = {(len(one), *map(len, one)) for one in found}
+        return np.array(found, np.float64).mean(0) if len(shapes) == 1 and len(set(*shapes)) == 1 else None
+
+    @cached_property
+    def signatures(self) -> list[dict[str, Signature]]:
+        """Of each run, by name."""
+        return [{row.name: row for row in signature_table(run, self.block)} for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One signature of one group.
+
+    Attributes:
+        mean: over the runs that have a number; None where none has.
+        low, high: of one run its interval; of several the smallest and the largest of their numbers.
+        verdicts: how many runs have which; of numbers that are not judged, nothing.
+        why: what stands in the way.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    verdicts: dict[str, int]
+    why: str = ""
+
+
+def depth_use(groups: Sequence[Group]) -> list[DepthUse]:
+    """The groups that have diagnosed runs; a line that is damaged is as if it were not there."""
+    read = {run.path: read_results(run.path / DIAGNOSIS) for group in groups for run in group.runs}
+    newest = {path: max((key.step for key in found), default=-1) for path, found in read.items()}
+    current = {
+        path: {key: record for key, record in found.items() if key.step == newest[path]} for path, found in read.items()
+    }
+    shared = Counter(how for found in current.values() for how in {_how(key) for key in found})
+    if not shared:
+        return []
+    (chosen, _), *_ = shared.most_common(1)
+    made = []
+    for number, group in enumerate(groups):
+        runs = [
+            {key.measure: record.result for key, record in current[run.path].items() if _how(key) == chosen}
+            for run in group.runs
+        ]
+        blocks = {key.block for run in group.runs for key in current[run.path] if _how(key) == chosen}
+        if any(runs) and len(blocks) == 1:
+            made.append(DepthUse(number, group.label, tuple(run for run in runs if run), blocks.pop()))
+    return made
+
+
+def _how(key: Examination) -> tuple[Any, ...]:
+    """What must be the same for results to compare."""
+    return key.prompts_sha256, key.count, key.precision, key.seed, key.version
+
+
+def signature_rows(found: Sequence[DepthUse]) -> list[tuple[str, list[Row | None]]]:
+    """Each signature's name, and a row for each group; None where it was not measured."""
+    names = list(dict.fromkeys(_shown_name(name) for use in found for run in use.signatures for name in run))
+    return [(name, [_row(use, name) for use in found]) for name in names]
+
+
+def _shown_name(name: str) -> str:
+    """Periods of blocks of different sizes are one line."""
+    return "period of the block" if name.startswith("period of ") else name
+
+
+def _row(use: DepthUse, name: str) -> Row | None:
+    rows = [row for run in use.signatures for own, row in run.items() if _shown_name(own) == name]
+    if not rows:
+        return None
+    values = [row.value for row in rows if row.value is not None]
+    if not values:
+        return Row(None, None, None, {}, rows[0].why)
+    verdicts = Counter(row.verdict for row in rows if row.value is not None and row.verdict != "-")
+    low, high = (rows[0].low, rows[0].high) if len(values) == 1 else (min(values), max(values))
+    return Row(float(np.mean(values)), low, high, dict(verdicts))
