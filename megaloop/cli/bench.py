@@ -245,6 +245,28 @@ def bench_checkpoint_rank(config: Path, folder: Path, rounds: int) -> None:
         run_rank(config, folder, rounds)
 
 
+def bench_diagnose_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face directory of a Llama.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, of random tokens.")] = 10,
+    length: Annotated[
+        int, typer.Option(min=32, help="Tokens of the longest prompt; the shortest has half as many.")
+    ] = 128,
+    boundaries: Annotated[int, typer.Option(min=1, help="Boundaries of each prompt.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions; each times both.")] = 3,
+    json: Json = False,
+) -> None:
+    """Time the future effects of skipping every layer against full forward passes with hooks on transformers."""
+    from megaloop.bench.diagnose import bench_diagnose
+
+    def show(number: int, ours: float, theirs: float) -> None:
+        echo(f"repetition {number}: {ours:.1f} s, transformers {theirs:.1f} s", err=True)
+
+    result = bench_diagnose(
+        model, prompts=prompts, length=length, boundaries_each=boundaries, repeats=repeats, on_repeat=show
+    )
+    show_result(result, json)
+
+
 def bench_reshard_rank(role: str, directory: Path, stage: int) -> None:
     """One rank of ``bench reshard``."""
     with rank_store():
@@ -262,6 +284,7 @@ bench.command("reshard")(bench_reshard_command)
 bench.command("rounds")(bench_rounds_command)
 bench.command("schedule")(bench_schedule_command)
 bench.command("checkpoint")(bench_checkpoint_command)
+bench.command("diagnose")(bench_diagnose_command)
 bench.command("reshard-rank", hidden=True)(bench_reshard_rank)
 bench.command("rounds-rank", hidden=True)(bench_rounds_rank)
 bench.command("schedule-rank", hidden=True)(bench_schedule_rank)

@@ -402,6 +402,7 @@ def _needed(world: World, out: Path) -> dict[tuple[str, ...], list[object]]:
         ("bench", "rounds"): ["--shape", "none"],
         ("bench", "schedule"): ["--shape", "none"],
         ("bench", "checkpoint"): [world.root / "none"],
+        ("bench", "diagnose"): [world.root / "none"],
         ("bench", "savings"): ["--preset", world.root / "none"],
     }
 
