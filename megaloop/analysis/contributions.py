@@ -19,7 +19,7 @@ from torch import Tensor
 from megaloop.analysis.prompts import PromptBatch
 from megaloop.analysis.trace import Trace
 
-__all__ = ["SMALLEST", "STATISTICS", "contributions", "relative_change"]
+__all__ = ["SMALLEST", "STATISTICS", "contributions", "cosine", "relative_change"]
 
 SMALLEST = 1e-6
 STATISTICS = (
@@ -48,12 +48,17 @@ def _of_layer(h: Tensor, attention: Tensor, mlp: Tensor) -> Iterator[Tensor]:
     middle, added = h + attention, attention + mlp
     parts = (attention, h), (mlp, middle), (added, h)
     yield from (_norm(part) / _norm(whole) for part, whole in parts)
-    yield from ((part * whole).sum(-1) / (_norm(part) * _norm(whole)) for part, whole in parts)
+    yield from (cosine(part, whole) for part, whole in parts)
     yield h.norm(dim=-1)
 
 
 def _norm(x: Tensor) -> Tensor:
     return x.norm(dim=-1).clamp(min=SMALLEST)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Of the angle between both, over the last dimension."""
+    return (x * y).sum(-1) / (_norm(x) * _norm(y))
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:

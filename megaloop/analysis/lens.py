@@ -23,7 +23,17 @@ from megaloop.analysis.prompts import PromptBatch
 from megaloop.analysis.trace import Trace
 from megaloop.model import Decoder
 
-__all__ = ["AT_TARGETS", "AT_TOKENS", "DEEP_FROM", "SETTLED", "LensSums", "Translate", "lens", "settling_layers"]
+__all__ = [
+    "AT_TARGETS",
+    "AT_TOKENS",
+    "DEEP_FROM",
+    "SETTLED",
+    "LensSums",
+    "Translate",
+    "lens",
+    "log_distribution",
+    "settling_layers",
+]
 
 AT_TOKENS = ("kl", "overlap", "agreement", "divergence")
 """Means over tokens: KL in nats, shares of 0 to 1, Jensen-Shannon divergence in nats."""
@@ -73,13 +83,13 @@ def lens(
     deep_B = torch.zeros(rows, dtype=torch.float64)
     for row, position in zip(row_M.split(_ROWS), position_M.split(_ROWS), strict=True):
         target_M = batch.targets_BS[row, position]
-        final_MV = _log_distribution(model, states[-1][row, position], vocab_size)
+        final_MV = log_distribution(model, states[-1][row, position], vocab_size)
         divergences = []
         for place, state in enumerate(states):
             h_MD = state[row, position]
             if translate is not None and place < len(states) - 1:
                 h_MD = translate(place, h_MD)
-            at_tokens, loss_M, right_M = _compared(_log_distribution(model, h_MD, vocab_size), final_MV, target_M)
+            at_tokens, loss_M, right_M = _compared(log_distribution(model, h_MD, vocab_size), final_MV, target_M)
             divergences.append(at_tokens[-1])
             tokens_BLK[:, place].index_add_(0, row.cpu(), torch.stack(at_tokens, 1).double().cpu())
             at_targets = torch.stack([loss_M, right_M], 1).double().cpu()
@@ -97,7 +107,8 @@ def settling_layers(divergences_LM: Tensor, threshold: float = SETTLED) -> Tenso
     return (lowest_LM > threshold).sum(0) + 1
 
 
-def _log_distribution(model: Decoder, hidden_MD: Tensor, vocab_size: int | None) -> Tensor:
+def log_distribution(model: Decoder, hidden_MD: Tensor, vocab_size: int | None = None) -> Tensor:
+    """Logarithms of the probabilities that norm and head give to the next token, fp32 [M, V]; see :func:`lens`."""
     return model.logits(hidden_MD.unsqueeze(0))[0].float()[:, :vocab_size].log_softmax(-1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from megaloop.depth import LayerCall
 from megaloop.model import AttentionContext, Decoder, DecoderLayer, LoopInput
 
-__all__ = ["Change", "LayerTrace", "Trace", "Watch", "execute_layer", "resume", "trace"]
+__all__ = ["Change", "LayerTrace", "Side", "Trace", "Watch", "execute_layer", "resume", "trace"]
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ def execute_layer(
 
 Change = Callable[[Tensor, LayerTrace], Tensor]
 Watch = Callable[[int, Tensor], None]
+Side = Literal["input", "output"]
 
 
-@torch.no_grad()
 def resume(
     model: Decoder,
     traced: Trace,
@@ -133,13 +134,19 @@ def resume(
     rows: Tensor,
     change: Change,
     watch: Watch | None = None,
+    *,
+    side: Side = "output",
+    gradients: bool = False,
 ) -> Tensor:
-    """The final residual stream of a pass that goes on from a place of a trace, with that layer's output changed. [R, S, D]
+    """The final residual stream of a pass that goes on from a place of a trace, with that layer's input or output changed. [R, S, D]
 
     Args:
         rows: which prompts of the trace, int64 [R]; a prompt may occur several times.
-        change: what leaves the layer at ``place``, from what enters it [R, S, D] and its trace; the layer itself does not run.
+        change: what enters or leaves the layer at ``place``, from what entered it [R, S, D] and its trace.
         watch: called with the place of every later layer and what it adds [R, S, D].
+        side: what is changed. Of the output: the layer itself does not run. Of the input: what a loop injects is in it already, and what it
+            injects later stays as it was.
+        gradients: the pass is recorded, so that what it leaves can be differentiated by what ``change`` puts in.
     """
     layer = traced.layers[place]
     documents = None if traced.documents_BS is None else traced.documents_BS[rows]
@@ -152,19 +159,20 @@ def resume(
         nonlocal at
         if at == place:
             x = change(x, layer)
-        else:
+        if at > place or side == "input":
             x, attention, mlp = execute_layer(module, x, context, scale, factor)
-            if watch is not None:
+            if watch is not None and at > place:
                 watch(at, attention + mlp)
         at += 1
         return x
 
-    return model.run(
-        layer.before_BSD[rows],
-        traced.calls[place:],
-        first=False,
-        last=False,
-        entry=traced.entry(place, rows),
-        context=context,
-        execute=execute,
-    )
+    with torch.set_grad_enabled(gradients):
+        return model.run(
+            layer.before_BSD[rows],
+            traced.calls[place:],
+            first=False,
+            last=False,
+            entry=traced.entry(place, rows),
+            context=context,
+            execute=execute,
+        )

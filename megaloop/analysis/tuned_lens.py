@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from megaloop.analysis.lens import log_distribution
 from megaloop.analysis.prompts import PromptBatch, Prompts
 from megaloop.analysis.trace import trace
 from megaloop.errors import MegaloopError
@@ -88,9 +89,9 @@ def train_lens(
         loss = 0.0
         for row, position in zip(row_M.split(_ROWS), position_M.split(_ROWS), strict=True):
             with torch.no_grad():
-                final_MV = _log_distribution(model, traced.final_BSD[row, position])
+                final_MV = log_distribution(model, traced.final_BSD[row, position])
             for place in range(places):
-                found_MV = _log_distribution(model, tuned(place, traced.layers[place].h_BSD[row, position]))
+                found_MV = log_distribution(model, tuned(place, traced.layers[place].h_BSD[row, position]))
                 divergence = (final_MV.exp() * (final_MV - found_MV)).sum() / len(row_M)
                 divergence.backward()  # type: ignore[no-untyped-call]
                 loss += float(divergence)
@@ -113,10 +114,6 @@ def _batch(prompts: Prompts, step: int, tokens: int, seed: int, device: torch.de
             break
         chosen.append(number)
     return prompts.batch(chosen, device)
-
-
-def _log_distribution(model: Decoder, hidden_MD: Tensor) -> Tensor:
-    return model.logits(hidden_MD.unsqueeze(0))[0].float().log_softmax(-1)
 
 
 def save_lens(file: Path, tuned: TunedLens, optimizer: torch.optim.Optimizer, steps: int) -> None:
