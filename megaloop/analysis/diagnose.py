@@ -20,24 +20,33 @@ from megaloop.analysis.measures import (
     effect_matrices,
     intervention_curves,
     lens_curves,
+    monitors,
+    symmetry,
+    task_curves,
 )
-from megaloop.analysis.prompts import Prompts, held_out_prompts, read_prompts
+from megaloop.analysis.prompts import Prompts, held_out_prompts, read_prompts, training_prompts
 from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, Examination, Result, append_result, read_results
 from megaloop.analysis.signature_table import signature_table
+from megaloop.analysis.tuned_lens import TunedLens, load_lens, train_lens
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet
+from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
+from megaloop.evaluation.primitives import Questioning
+from megaloop.evaluation.tasks import TASKS_VERSION, tasks_named
 from megaloop.inference.load import load_decoder
 from megaloop.runtime.collectives import broadcast_object
 from megaloop.runtime.share import OnPart, rank
 from megaloop.text import printable
 
-__all__ = ["DEFAULT_MEASURES", "MEASURES", "SIGNATURES", "PromptSource", "diagnose"]
+__all__ = ["MEASURES", "SIGNATURES", "TUNED_LENS", "PromptSource", "TaskSource", "default_measures", "diagnose"]
 
 VERSION = 1
 """Of the definitions; results of different versions do not compare."""
-SIGNATURES = "signatures"
+SIGNATURES, TUNED_LENS = "signatures", "tuned-lens"
 _BLOCK = 4
+_LENS_SAMPLES = 2048
+"""Training samples that a tuned lens learns from."""
 
 
 def _intervention(kind: Kind) -> Callable[[Subject], Result]:
@@ -49,10 +58,18 @@ MEASURES: dict[str, Callable[[Subject], Result]] = {
     "effects": effect_matrices,
     "depth-score": depth_scores,
     "lens": lens_curves,
+    "symmetry": symmetry,
+    "loops": monitors,
     **{kind: _intervention(kind) for kind in KINDS},
 }
-"""By name, in the order in which they are done."""
-DEFAULT_MEASURES = tuple(MEASURES)
+"""By name, in the order in which they are done; ``tuned-lens``, which is trained first, comes after them."""
+
+
+def default_measures(plan: DepthPlan, block: int) -> list[str]:
+    """All that the model allows, without the tuned lens."""
+    without = {"loops"} if plan.loop is None else set()
+    without |= {"symmetry"} if plan.layers < 2 * block else set()
+    return [name for name in MEASURES if name not in without]
 
 
 @dataclass(frozen=True)
@@ -75,23 +92,48 @@ class PromptSource:
         Raises:
             MegaloopError: there are none, or they are of another tokenizer.
         """
-        paths = checkpoint.manifest.data.paths
-        path = self.path or (paths[0] if paths else None)
-        if path is None:
-            raise MegaloopError("diagnose: the checkpoint does not know its data; name prompts with --prompts")
+        path = self.path or _own_data(checkpoint, "name prompts with --prompts")
         if path.is_dir():
-            dataset = DataSet.open(path)
-            checkpoint.check_tokenizer(path, dataset.tokenizer_sha256)
-            return held_out_prompts(dataset, self.count, document_masking)
+            return held_out_prompts(_data_set(checkpoint, path), self.count, document_masking)
         return read_prompts(path, checkpoint.open_tokenizer("prompts are text"), self.count, self.field)
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Primitives that interventions are also scored by.
+
+    Attributes:
+        names: as ``megaloop eval --tasks`` takes them.
+        shots: solved examples before each question.
+        examples: questions of each.
+    """
+
+    names: Sequence[str] = ()
+    shots: int = 5
+    examples: int = 250
+
+
+def _own_data(checkpoint: Checkpoint, otherwise: str) -> Path:
+    paths = checkpoint.manifest.data.paths
+    if not paths:
+        raise MegaloopError(f"diagnose: the checkpoint does not know its data; {otherwise}")
+    return paths[0]
+
+
+def _data_set(checkpoint: Checkpoint, path: Path) -> DataSet:
+    dataset = DataSet.open(path)
+    checkpoint.check_tokenizer(path, dataset.tokenizer_sha256)
+    return dataset
 
 
 def diagnose(
     path: Path,
     *,
-    measures: Sequence[str] = DEFAULT_MEASURES,
+    measures: Sequence[str] | None = None,
     prompts: PromptSource = PromptSource(),
+    tasks: TaskSource = TaskSource(),
     block: int | None = None,
+    lens_steps: int = 200,
     seed: int = 123,
     precision: Literal["fp32", "bf16"] = "fp32",
     again: bool = False,
@@ -101,63 +143,122 @@ def diagnose(
     """Measure a checkpoint (or a run's newest), or take what was measured before; the last record has the signatures.
 
     Args:
-        measures: names of :data:`MEASURES`.
-        block: layers of a block; None: of the loop, or of the growth, as the checkpoint says, else 4.
+        measures: names of :data:`MEASURES`, and ``tuned-lens``; None: :func:`default_measures`.
+        tasks: with them interventions are measured a second time, by the accuracy of primitives.
+        block: layers of a block; None: of the loop, else 4.
+        lens_steps: of a tuned lens' training.
         again: measure anew what ``out`` holds already.
         out: the file that remembers; None: RUN/diagnosis.jsonl for a run and for its checkpoints, no file otherwise.
 
     Raises:
-        MegaloopError: an unknown measure, a damaged checkpoint, prompts that are missing or too short, a block that does not fit.
+        MegaloopError: an unknown measure or task, a damaged checkpoint, prompts that are missing or too short, a block that does not fit, a
+            lens of another checkpoint.
     """
-    unknown = [name for name in measures if name not in MEASURES]
+    unknown = [name for name in measures or () if name not in (*MEASURES, TUNED_LENS)]
     if unknown:
-        raise MegaloopError(f"--measures: {printable(unknown[0], 60)} is none of {', '.join(MEASURES)}")
+        known = ", ".join((*MEASURES, TUNED_LENS))
+        raise MegaloopError(f"--measures: {printable(unknown[0], 60)} is none of {known}")
+    asked = tasks_named(tasks.names) if tasks.names else []
     model, checkpoint = load_decoder(path, precision=precision)
-    manifest = checkpoint.manifest
     found = prompts.read(checkpoint, model.config.document_masking)
-    size = _block(checkpoint, block)
-    vocab_size = checkpoint.open_tokenizer("the head has rows for it").vocab_size if manifest.tokenizer else None
+    size = _block(checkpoint.manifest.plan, block)
+    chosen = default_measures(model.plan, size) if measures is None else measures
+    tokenizer = checkpoint.open_tokenizer("questions are text") if asked else None
+    vocab_size = model.vocab_size if checkpoint.manifest.tokenizer is None else checkpoint.open_tokenizer("").vocab_size
     subject = Subject(model, found, size, seed, vocab_size, on_part or (lambda label, done, total: None))
-    file = out or _beside(checkpoint)
-    known = {} if again or file is None else broadcast_object(read_results(file))
-    sha256 = found.sha256
+    work = _Diagnosis(subject, checkpoint, precision, out or _beside(checkpoint), again)
+    records = [work.done(name, MEASURES[name]) for name in MEASURES if name in chosen]
+    if TUNED_LENS in chosen:
+        records.append(work.tuned_lens(lens_steps))
+    if tokenizer is not None:
+        questioning = Questioning(model, tokenizer, tasks.shots, tasks.examples, seed, subject.on_part)
+        questioning.check(asked)
+        how = f"{tasks.shots} shots, {tasks.examples} questions, version {TASKS_VERSION}"
+        for kind in KINDS:
+            records += [
+                work.done(kind, lambda s, k=kind, t=task: task_curves(s, k, t, questioning), f"{task.name}, {how}")  # type: ignore[misc]
+                for task in asked
+                if kind in chosen
+            ]
+    by_name = {record.examination.measure: record.result for record in records if not record.examination.options}
+    return [*records, work.record(SIGNATURES, Result(signatures=signature_table(by_name, size)), 0.0)]
 
-    def examination(name: str) -> Examination:
-        return Examination(
-            measure=name,
-            prompts=found.source,
-            prompts_sha256=sha256,
-            count=len(found),
-            depth=str(manifest.plan),
-            block=size,
-            step=manifest.step,
-            checkpoint=manifest.checksum,
-            precision=precision,
-            seed=seed,
-            version=VERSION,
-        )
 
-    def done(name: str, measure: Callable[[], Result]) -> DiagnosisRecord:
-        asked = examination(name)
-        if asked in known:
-            return known[asked]
+class _Diagnosis:
+    """Measures one thing at a time, or remembers it."""
+
+    def __init__(self, subject: Subject, checkpoint: Checkpoint, precision: str, file: Path | None, again: bool):
+        self._subject, self._checkpoint, self._precision, self._file = subject, checkpoint, precision, file
+        self._known = {} if again or file is None else broadcast_object(read_results(file))
+        self._sha256 = subject.prompts.sha256
+
+    def record(self, measure: str, result: Result, seconds: float, options: str = "") -> DiagnosisRecord:
+        """What was found, as it is remembered."""
+        moment = datetime.now(UTC).isoformat(timespec="seconds")
+        return DiagnosisRecord(self._examination(measure, options), result, round(seconds, 3), moment)
+
+    def done(self, name: str, measure: Callable[[Subject], Result], options: str = "") -> DiagnosisRecord:
+        """Measure, and write it down."""
+        if (known := self._known.get(self._examination(name, options))) is not None:
+            return known
         began = time.perf_counter()
-        record = DiagnosisRecord(
-            asked, measure(), round(time.perf_counter() - began, 3), datetime.now(UTC).isoformat(timespec="seconds")
-        )
-        if file is not None and rank() == 0:
-            append_result(file, record)
+        result = measure(self._subject)
+        record = self.record(name, result, time.perf_counter() - began, options)
+        if self._file is not None and rank() == 0:
+            append_result(self._file, record)
         return record
 
-    records = [done(name, lambda name=name: MEASURES[name](subject)) for name in MEASURES if name in measures]  # type: ignore[misc]
-    by_name = {record.examination.measure: record.result for record in records}
-    table = Result(signatures=signature_table(by_name, size))
-    moment = datetime.now(UTC).isoformat(timespec="seconds")
-    return [*records, DiagnosisRecord(examination(SIGNATURES), table, 0.0, moment)]
+    def tuned_lens(self, steps: int) -> DiagnosisRecord:
+        """The lens, trained on samples of the run's own data; it is kept beside the results."""
+
+        def measure(subject: Subject) -> Result:
+            tuned = self._trained(steps)
+            return lens_curves(subject, tuned)
+
+        return self.done(TUNED_LENS, measure, f"{steps} steps")
+
+    def _trained(self, steps: int) -> TunedLens:
+        model, manifest = self._subject.model, self._checkpoint.manifest
+        path = _own_data(self._checkpoint, "a tuned lens is trained on a run's own")
+        samples = training_prompts(_data_set(self._checkpoint, path), _LENS_SAMPLES, model.config.document_masking)
+        file = self._file.parent / "lenses" / f"step-{manifest.step:08}.safetensors" if self._file else None
+        shape = model.plan.depth, model.config.hidden_size, manifest.checksum
+        tuned, optimizer = TunedLens(*shape).to(model.device), None
+        if file is not None and file.is_file():
+            tuned, optimizer, planned = load_lens(file, *shape)
+            if planned != steps:
+                tuned, optimizer = TunedLens(*shape).to(model.device), None
+        on_part = self._subject.on_part
+        train_lens(
+            model,
+            tuned,
+            samples,
+            steps=steps,
+            file=file if rank() == 0 else None,
+            optimizer=optimizer,
+            on_step=lambda step, loss: on_part("training the tuned lens", step, steps),
+        )
+        return tuned.requires_grad_(False)
+
+    def _examination(self, measure: str, options: str) -> Examination:
+        manifest, subject = self._checkpoint.manifest, self._subject
+        return Examination(
+            measure=measure,
+            prompts=subject.prompts.source,
+            prompts_sha256=self._sha256,
+            count=len(subject.prompts),
+            depth=str(manifest.plan),
+            block=subject.block,
+            step=manifest.step,
+            checkpoint=manifest.checksum,
+            precision=self._precision,
+            seed=subject.seed,
+            version=VERSION,
+            options=options,
+        )
 
 
-def _block(checkpoint: Checkpoint, block: int | None) -> int:
-    plan = checkpoint.manifest.plan
+def _block(plan: DepthPlan, block: int | None) -> int:
     size = block or (plan.loop.block if plan.loop else min(_BLOCK, plan.depth))
     if not 1 <= size <= plan.depth:
         raise MegaloopError(f"--block {size}: the model executes {plan.depth} layers; choose 1 to {plan.depth}")

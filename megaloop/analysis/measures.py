@@ -13,17 +13,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megaloop.analysis.contributions import STATISTICS, contributions
+from megaloop.analysis.effective_depth import depth_score, first_below_half, first_overlap, last_crossing
 from megaloop.analysis.effects import SHORTEST, Setting, boundaries, local_effects, skip_effects
 from megaloop.analysis.interventions import Intervention, Kind, score_targets, sweep
 from megaloop.analysis.lens import AT_TARGETS, AT_TOKENS, Translate, lens
+from megaloop.analysis.loop_monitors import MONITORS, loop_monitors
 from megaloop.analysis.prompts import PromptBatch, Prompts
 from megaloop.analysis.results import Curve, Result, curve
+from megaloop.analysis.symmetry import mean_symmetry, weight_symmetry
 from megaloop.analysis.trace import Trace, trace
+from megaloop.evaluation.primitives import Questioning
 from megaloop.evaluation.records import ratio
+from megaloop.evaluation.tasks import Task
 from megaloop.model import Decoder
 from megaloop.runtime.share import OnPart, share_over_ranks
 
-__all__ = ["Subject", "contribution_curves", "depth_scores", "effect_matrices", "intervention_curves", "lens_curves"]
+__all__ = [
+    "Subject",
+    "contribution_curves",
+    "depth_scores",
+    "effect_matrices",
+    "intervention_curves",
+    "lens_curves",
+    "monitors",
+    "symmetry",
+    "task_curves",
+]
 
 _BATCH_TOKENS = 2048
 """Tokens of prompts that are traced together: of 30 layers of width 576 a trace of fp32 takes 0.4 GB."""
@@ -81,7 +96,9 @@ def contribution_curves(subject: Subject) -> Result:
     sums_PLK, counts_P = subject.collect("contributions", lambda t, b: (contributions(t, b), b.valid_BS.sum(1)))
     curves = {name: _ratios(sums_PLK[..., index], counts_P) for index, name in enumerate(STATISTICS)}
     sizes_PL = sums_PLK[..., STATISTICS.index("attention_size")] / counts_P[:, None]
-    return Result(curves=curves, by_prompt={"attention_size": _rows(sizes_PL)})
+    cosine_L = sums_PLK[..., STATISTICS.index("layer_cosine")].sum(0)
+    numbers = {"effective depth, last crossing of the cosine": _or_none(last_crossing(cosine_L))}
+    return Result(curves=curves, numbers=numbers, by_prompt={"attention_size": _rows(sizes_PL)})
 
 
 def effect_matrices(subject: Subject) -> Result:
@@ -121,23 +138,14 @@ def depth_scores(subject: Subject) -> Result:
         return (skip_effects(subject.model, traced, batch, "future", own).output_BL,)
 
     (output_PL,) = subject.collect("depth score", measure, prompts, _BATCH_TOKENS // _BOUNDARIES)
-    difficulty_P = np.array([[prompt.difficulty] for prompt in prompts.prompts])
-    levels = prompts.difficulties
-    places = np.arange(1, subject.depth + 1)
-    scores = [_depth_score(output_PL[difficulty_P[:, 0] == level].mean(0), places) for level in levels]
-    curves = {"largest output change": curve(output_PL.mean(0))}
-    curves |= {f"output change at difficulty {level}": curve(output_PL[difficulty_P[:, 0] == level].mean(0)) for level in levels}  # fmt: skip
-    numbers = {"depth score": _depth_score(output_PL.mean(0), places)}
-    numbers |= {f"depth score at difficulty {level}": score for level, score in zip(levels, scores, strict=True)}
-    return Result(
-        curves=curves,
-        numbers=numbers,
-        by_prompt={"output": _rows(output_PL), "difficulty": _rows(difficulty_P.astype(np.float64))},
-    )
-
-
-def _depth_score(effect_L: NDArray[np.float64], places: NDArray[np.int64]) -> float:
-    return float((places * effect_L).sum() / max(effect_L.sum(), 1e-12))
+    difficulty_P = np.array([prompt.difficulty for prompt in prompts.prompts])
+    of_level = {level: output_PL[difficulty_P == level].mean(0) for level in prompts.difficulties}
+    curves = {"output change": curve(output_PL.mean(0))}
+    curves |= {f"output change at difficulty {level}": curve(effect_L) for level, effect_L in of_level.items()}
+    numbers = {"depth score": depth_score(output_PL.mean(0))}
+    numbers |= {f"depth score at difficulty {level}": depth_score(effect_L) for level, effect_L in of_level.items()}
+    by_prompt = {"output": _rows(output_PL), "difficulty": _rows(difficulty_P[:, None].astype(np.float64))}
+    return Result(curves=curves, numbers=numbers, by_prompt=by_prompt)
 
 
 def _few_of_each(prompts: Prompts) -> Prompts:
@@ -162,12 +170,18 @@ def lens_curves(subject: Subject, translate: Translate | None = None) -> Result:
     curves = {name: _ratios(tokens_PLK[..., index], token_count_P) for index, name in enumerate(AT_TOKENS)}
     if target_count_P.sum():
         curves |= {name: _ratios(targets_PLK[..., index], target_count_P) for index, name in enumerate(AT_TARGETS)}
-    overlap_P = tokens_PLK[:, -2, AT_TOKENS.index("overlap")]
-    return Result(
-        curves=curves,
-        numbers={"deep-thinking ratio": float(deep_P.sum() / token_count_P.sum())},
-        by_prompt={"overlap at the last layer": _rows(np.stack([overlap_P, token_count_P], 1))},
-    )
+    means_KL = {name: tokens_PLK[..., index].sum(0) / token_count_P.sum() for index, name in enumerate(AT_TOKENS)}
+    numbers = {
+        "deep-thinking ratio": float(deep_P.sum() / token_count_P.sum()),
+        "effective depth, KL below half": _or_none(first_below_half(means_KL["kl"])),
+        "effective depth, overlap above 0.2": _or_none(first_overlap(means_KL["overlap"])),
+    }
+    overlap_P2 = np.stack([tokens_PLK[:, -2, AT_TOKENS.index("overlap")], token_count_P], 1)
+    return Result(curves=curves, numbers=numbers, by_prompt={"overlap at the last layer": _rows(overlap_P2)})
+
+
+def _or_none(value: int | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def intervention_curves(subject: Subject, kind: Kind) -> Result:
@@ -191,6 +205,46 @@ def intervention_curves(subject: Subject, kind: Kind) -> Result:
     return Result(
         curves=curves, by_prompt=by_prompt, numbers={"loss": float(without[0]), "accuracy": float(without[1])}
     )
+
+
+def task_curves(subject: Subject, kind: Kind, task: Task, questioning: Questioning) -> Result:
+    """Accuracy and exact match of a primitive with one change of the order at every place, as they are (not as differences)."""
+    calls = subject.model.plan.calls()
+    interventions = sweep(kind, subject.depth, subject.block)
+    without = questioning.ask(task, calls, task.name)
+    found = [
+        questioning.ask(task, one.calls(calls), f"{task.name}, {one.curve} at {one.start}") for one in interventions
+    ]
+    curves = {
+        f"{title}: {name}": curve(
+            [found[column][name] for column in columns],
+            np.array([found[column][f"{name}_stderr"] or np.nan for column in columns]),
+        )
+        for title, columns in _by_curve(interventions).items()
+        for name in ("accuracy", "exact_match")
+    }
+    return Result(curves=curves, numbers={name: without[name] for name in ("accuracy", "exact_match", "chance")})
+
+
+def symmetry(subject: Subject) -> Result:
+    """Cosines of the MLP weights of blocks; see :mod:`megaloop.analysis.symmetry`."""
+    cosines_BB = weight_symmetry(subject.model, subject.block)
+    return Result(
+        matrices={"cosine of the weights of blocks": _rows(cosines_BB.numpy())},
+        numbers={"weight symmetry": mean_symmetry(cosines_BB)},
+    )
+
+
+def monitors(subject: Subject) -> Result:
+    """How a loop's state changes, up to twice as many iterations as it was trained with; see :mod:`megaloop.analysis.loop_monitors`."""
+    loop = subject.model.plan.loop
+    iterations = 2 * loop.iterations if loop is not None else None
+
+    def measure(_: Trace, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        return loop_monitors(subject.model, batch, iterations), batch.valid_BS.sum(1)
+
+    sums_PRK, counts_P = subject.collect("loop monitors", measure)
+    return Result(curves={name: _ratios(sums_PRK[..., index], counts_P) for index, name in enumerate(MONITORS)})
 
 
 def _by_curve(interventions: Sequence[Intervention]) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from megaloop.errors import MegaloopError
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "PromptBatch", "Prompts", "held_out_prompts", "read_prompts", "text_prompt"]
+__all__ = ["Prompt", "PromptBatch", "Prompts", "held_out_prompts", "read_prompts", "text_prompt", "training_prompts"]
 
 _LONGEST = 1 << 20
 
@@ -153,7 +154,16 @@ def held_out_prompts(dataset: DataSet, count: int, document_masking: bool) -> Pr
     """
     if not len(dataset.split("validation")):
         raise MegaloopError(f"data {dataset.path}: no held-out samples; prepare it with --validation-fraction")
-    places = held_out_places([dataset], count)
+    return _samples(dataset, held_out_places([dataset], count), document_masking)
+
+
+def training_prompts(dataset: DataSet, count: int, document_masking: bool) -> Prompts:
+    """The first ``count`` training samples of a data set, which a tuned lens learns from."""
+    split = dataset.split("train")
+    return _samples(dataset, [(split, index) for index in range(min(count, len(split)))], document_masking)
+
+
+def _samples(dataset: DataSet, places: Any, document_masking: bool) -> Prompts:
     prompts = []
     for number in range(len(places)):
         read = held_out_batch(places, [number])

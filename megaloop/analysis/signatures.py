@@ -9,12 +9,14 @@ arXiv 2505.13898 (depth score, cosines), 2512.08819 and 2602.16490 (periods, swa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megaloop.analysis.effective_depth import depth_score, score_interval
 
 __all__ = [
     "Array",
@@ -98,13 +100,10 @@ def _ratio(sums: Array, counts: Array) -> float:
 
 
 def depth_score_signature(effects_PL: Array) -> Signature:
-    """The depth score: sum of l e_l / sum of e_l, where e_l is the mean over prompts of the largest output change when layer l is skipped."""
-
-    def score(chosen: NDArray[np.int64]) -> float:
-        mean_L = effects_PL[chosen].mean(0)
-        return float((np.arange(1, len(mean_L) + 1) * mean_L).sum() / max(mean_L.sum(), 1e-12))
-
-    return _with_interval("depth score", score, len(effects_PL), judged=False)
+    """The depth score of :mod:`megaloop.analysis.effective_depth`."""
+    found = score_interval(effects_PL, _RESAMPLES)
+    why = "" if found.value is not None else "no layer has an effect"
+    return Signature("depth score", found.value, found.low, found.high, why=why)
 
 
 def score_by_difficulty(effects_PL: Array, difficulty_P: NDArray[np.int64]) -> Signature:
@@ -115,17 +114,14 @@ def score_by_difficulty(effects_PL: Array, difficulty_P: NDArray[np.int64]) -> S
         return Signature(name, None, why="the prompts are not of several difficulties")
     members = [np.flatnonzero(difficulty_P == level) for level in levels]
 
-    def slope(generator: np.random.Generator | None) -> float:
-        scores = []
-        for own in members:
-            chosen = own if generator is None else generator.choice(own, len(own))
-            mean_L = effects_PL[chosen].mean(0)
-            scores.append((np.arange(1, len(mean_L) + 1) * mean_L).sum() / max(mean_L.sum(), 1e-12))
+    def slope(chosen: Sequence[NDArray[np.int64]]) -> float:
+        scores = [depth_score(effects_PL[own].mean(0)) or 0.0 for own in chosen]
         return float(np.polyfit(levels, scores, 1)[0])
 
     generator = np.random.default_rng(0)
-    low, high = np.percentile([slope(generator) for _ in range(_RESAMPLES)], [2.5, 97.5])
-    return Signature(name, slope(None), float(low), float(high), verdict=_verdict(low, high))
+    drawn = [slope([generator.choice(own, len(own)) for own in members]) for _ in range(_RESAMPLES)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Signature(name, slope(members), float(low), float(high), verdict=_verdict(float(low), float(high)))
 
 
 def period(sizes_L: Array, lag: int) -> float:

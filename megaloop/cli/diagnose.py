@@ -37,7 +37,8 @@ def diagnose(
     measures: Annotated[
         str | None,
         typer.Option(
-            help="Names, separated by commas: contributions, effects, depth-score, lens, skip, swap, reverse, exit, repeat; default: all."
+            help="Names, separated by commas: contributions, effects, depth-score, lens, symmetry, loops, skip, swap, reverse, exit, repeat, "
+            "tuned-lens (which is trained first); default: all but the last."
         ),
     ] = None,
     prompts: Annotated[
@@ -46,6 +47,13 @@ def diagnose(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 64,
     field: Annotated[str, typer.Option(help="Field of a jsonl line that has the text.")] = "text",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Primitives, as for 'megaloop eval': interventions are then scored by their accuracy too."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples before each question of --tasks.")] = 5,
+    examples: Annotated[int, typer.Option(min=1, help="Questions of each primitive.")] = 250,
+    lens_steps: Annotated[int, typer.Option(min=1, help="Training steps of a tuned lens.")] = 200,
     block: Annotated[
         int | None,
         typer.Option(min=1, help="Layers of a block: the period that is looked for, and what is repeated; default: the loop's, or 4."),
@@ -67,18 +75,20 @@ def diagnose(
         launch_again(ranks)
         return
     with joined_ranks():
-        from megaloop.analysis.diagnose import DEFAULT_MEASURES, PromptSource
+        from megaloop.analysis.diagnose import PromptSource, TaskSource
         from megaloop.analysis.diagnose import diagnose as measure
 
-        names = [name.strip() for name in (measures or "").split(",") if name.strip()] or DEFAULT_MEASURES
+        names = _names(measures)
         found: list[tuple[Path, list[DiagnosisRecord]]] = []
         with part_progress() as show:
             for model in models:
                 with _as_checkpoint(model) as checkpoint:
                     records = measure(
                         checkpoint,
-                        measures=names,
+                        measures=names or None,
                         prompts=PromptSource(prompts, count, field),
+                        tasks=TaskSource(_names(tasks), shots, examples),
+                        lens_steps=lens_steps,
                         block=block,
                         seed=seed,
                         precision=precision,
@@ -96,6 +106,10 @@ def diagnose(
             echo(json_module.dumps({"models": listed}))
         else:
             _print_signatures(found)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 @contextmanager

@@ -17,10 +17,9 @@ from megaloop.data import DataSet, bits_per_byte, held_out_batch, held_out_place
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.held_out import Scored, difficulties, score_held_out, summary
 from megaloop.evaluation.loops import Block, EveryBlock, InferenceDepth, inference_depth
-from megaloop.evaluation.prompts import questions
-from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, clustered, read_records
-from megaloop.evaluation.scoring import score
-from megaloop.evaluation.tasks import BLOCK, TASKS_VERSION, Example, Task, examples, shots, tasks_named
+from megaloop.evaluation.primitives import Questioning
+from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, read_records
+from megaloop.evaluation.tasks import TASKS_VERSION, Task, tasks_named
 from megaloop.inference.load import load_decoder
 from megaloop.model import Decoder
 from megaloop.runtime.collectives import broadcast_object
@@ -169,8 +168,7 @@ class _Work:
     def cannot_ask(self, tasks: Sequence[Task]) -> str | None:
         """Why the tokenizer has no words for the questions of these tasks; None: it has."""
         try:
-            for task in tasks:
-                questions(self._open_tokenizer(), task, [], examples(task, 1, self._seed))
+            self._questioning(0).check(tasks)
         except MegaloopError as error:
             return str(error)
         return None
@@ -240,35 +238,11 @@ class _Work:
         return record
 
     def _primitive(self, depth: InferenceDepth, task: Task, count: int, subject: Subject) -> dict[str, Any]:
-        asked = examples(task, self._examples, self._seed)
-        blocks = [asked[first : first + BLOCK] for first in range(0, len(asked), BLOCK)]
-        scored = self._shared(
-            _label(subject), blocks, lambda number, block: self._score(depth, task, count, number, block)
-        )
-        right = [float(best) for block in scored for best, _ in block]
-        exact = [float(greedy) for block in scored for _, greedy in block]
-        clusters = [number for number, block in enumerate(scored) for _ in block]
-        accuracy, match = clustered(right, clusters), clustered(exact, clusters)
-        return {
-            "accuracy": accuracy.mean,
-            "accuracy_stderr": accuracy.known_error,
-            "exact_match": match.mean,
-            "exact_match_stderr": match.known_error,
-            "chance": task.chance,
-        }
+        return self._questioning(count).ask(task, depth.execution.calls, _label(subject))
 
-    def _score(
-        self, depth: InferenceDepth, task: Task, count: int, number: int, block: Sequence[Example]
-    ) -> list[tuple[bool, bool]]:
-        """Of each example, whether the right answer is the likeliest, and whether greedy decoding gives it."""
-        tokenizer, solved = self._open_tokenizer(), shots(task, count, self._seed, number)
-        beginning, asked = questions(tokenizer, task, solved, block)
-        calls, vocab_size = depth.execution.calls, tokenizer.vocab_size
-        results = score(self._model, beginning, asked, calls=calls, vocab_size=vocab_size)
-        return [
-            (result.best == example.correct, result.greedy[example.correct])
-            for result, example in zip(results, block, strict=True)
-        ]
+    def _questioning(self, count: int) -> Questioning:
+        tokenizer = self._open_tokenizer()
+        return Questioning(self._model, tokenizer, count, self._examples, self._seed, self._on_step)
 
     def _scored(self, depth: InferenceDepth, dataset: DataSet, subject: Subject) -> tuple[list[Scored], int]:
         """Every held-out document, and the bytes of text that they are."""
