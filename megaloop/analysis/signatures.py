@@ -126,41 +126,52 @@ def score_by_difficulty(effects_PL: Array, difficulty_P: NDArray[np.int64]) -> S
 
 def period(sizes_L: Array, lag: int) -> float:
     """Autocorrelation at ``lag``, less the mean of that at lags that are no multiples of it; of log sizes less their straight line."""
-    x = _detrended(np.log(np.maximum(sizes_L, 1e-12)))
-    return _contrast(x, lag)
+    return float(_contrasts(_log(sizes_L)[None], lag)[0])
 
 
 def period_test(sizes_L: Array, lag: int, seed: int = 0) -> Signature:
-    """Whether what attention adds repeats with the period of the block: the contrast of :func:`period` against that of shuffled layers."""
+    """Whether what attention adds repeats with the period of the block: the contrast of :func:`period` against that of shuffled layers.
+
+    The straight line is taken away before layers are shuffled, and again after it, so that a trend over the layers does not count as a pattern.
+    """
     name = f"period of {lag}"
     depth = len(sizes_L)
     if lag < 2 or depth < 2 * lag or depth < 6:
         return Signature(name, None, why=f"{depth} layers are too few for a period of {lag}")
-    x = _detrended(np.log(np.maximum(sizes_L, 1e-12)))
-    found = _contrast(x, lag)
+    x_L = _detrended(_log(sizes_L)[None])[0]
+    found = float(_contrasts(x_L[None], lag)[0])
     generator = np.random.default_rng(seed)
-    shuffled = [_contrast(_detrended(generator.permutation(x)), lag) for _ in range(_PERMUTATIONS)]
-    p = (1 + sum(value >= found - 1e-12 for value in shuffled)) / (1 + _PERMUTATIONS)
+    shuffled_NL = generator.permuted(np.tile(x_L, (_PERMUTATIONS, 1)), axis=1)
+    reached = int((_contrasts(shuffled_NL, lag) >= found - 1e-12).sum())
+    p = (1 + reached) / (1 + _PERMUTATIONS)
     return Signature(name, found, p=p, verdict="seen" if p < _LEVEL else "not seen")
 
 
-def _detrended(x: Array) -> Array:
-    places = np.arange(len(x))
-    return x - np.polyval(np.polyfit(places, x, 1), places)
+def _log(sizes_L: Array) -> Array:
+    return np.log(np.maximum(sizes_L, 1e-12))
 
 
-def _contrast(x: Array, lag: int) -> float:
-    lags = range(1, min(2 * lag, len(x) - 2) + 1)
-    values = {other: _autocorrelation(x, other) for other in lags}
-    others = [value for other, value in values.items() if other % lag]
-    return float(values[lag] - np.mean(others))
+def _detrended(x_NL: Array) -> Array:
+    """Less each row's straight line."""
+    places_L = np.arange(x_NL.shape[1]) - (x_NL.shape[1] - 1) / 2
+    centred_NL = x_NL - x_NL.mean(1, keepdims=True)
+    slopes_N = centred_NL @ places_L / (places_L @ places_L)
+    return centred_NL - slopes_N[:, None] * places_L
 
 
-def _autocorrelation(x: Array, lag: int) -> float:
-    """Pearson's correlation of the sequence with itself, moved by ``lag``."""
-    one, other = x[:-lag] - x[:-lag].mean(), x[lag:] - x[lag:].mean()
-    norm = np.sqrt((one**2).sum() * (other**2).sum())
-    return float((one * other).sum() / norm) if norm > 1e-12 else 0.0
+def _contrasts(x_NL: Array, lag: int) -> Array:
+    x_NL = _detrended(x_NL)
+    lags = range(1, min(2 * lag, x_NL.shape[1] - 2) + 1)
+    others = [_autocorrelations(x_NL, other) for other in lags if other % lag]
+    return _autocorrelations(x_NL, lag) - np.mean(others, axis=0)
+
+
+def _autocorrelations(x_NL: Array, lag: int) -> Array:
+    """Pearson's correlation of each row with itself, moved by ``lag``; 0 where it does not vary. [N]"""
+    one, other = x_NL[:, :-lag], x_NL[:, lag:]
+    one, other = one - one.mean(1, keepdims=True), other - other.mean(1, keepdims=True)
+    norm = np.sqrt((one**2).sum(1) * (other**2).sum(1))
+    return (one * other).sum(1) / np.where(norm > 1e-12, norm, np.inf)
 
 
 def late_layers(loss_PI: Array, without_P: Array, targets_P: Array) -> Signature:
