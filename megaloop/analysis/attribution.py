@@ -47,7 +47,6 @@ class Answer:
     Args:
         positions: those whose targets are the answer; default: the last that has one.
         calls: the executions of layers; default: as trained.
-        vocab_size: the tokenizer's tokens; rows of the head beyond them predict nothing.
 
     Attributes:
         traced: the untouched pass.
@@ -64,10 +63,9 @@ class Answer:
         prompt: Prompt,
         positions: Sequence[int] | None = None,
         calls: Sequence[LayerCall] | None = None,
-        vocab_size: int | None = None,
     ):
         self.positions = _answers(prompt, positions)
-        self._model, self._vocab_size = model, vocab_size
+        self._model = model
         batch = Prompts("", [prompt]).batch([0], model.device)
         self._targets_A = batch.targets_BS[0, self.positions]
         self.traced: Trace = trace(model, batch.tokens_BS, batch.documents_BS, calls)
@@ -77,9 +75,7 @@ class Answer:
     def of(self, final_RSD: Tensor) -> Tensor:
         """f of what passes leave; fp64 [R]."""
         hidden_RAD = final_RSD[:, self.positions]
-        logs_RAV = log_distribution(self._model, hidden_RAD.flatten(0, 1), self._vocab_size).unflatten(
-            0, hidden_RAD.shape[:2]
-        )
+        logs_RAV = log_distribution(self._model, hidden_RAD.flatten(0, 1)).unflatten(0, hidden_RAD.shape[:2])
         targets_RA1 = self._targets_A.expand(len(final_RSD), -1).unsqueeze(2)
         return logs_RAV.gather(2, targets_RA1).squeeze(2).double().exp().sum(1)
 
@@ -148,7 +144,7 @@ class IntegratedGradients:
     missing_L: Tensor
 
 
-def integrated_gradients(answer: Answer, baseline: Baseline = "zero", steps: int = STEPS) -> IntegratedGradients:
+def integrated_gradients(answer: Answer, baseline: Baseline = "mean", steps: int = STEPS) -> IntegratedGradients:
     """By layer and token, on the straight line from a baseline: zero, or for every token the mean of h_l over tokens."""
     layers, rows = answer.traced.layers, answer.together(_TOKENS_WITH_GRADIENTS)
     at_N = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps

@@ -72,7 +72,7 @@ def lens(
     """What each residual stream of a trace predicts.
 
     Args:
-        vocab_size: the tokenizer's tokens; rows of the head beyond them predict nothing.
+        vocab_size: the tokenizer's tokens; others are never among the likeliest. Distributions are over all rows of the head, as training's loss is.
         translate: the tuned lens; the last residual stream goes without.
     """
     row_M, position_M = batch.valid_BS.nonzero(as_tuple=True)
@@ -83,13 +83,13 @@ def lens(
     deep_B = torch.zeros(rows, dtype=torch.float64)
     for row, position in zip(row_M.split(_ROWS), position_M.split(_ROWS), strict=True):
         target_M = batch.targets_BS[row, position]
-        final_MV = log_distribution(model, states[-1][row, position], vocab_size)
+        final_MV = log_distribution(model, states[-1][row, position])
         divergences = []
         for place, state in enumerate(states):
             h_MD = state[row, position]
             if translate is not None and place < len(states) - 1:
                 h_MD = translate(place, h_MD)
-            at_tokens, loss_M, right_M = _compared(log_distribution(model, h_MD, vocab_size), final_MV, target_M)
+            at_tokens, loss_M, right_M = _compared(log_distribution(model, h_MD), final_MV, target_M, vocab_size)
             divergences.append(at_tokens[-1])
             tokens_BLK[:, place].index_add_(0, row.cpu(), torch.stack(at_tokens, 1).double().cpu())
             at_targets = torch.stack([loss_M, right_M], 1).double().cpu()
@@ -107,14 +107,16 @@ def settling_layers(divergences_LM: Tensor, threshold: float = SETTLED) -> Tenso
     return (lowest_LM > threshold).sum(0) + 1
 
 
-def log_distribution(model: Decoder, hidden_MD: Tensor, vocab_size: int | None = None) -> Tensor:
+def log_distribution(model: Decoder, hidden_MD: Tensor) -> Tensor:
     """Logarithms of the probabilities that norm and head give to the next token, fp32 [M, V]; see :func:`lens`."""
-    return model.logits(hidden_MD.unsqueeze(0))[0].float()[:, :vocab_size].log_softmax(-1)
+    return model.logits(hidden_MD.unsqueeze(0))[0].float().log_softmax(-1)
 
 
-def _compared(found_MV: Tensor, final_MV: Tensor, target_M: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+def _compared(
+    found_MV: Tensor, final_MV: Tensor, target_M: Tensor, vocab_size: int | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """In the order of :data:`AT_TOKENS`, each [M]; the loss and whether the likeliest is right, 0 where there is no target."""
-    top_M5, final_M5 = found_MV.topk(_TOP, 1).indices, final_MV.topk(_TOP, 1).indices
+    top_M5, final_M5 = (one[:, :vocab_size].topk(_TOP, 1).indices for one in (found_MV, final_MV))
     overlap_M = (top_M5.unsqueeze(2) == final_M5.unsqueeze(1)).any(2).float().mean(1)
     middle_MV = torch.logaddexp(found_MV, final_MV) - math.log(2)
     halves = [(one.exp() * (one - middle_MV)).sum(1) for one in (found_MV, final_MV)]

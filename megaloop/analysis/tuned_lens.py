@@ -93,8 +93,8 @@ def train_lens(
             for place in range(places):
                 found_MV = log_distribution(model, tuned(place, traced.layers[place].h_BSD[row, position]))
                 divergence = (final_MV.exp() * (final_MV - found_MV)).sum() / len(row_M)
-                divergence.backward()  # type: ignore[no-untyped-call]
-                loss += float(divergence)
+                divergence.backward()
+                loss += float(divergence.detach())
         optimizer.step()
         optimizer.zero_grad()
         tuned.step += 1

@@ -124,6 +124,6 @@ def _row(use: DepthUse, name: str) -> Row | None:
     values = [row.value for row in rows if row.value is not None]
     if not values:
         return Row(None, None, None, {}, rows[0].why)
-    verdicts = Counter(row.verdict for row in rows if row.value is not None and row.verdict != "-")
+    verdicts: Counter[str] = Counter(row.verdict for row in rows if row.value is not None and row.verdict != "-")
     low, high = (rows[0].low, rows[0].high) if len(values) == 1 else (min(values), max(values))
     return Row(float(np.mean(values)), low, high, dict(verdicts))

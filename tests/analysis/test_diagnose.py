@@ -148,7 +148,7 @@ def test_a_loop_is_watched_and_a_lens_is_tuned(run: Path, tmp_path: Path) -> Non
     kept = tmp_path / "run" / "lenses" / "step-00000020.safetensors"
     assert kept.is_file()
     plain, tuned = (by_name[name].curves["kl"].values for name in ("lens", "tuned-lens"))
-    assert sum(tuned) < sum(plain)  # type: ignore[type-var, arg-type]
+    assert sum(tuned) < sum(plain)  # type: ignore[arg-type]
     assert tuned[-1] == plain[-1] == 0.0
 
 
