@@ -20,18 +20,21 @@ Calls = tuple[LayerCall, ...]
 def skip(calls: Sequence[LayerCall], start: int, count: int = 1) -> Calls:
     """Leave out the executions at [start, start + count).
 
-    What a loop adds before the first layer of a time, and its norm after the last, pass to the neighbour within that time.
+    What a loop adds before the first layer of a time, and its norm after the last, pass to the neighbour within that time. Of a time that is
+    left out as a whole they are left out too; if it is the first, the loop is entered with the next.
 
     Raises:
         MegaloopError: there are no such places.
     """
     _check("skip", calls, start, count)
     before, left_out, after = list(calls[:start]), calls[start : start + count], list(calls[start + count :])
-    if left_out and after and after[0].iteration == left_out[0].iteration and any(c.is_first for c in left_out):
+    if after and any(call.is_first and call.iteration == after[0].iteration for call in left_out):
         after[0] = replace(after[0], is_first=True)
-    if before and before[-1].iteration == left_out[-1].iteration and any(c.is_last for c in left_out):
+    if before and any(call.is_last and call.iteration == before[-1].iteration for call in left_out):
         before[-1] = replace(before[-1], is_last=True)
-    return (*before, *after)
+    left = (*before, *after)
+    lowest = min((call.iteration for call in left if call.iteration is not None), default=0)
+    return tuple(call if call.iteration is None else replace(call, iteration=call.iteration - lowest) for call in left)
 
 
 def swap(calls: Sequence[LayerCall], start: int, count: int = 1) -> Calls:
@@ -49,12 +52,28 @@ def reverse(calls: Sequence[LayerCall], start: int, count: int = 4) -> Calls:
 
 
 def repeat(calls: Sequence[LayerCall], start: int, count: int, more: int) -> Calls:
-    """Execute [start, start + count) ``more`` times more, one after the other (arXiv 2602.16490: loops at inference)."""
+    """Execute [start, start + count) ``more`` times more, one after the other (arXiv 2602.16490: loops at inference).
+
+    A loop is entered once: a block that begins in it goes on with the state that entered. Where the block is part of a time, that time
+    still has one beginning and one end; a whole time is one time more.
+    """
     _check("repeat", calls, start, count)
     if more < 0:
         raise MegaloopError(f"repeat: {more} more times; expected 0 or more")
     block = tuple(calls[start : start + count])
-    return (*calls[:start], *block * (1 + more), *calls[start + count :])
+    again = block
+    if block[0].iteration is not None:
+        again = tuple(replace(call, iteration=1) if call.iteration == 0 else call for call in block)
+    copies = [block, *[again] * more]
+    if len({call.iteration for call in block}) == 1 and not (block[0].is_first and block[-1].is_last):
+        copies = [
+            tuple(
+                replace(call, is_first=call.is_first and number == 0, is_last=call.is_last and number == more)
+                for call in copy
+            )
+            for number, copy in enumerate(copies)
+        ]
+    return (*calls[:start], *(call for copy in copies for call in copy), *calls[start + count :])
 
 
 def exit_after(calls: Sequence[LayerCall], count: int) -> Calls:

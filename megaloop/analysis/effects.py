@@ -32,8 +32,8 @@ from megaloop.model import AttentionContext, Decoder, DecoderLayer
 __all__ = ["SHORTEST", "Effects", "Setting", "boundaries", "local_effects", "skip_effects"]
 
 Setting = Literal["current", "future"]
-SHORTEST = 13
-"""Tokens of a prompt that has a boundary: they are multiples of 8 from 8 on, with at least 4 tokens after them."""
+SHORTEST = 12
+"""Tokens of a prompt that has a boundary: they are multiples of 8 from 8 on, with at least 4 tokens from them on."""
 _HEAD_ROWS = 512
 """Positions whose distributions are in memory at once."""
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megaloop.data import DataSet, held_out_batch, held_out_places
-from megaloop.data.jsonl import NotText, field_text, read_object
+from megaloop.data.jsonl import MARK, NotText, field_text, read_object
 from megaloop.data.targeted import TokenLists
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
@@ -188,6 +188,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, count: int, field: str = "tex
             for number, line in enumerate(file, start=1):
                 if len(prompts) == count:
                     break
+                line = line.removeprefix(MARK) if number == 1 else line
                 if not line.strip():
                     continue
                 try:

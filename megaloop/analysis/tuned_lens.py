@@ -9,7 +9,8 @@ A lens is kept as safetensors, with the checksum of the checkpoint that it is of
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -78,31 +79,43 @@ def train_lens(
     """
     optimizer = optimizer or torch.optim.Adam(tuned.parameters(), lr=lr)
     places = tuned.weight_LDD.shape[0]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    while tuned.step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - tuned.step / steps)
-        batch = _batch(prompts, tuned.step, batch_tokens, seed, model.device)
-        traced = trace(model, batch.tokens_BS, batch.documents_BS)
-        row_M, position_M = batch.valid_BS.nonzero(as_tuple=True)
-        loss = 0.0
-        for row, position in zip(row_M.split(_ROWS), position_M.split(_ROWS), strict=True):
-            with torch.no_grad():
-                final_MV = log_distribution(model, traced.final_BSD[row, position])
-            for place in range(places):
-                found_MV = log_distribution(model, tuned(place, traced.layers[place].h_BSD[row, position]))
-                divergence = (final_MV.exp() * (final_MV - found_MV)).sum() / len(row_M)
-                divergence.backward()
-                loss += float(divergence.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-        tuned.step += 1
-        if on_step is not None:
-            on_step(tuned.step, loss / places)
-        if file is not None and (tuned.step % _SAVE_EVERY == 0 or tuned.step == steps):
-            save_lens(file, tuned, optimizer, steps)
+    with _frozen(model):
+        while tuned.step < steps:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - tuned.step / steps)
+            batch = _batch(prompts, tuned.step, batch_tokens, seed, model.device)
+            traced = trace(model, batch.tokens_BS, batch.documents_BS)
+            row_M, position_M = batch.valid_BS.nonzero(as_tuple=True)
+            loss = 0.0
+            for row, position in zip(row_M.split(_ROWS), position_M.split(_ROWS), strict=True):
+                with torch.no_grad():
+                    final_MV = log_distribution(model, traced.final_BSD[row, position])
+                for place in range(places):
+                    found_MV = log_distribution(model, tuned(place, traced.layers[place].h_BSD[row, position]))
+                    divergence = (final_MV.exp() * (final_MV - found_MV)).sum() / len(row_M)
+                    divergence.backward()
+                    loss += float(divergence.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            tuned.step += 1
+            if on_step is not None:
+                on_step(tuned.step, loss / places)
+            if file is not None and (tuned.step % _SAVE_EVERY == 0 or tuned.step == steps):
+                save_lens(file, tuned, optimizer, steps)
     return optimizer
+
+
+@contextmanager
+def _frozen(model: Decoder) -> Iterator[None]:
+    """The model's parameters take no gradient, and are afterwards as they were."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _batch(prompts: Prompts, step: int, tokens: int, seed: int, device: torch.device) -> PromptBatch:
