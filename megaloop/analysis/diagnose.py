@@ -225,7 +225,7 @@ class _Diagnosis:
         shape = model.plan.depth, model.config.hidden_size, manifest.checksum
         tuned, optimizer = TunedLens(*shape).to(model.device), None
         if file is not None and file.is_file():
-            tuned, optimizer, planned = load_lens(file, *shape)
+            tuned, optimizer, planned = load_lens(file, *shape, device=model.device)
             if planned != steps:
                 tuned, optimizer = TunedLens(*shape).to(model.device), None
         on_part = self._subject.on_part

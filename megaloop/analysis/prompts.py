@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaloop.data import DataSet, held_out_batch, held_out_places
 from megaloop.data.jsonl import MARK, NotText, field_text, read_object
-from megaloop.data.targeted import TokenLists
+from megaloop.data.targeted import TokenLists, line_difficulty
 from megaloop.errors import MegaloopError
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer
@@ -205,7 +205,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, count: int, field: str = "tex
                         )
                     else:
                         prompts.append(
-                            text_prompt(tokenizer, field_text(fields, field, "--field"), _difficulty(fields))
+                            text_prompt(tokenizer, field_text(fields, field, "--field"), line_difficulty(fields))
                         )
                     if not len(prompts[-1]):
                         raise NotText("a text without tokens")
@@ -216,8 +216,3 @@ def read_prompts(path: Path, tokenizer: Tokenizer, count: int, field: str = "tex
     if not prompts:
         raise MegaloopError(f"prompts {printable(path)}: no line with a prompt; expected one JSON object a line")
     return Prompts(str(path), prompts)
-
-
-def _difficulty(fields: dict[str, object]) -> int:
-    value = fields.get("difficulty")
-    return value if type(value) is int and value >= 0 else -1

@@ -30,6 +30,8 @@ __all__ = ["TunedLens", "load_lens", "save_lens", "train_lens"]
 _ROWS = 512
 """Positions whose distributions are in memory at once."""
 _SAVE_EVERY = 50
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of Adam, with the parameters; its count of steps stays on the CPU."""
 
 
 class TunedLens(nn.Module):
@@ -140,13 +142,15 @@ def save_lens(file: Path, tuned: TunedLens, optimizer: torch.optim.Optimizer, st
     replace_file(file, save(tensors, {"megaloop": json.dumps(about)}))
 
 
-def load_lens(file: Path, places: int, size: int, checkpoint: str) -> tuple[TunedLens, torch.optim.Optimizer, int]:
+def load_lens(
+    file: Path, places: int, size: int, checkpoint: str, device: torch.device = torch.device("cpu")
+) -> tuple[TunedLens, torch.optim.Optimizer, int]:
     """A lens that was kept, its optimizer, and how many steps it was to have.
 
     Raises:
         MegaloopError: it cannot be read, or is of another checkpoint.
     """
-    tuned = TunedLens(places, size, checkpoint)
+    tuned = TunedLens(places, size, checkpoint).to(device)
     optimizer = torch.optim.Adam(tuned.parameters())
     try:
         with safe_open(file, "pt") as opened:
@@ -160,8 +164,8 @@ def load_lens(file: Path, places: int, size: int, checkpoint: str) -> tuple[Tune
             with torch.no_grad():
                 for name, parameter in (("weight", tuned.weight_LDD), ("bias", tuned.bias_LD)):
                     parameter.copy_(opened.get_tensor(name))
-                    moments = ("step", "exp_avg", "exp_avg_sq")
-                    optimizer.state[parameter] = {moment: opened.get_tensor(f"{name}.{moment}") for moment in moments}
+                    moments = {moment: opened.get_tensor(f"{name}.{moment}").to(device) for moment in _MOMENTS}
+                    optimizer.state[parameter] = {"step": opened.get_tensor(f"{name}.step"), **moments}
             return tuned, optimizer, int(about["steps"])
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise MegaloopError(f"lens {file}: cannot be read ({error}); remove the file to train another") from None

@@ -29,7 +29,7 @@ from megaloop.errors import MegaloopError
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["Example", "ExampleReader", "MarkedText", "TokenLists", "answer_marks"]
+__all__ = ["Example", "ExampleReader", "MarkedText", "TokenLists", "answer_marks", "line_difficulty"]
 
 _HARDEST = 1 << 31
 """Difficulties are smaller."""
@@ -82,7 +82,7 @@ class ExampleReader(ABC):
         if self._read is not None and self._read[0] is line:
             return self._read[1]
         fields = read_object(line.encode())
-        example = self._example(fields, _difficulty(fields))
+        example = self._example(fields, line_difficulty(fields))
         if len(example) > self._longest:
             raise NotText(f"{len(example):,} tokens; a sample has {self._longest:,}, so raise --sequence-length")
         self._read = line, example
@@ -93,7 +93,7 @@ class ExampleReader(ABC):
         """The example of a line's fields; NotText as :meth:`read`."""
 
 
-def _difficulty(fields: dict[str, Any]) -> int:
+def line_difficulty(fields: dict[str, Any]) -> int:
     """A line's difficulty; -1: it gives none."""
     difficulty = fields.get("difficulty")
     if difficulty is None:
@@ -176,7 +176,7 @@ class MarkedText(ExampleReader):
         if self._tokenizer is None:
             fields = read_object(line.encode())
             self._parts(self._text_of(fields))
-            _difficulty(fields)
+            line_difficulty(fields)
         else:
             super().check(line)
 
