@@ -15,6 +15,7 @@ from typing import Literal
 from megaloop.analysis.interventions import KINDS, Kind
 from megaloop.analysis.measures import (
     Subject,
+    attribution,
     contribution_curves,
     depth_scores,
     effect_matrices,
@@ -44,6 +45,8 @@ __all__ = ["MEASURES", "SIGNATURES", "TUNED_LENS", "PromptSource", "TaskSource",
 VERSION = 1
 """Of the definitions; results of different versions do not compare."""
 SIGNATURES, TUNED_LENS = "signatures", "tuned-lens"
+ATTRIBUTIONS: tuple[Literal["erasure", "gradients"], ...] = ("erasure", "gradients")
+"""Of one prompt."""
 _BLOCK = 4
 _LENS_SAMPLES = 2048
 """Training samples that a tuned lens learns from."""
@@ -62,11 +65,11 @@ MEASURES: dict[str, Callable[[Subject], Result]] = {
     "loops": monitors,
     **{kind: _intervention(kind) for kind in KINDS},
 }
-"""By name, in the order in which they are done; ``tuned-lens``, which is trained first, comes after them."""
+"""By name, in the order in which they are done. After them come ``tuned-lens``, which is trained first, and ``erasure`` and ``gradients``, of one prompt."""
 
 
 def default_measures(plan: DepthPlan, block: int) -> list[str]:
-    """All that the model allows, without the tuned lens."""
+    """All of :data:`MEASURES` that the model allows."""
     without = {"loops"} if plan.loop is None else set()
     without |= {"symmetry"} if plan.layers < 2 * block else set()
     return [name for name in MEASURES if name not in without]
@@ -134,6 +137,7 @@ def diagnose(
     tasks: TaskSource = TaskSource(),
     block: int | None = None,
     lens_steps: int = 200,
+    prompt: int = 1,
     seed: int = 123,
     precision: Literal["fp32", "bf16"] = "fp32",
     again: bool = False,
@@ -143,10 +147,11 @@ def diagnose(
     """Measure a checkpoint (or a run's newest), or take what was measured before; the last record has the signatures.
 
     Args:
-        measures: names of :data:`MEASURES`, and ``tuned-lens``; None: :func:`default_measures`.
+        measures: names of :data:`MEASURES`, ``tuned-lens``, ``erasure``, ``gradients``; None: :func:`default_measures`.
         tasks: with them interventions are measured a second time, by the accuracy of primitives.
         block: layers of a block; None: of the loop, else 4.
         lens_steps: of a tuned lens' training.
+        prompt: which prompt, from 1 on, ``erasure`` and ``gradients`` are of.
         again: measure anew what ``out`` holds already.
         out: the file that remembers; None: RUN/diagnosis.jsonl for a run and for its checkpoints, no file otherwise.
 
@@ -154,10 +159,9 @@ def diagnose(
         MegaloopError: an unknown measure or task, a damaged checkpoint, prompts that are missing or too short, a block that does not fit, a
             lens of another checkpoint.
     """
-    unknown = [name for name in measures or () if name not in (*MEASURES, TUNED_LENS)]
-    if unknown:
-        known = ", ".join((*MEASURES, TUNED_LENS))
-        raise MegaloopError(f"--measures: {printable(unknown[0], 60)} is none of {known}")
+    known = (*MEASURES, TUNED_LENS, *ATTRIBUTIONS)
+    if unknown := [name for name in measures or () if name not in known]:
+        raise MegaloopError(f"--measures: {printable(unknown[0], 60)} is none of {', '.join(known)}")
     asked = tasks_named(tasks.names) if tasks.names else []
     model, checkpoint = load_decoder(path, precision=precision)
     found = prompts.read(checkpoint, model.config.document_masking)
@@ -170,6 +174,9 @@ def diagnose(
     records = [work.done(name, MEASURES[name]) for name in MEASURES if name in chosen]
     if TUNED_LENS in chosen:
         records.append(work.tuned_lens(lens_steps))
+    for name in ATTRIBUTIONS:
+        if name in chosen:
+            records.append(work.attribution(name, prompt))
     if tokenizer is not None:
         questioning = Questioning(model, tokenizer, tasks.shots, tasks.examples, seed, subject.on_part)
         questioning.check(asked)
@@ -216,6 +223,10 @@ class _Diagnosis:
             return lens_curves(subject, tuned)
 
         return self.done(TUNED_LENS, measure, f"{steps} steps")
+
+    def attribution(self, name: Literal["erasure", "gradients"], prompt: int) -> DiagnosisRecord:
+        tokenizer = self._checkpoint.open_tokenizer("tokens are shown as text")
+        return self.done(name, lambda subject: attribution(subject, name, prompt, tokenizer), f"prompt {prompt}")
 
     def _trained(self, steps: int) -> TunedLens:
         model, manifest = self._subject.model, self._checkpoint.manifest

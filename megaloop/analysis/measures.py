@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megaloop.analysis.attribution import Answer, erasure_effects, integrated_gradients
 from megaloop.analysis.contributions import STATISTICS, contributions
 from megaloop.analysis.effective_depth import depth_score, first_below_half, first_overlap, last_crossing
 from megaloop.analysis.effects import SHORTEST, Setting, boundaries, local_effects, skip_effects
@@ -22,14 +24,17 @@ from megaloop.analysis.prompts import PromptBatch, Prompts
 from megaloop.analysis.results import Curve, Result, curve
 from megaloop.analysis.symmetry import mean_symmetry, weight_symmetry
 from megaloop.analysis.trace import Trace, trace
+from megaloop.errors import MegaloopError
 from megaloop.evaluation.primitives import Questioning
 from megaloop.evaluation.records import ratio
 from megaloop.evaluation.tasks import Task
 from megaloop.model import Decoder
 from megaloop.runtime.share import OnPart, share_over_ranks
+from megaloop.tokenizer import Tokenizer
 
 __all__ = [
     "Subject",
+    "attribution",
     "contribution_curves",
     "depth_scores",
     "effect_matrices",
@@ -245,6 +250,37 @@ def monitors(subject: Subject) -> Result:
 
     sums_PRK, counts_P = subject.collect("loop monitors", measure)
     return Result(curves={name: _ratios(sums_PRK[..., index], counts_P) for index, name in enumerate(MONITORS)})
+
+
+def attribution(subject: Subject, name: Literal["erasure", "gradients"], number: int, tokenizer: Tokenizer) -> Result:
+    """Which residual streams the answer of one prompt depends on; see :mod:`megaloop.analysis.attribution`.
+
+    Args:
+        number: of the prompt, from 1 on.
+
+    Raises:
+        MegaloopError: there is no such prompt, or it has no target.
+    """
+    if not 1 <= number <= len(subject.prompts):
+        raise MegaloopError(
+            f"--prompt {number}: there are {len(subject.prompts)} prompts; choose 1 to {len(subject.prompts)}"
+        )
+    prompt = subject.prompts.prompts[number - 1]
+    subject.on_part(name, 0, 1)
+    answer = Answer(subject.model, prompt)
+    numbers: dict[str, float | None] = {"probability": answer.probability}
+    if name == "erasure":
+        scores_LS = erasure_effects(answer)
+    else:
+        gradients = integrated_gradients(answer)
+        scores_LS = gradients.scores_LS
+        numbers["largest gap of completeness"] = float(gradients.missing_L.abs().max())
+    subject.on_part(name, 1, 1)
+    tokens = [tokenizer.decode([token]) for token in prompt.tokens.tolist()]
+    target = tokenizer.decode([int(prompt.targets[answer.positions[-1]])])
+    return Result(
+        matrices={name: _rows(scores_LS.numpy())}, numbers=numbers, labels={"tokens": tokens, "answer": [target]}
+    )
 
 
 def _by_curve(interventions: Sequence[Intervention]) -> dict[str, list[int]]:

@@ -38,8 +38,9 @@ class Result(BaseModel):
     """What a measure found.
 
     Attributes:
-        curves, matrices, numbers: by name; of a matrix the first index is the layer that was skipped.
+        curves, matrices, numbers: by name; of a matrix of effects the first index is the layer that was skipped, of an attribution the layer.
         by_prompt: for each prompt, what signatures are resampled from.
+        labels: names of the places along a matrix: the tokens of a prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -47,6 +48,7 @@ class Result(BaseModel):
     matrices: dict[str, list[list[float]]] = {}
     numbers: dict[str, float | None] = {}
     by_prompt: dict[str, list[list[float]]] = {}
+    labels: dict[str, list[str]] = {}
     signatures: list[Signature] = []
 
     def array(self, name: str) -> NDArray[np.float64]:

@@ -38,7 +38,7 @@ def diagnose(
         str | None,
         typer.Option(
             help="Names, separated by commas: contributions, effects, depth-score, lens, symmetry, loops, skip, swap, reverse, exit, repeat, "
-            "tuned-lens (which is trained first); default: all but the last."
+            "tuned-lens (which is trained first), erasure and gradients (of one prompt); default: all but the last three."
         ),
     ] = None,
     prompts: Annotated[
@@ -54,6 +54,7 @@ def diagnose(
     shots: Annotated[int, typer.Option(min=0, help="Solved examples before each question of --tasks.")] = 5,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each primitive.")] = 250,
     lens_steps: Annotated[int, typer.Option(min=1, help="Training steps of a tuned lens.")] = 200,
+    prompt: Annotated[int, typer.Option(min=1, help="Which prompt erasure and gradients are of.")] = 1,
     block: Annotated[
         int | None,
         typer.Option(min=1, help="Layers of a block: the period that is looked for, and what is repeated; default: the loop's, or 4."),
@@ -89,6 +90,7 @@ def diagnose(
                         prompts=PromptSource(prompts, count, field),
                         tasks=TaskSource(_names(tasks), shots, examples),
                         lens_steps=lens_steps,
+                        prompt=prompt,
                         block=block,
                         seed=seed,
                         precision=precision,

@@ -31,7 +31,7 @@ class DepthUse:
 
     Attributes:
         number: of the group on the page, which its colour follows.
-        runs: of each diagnosed run its results by measure.
+        runs: of each diagnosed run its results by measure (:func:`_name`).
         block: layers of a block.
     """
 
@@ -92,13 +92,18 @@ def depth_use(groups: Sequence[Group]) -> list[DepthUse]:
     made = []
     for number, group in enumerate(groups):
         runs = [
-            {key.measure: record.result for key, record in current[run.path].items() if _how(key) == chosen}
+            {_name(key): record.result for key, record in current[run.path].items() if _how(key) == chosen}
             for run in group.runs
         ]
         blocks = {key.block for run in group.runs for key in current[run.path] if _how(key) == chosen}
         if any(runs) and len(blocks) == 1:
             made.append(DepthUse(number, group.label, tuple(run for run in runs if run), blocks.pop()))
     return made
+
+
+def _name(key: Examination) -> str:
+    """A measure's name; of interventions that a primitive scores with that one's: "swap on copy-real"."""
+    return f"{key.measure} on {key.options.partition(',')[0]}" if "questions" in key.options else key.measure
 
 
 def _how(key: Examination) -> tuple[Any, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -14,7 +15,21 @@ from numpy.typing import NDArray
 from megaloop.report.depth_use import DepthUse
 from megaloop.report.style import INK, STYLE, legend_label, line_style, to_svg
 
-__all__ = ["curves_plot", "effects_plot", "interventions_plot"]
+__all__ = [
+    "CONTRIBUTIONS",
+    "EFFECTS",
+    "ERASURE",
+    "GRADIENTS",
+    "LENS",
+    "LOCAL",
+    "LOOPS",
+    "SYMMETRY",
+    "TUNED_LENS",
+    "Matrix",
+    "curves_plot",
+    "interventions_plot",
+    "matrices_plot",
+]
 
 Panel = tuple[str, str, str, str]
 """Measure, curve, title and what the numbers are."""
@@ -31,7 +46,52 @@ LENS: tuple[Panel, ...] = (
 )
 
 
-def curves_plot(found: Sequence[DepthUse], panels: Sequence[Panel]) -> str | None:
+TUNED_LENS: tuple[Panel, ...] = tuple(("tuned-lens", *panel[1:]) for panel in LENS)
+LOOPS: tuple[Panel, ...] = (
+    ("loops", "state_norm", "State of the loop", "|x|"),
+    ("loops", "relative_change", "How far it moves", "|x - before| / |x|"),
+    ("loops", "token_cosine", "Likeness of tokens", "cosine"),
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a matrix of a measure shows.
+
+    Attributes:
+        mask: which of its cells mean something.
+        signed: values lie on both sides of 0.
+    """
+
+    measure: str
+    name: str
+    x: str
+    y: str
+    unit: str
+    mask: Callable[[NDArray[np.float64]], NDArray[np.bool_]]
+    signed: bool = False
+
+
+def _all(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.ones_like(matrix, np.bool_)
+
+
+def _later(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.triu(np.ones_like(matrix, np.bool_), 1)
+
+
+def _apart(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return ~np.eye(len(matrix), dtype=np.bool_)
+
+
+EFFECTS = Matrix("effects", "future effect on later layers", "later layer", "skipped layer", "relative change", _later)
+LOCAL = Matrix("effects", "future local effect", "later layer", "layer whose part is taken", "relative change", _later)
+SYMMETRY = Matrix("symmetry", "cosine of the weights of blocks", "block", "block", "cosine", _apart, signed=True)
+ERASURE = Matrix("erasure", "erasure", "token", "layer", "drop of the answer's probability", _all, signed=True)
+GRADIENTS = Matrix("gradients", "gradients", "token", "layer", "integrated gradient", _all, signed=True)
+
+
+def curves_plot(found: Sequence[DepthUse], panels: Sequence[Panel], places: str = "layer") -> str | None:
     """Curves over the layers, a line for each group, with the range over its runs; None where no group has any."""
     shown = [panel for panel in panels if any(use.curve(panel[0], panel[1]) is not None for use in found)]
     if not shown:
@@ -47,7 +107,7 @@ def curves_plot(found: Sequence[DepthUse], panels: Sequence[Panel]) -> str | Non
             for use in found:
                 _line(axes, use, use.curve(measure, name))
             axes.set_title(title, fontsize=10)
-            axes.set_xlabel("layer")
+            axes.set_xlabel(places)
             axes.set_ylabel(unit)
         _legend(figure, grid)
         return to_svg(figure)
@@ -63,31 +123,39 @@ def _line(axes: Any, use: DepthUse, values: NDArray[np.float64] | None) -> None:
         axes.fill_between(places, values.min(0), values.max(0), color=style["color"], alpha=0.13, linewidth=0)
 
 
-def effects_plot(found: Sequence[DepthUse], name: str = "future effect on later layers") -> str | None:
-    """Which layer reads what which layer wrote: a matrix for each group, all in one scale."""
-    shown = [(use, matrix) for use in found if (matrix := use.matrix("effects", name)) is not None]
+def matrices_plot(found: Sequence[DepthUse], kind: Matrix) -> str | None:
+    """A matrix for each group, all in one scale; None where no group has one."""
+    shown = [(use, matrix) for use in found if (matrix := use.matrix(kind.measure, kind.name)) is not None]
     if not shown:
         return None
     columns = min(len(shown), 4)
     lines = math.ceil(len(shown) / columns)
-    highest = max(float(np.nanmax(matrix)) for _, matrix in shown)
+    shown = [(use, np.where(kind.mask(matrix), matrix, np.nan)) for use, matrix in shown]
+    highest = max((float(np.nanmax(np.abs(matrix))) for _, matrix in shown if not np.isnan(matrix).all()), default=1.0)
+    limits = (-highest, highest) if kind.signed else (0.0, highest or 1.0)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(2.7 * columns + 0.8, 2.7 * lines + 0.3), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(shown) :]:
             axes.set_axis_off()
         for axes, (use, matrix) in zip(grid.flat, shown, strict=False):
-            later = np.where(np.triu(np.ones_like(matrix), 1) > 0, matrix, np.nan)
-            picture = axes.imshow(later, origin="lower", cmap="viridis", vmin=0, vmax=highest or 1.0)
+            colours = "RdBu_r" if kind.signed else "viridis"
+            picture = axes.imshow(matrix, origin="lower", cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
             axes.set_title(use.label[:40], fontsize=10)
-            axes.set_xlabel("later layer")
-            axes.set_ylabel("skipped layer")
-        figure.colorbar(picture, ax=grid, shrink=0.7, label="relative change")
+            axes.set_xlabel(kind.x)
+            axes.set_ylabel(kind.y)
+        figure.colorbar(picture, ax=grid, shrink=0.7, label=kind.unit)
         return to_svg(figure)
 
 
 def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss") -> str | None:
-    """What an intervention at each place does to the loss: a panel for each size of the block, a line for each group."""
+    """What an intervention at each place does: a panel for each size of the block, a line for each group.
+
+    Args:
+        kind: of interventions; of those that a primitive scores also that one's, whose accuracy is shown as it is.
+        unit: loss or accuracy; changes, but of primitives.
+    """
+    is_difference = " on " not in kind
     names = sorted({name for use in found for run in use.runs if kind in run for name in run[kind].curves})
     names = [name for name in names if name.endswith(f": {unit}")]
     if not names:
@@ -102,10 +170,12 @@ def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss")
         for axes, name in zip(grid.flat, names, strict=False):
             for use in found:
                 _line(axes, use, use.curve(kind, name))
-            axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+            if is_difference:
+                axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(name.partition(":")[0], fontsize=10)
-            axes.set_xlabel("first layer" if kind != "exit" else "layers before the exit")
-        grid[0][0].set_ylabel("change of the loss, nats" if unit == "loss" else "change of accuracy")
+            axes.set_xlabel("first layer" if not kind.startswith("exit") else "layers before the exit")
+        of_unit = "loss, nats" if unit == "loss" else "accuracy"
+        grid[0][0].set_ylabel(f"change of the {of_unit}" if is_difference else of_unit)
         _legend(figure, grid)
         return to_svg(figure)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from megaloop.report import depth_use_plots as plots
 from megaloop.report.depth_use import DepthUse, Row, depth_use, signature_rows
-from megaloop.report.depth_use_plots import CONTRIBUTIONS, LENS, curves_plot, effects_plot, interventions_plot
 from megaloop.report.savings import Group
 
 __all__ = ["PAPERS", "Signatures", "signatures"]
@@ -74,10 +74,29 @@ def signatures(groups: Sequence[Group]) -> Signatures:
 
 
 def _pictures(found: Sequence[DepthUse]) -> list[tuple[str, Markup, str]]:
+    lens = "Norm and head on the residual stream that enters each layer; the last place is what the model predicts."
     drawn = [
-        ("What layers add", curves_plot(found, CONTRIBUTIONS), "Means over tokens; a looped layer has a place for each time."),
-        ("What layers predict", curves_plot(found, LENS), "Norm and head on the residual stream that enters each layer; the last place is what the model predicts."),
-        ("Who reads whom", effects_plot(found), "Largest relative change of what a later layer adds at later positions, when a layer is skipped at earlier ones."),
-        *((title, interventions_plot(found, kind), f"Change of the loss over the targets of the prompts: {what}.") for kind, (title, what) in _INTERVENTIONS.items()),
+        ("What layers add", plots.curves_plot(found, plots.CONTRIBUTIONS), "Means over tokens; a looped layer has a place for each time."),
+        ("What layers predict", plots.curves_plot(found, plots.LENS), lens),
+        ("What layers predict, by the tuned lens", plots.curves_plot(found, plots.TUNED_LENS), lens),
+        ("Who reads whom", plots.matrices_plot(found, plots.EFFECTS), "Largest relative change of what a later layer adds at later positions, when a layer is skipped at earlier ones."),
+        ("Who reads whom directly", plots.matrices_plot(found, plots.LOCAL), "The same, when what a layer added is taken from the input of that one later layer alone."),
+        ("The loop", plots.curves_plot(found, plots.LOOPS, "iteration"), "After each iteration, from the first on; up to twice as many as in training."),
+        ("Likeness of blocks", plots.matrices_plot(found, plots.SYMMETRY), "Cosine of the MLP weights of two blocks; 0 where nothing was copied."),
+        *(
+            (title, plots.interventions_plot(found, kind), f"Change of the loss over the targets of the prompts: {what}.")
+            for kind, (title, what) in _INTERVENTIONS.items()
+        ),
+        *_of_primitives(found),
+        ("What the answer rests on: erasure", plots.matrices_plot(found, plots.ERASURE), "Drop of the probability of the last target of one prompt, when the residual stream at a token is replaced by its mean over tokens."),
+        ("What the answer rests on: integrated gradients", plots.matrices_plot(found, plots.GRADIENTS), "Of the probability of the last target of one prompt."),
     ]  # fmt: skip
     return [(title, Markup(picture), note) for title, picture, note in drawn if picture is not None]
+
+
+def _of_primitives(found: Sequence[DepthUse]) -> list[tuple[str, str | None, str]]:
+    kinds = dict.fromkeys(name for use in found for run in use.runs for name in run if " on " in name)
+    return [
+        (f"{name.capitalize()}", plots.interventions_plot(found, name, "accuracy"), "Accuracy of the primitive with the order changed at every place.")
+        for name in kinds
+    ]  # fmt: skip
