@@ -138,6 +138,21 @@ def test_primitives_score_interventions_too(run: Path, tmp_path: Path) -> None:
     assert of_task.curves["repeat 2 +2: accuracy"].values[1] == evaluated[0].values["accuracy"]
 
 
+def test_one_prompt_is_attributed(run: Path, tmp_path: Path) -> None:
+    """By layer and token, with the tokens as text; what comes after the answer has no part in it."""
+    found = diagnose(
+        run, measures=["erasure", "gradients"], prompt=2, prompts=PromptSource(count=4), out=tmp_path / "d.jsonl"
+    )
+    for record in found[:2]:
+        (matrix,) = record.result.matrices.values()
+        assert np.shape(matrix) == (6, len(record.result.labels["tokens"]))
+        assert record.examination.options == "prompt 2"
+        assert 0 < (record.result.numbers["probability"] or 0) < 1
+    gap = found[1].result.numbers["largest gap of completeness"]
+    assert gap is not None
+    assert gap < 1e-5
+
+
 def test_a_loop_is_watched_and_a_lens_is_tuned(run: Path, tmp_path: Path) -> None:
     loop_checkpoint(run, tmp_path / "run" / "checkpoints" / "step-00000020", DepthSpec.parse("2-2x3-2"))
     found = diagnose(
@@ -191,6 +206,10 @@ def test_interventions_have_a_name_for_their_curve() -> None:
     ("options", "message"),
     [
         ({"measures": ["depth"]}, "--measures: depth is none of contributions, effects"),
+        (
+            {"measures": ["erasure"], "prompt": 65, "prompts": PromptSource(count=4)},
+            "--prompt 65: there are 4 prompts; choose 1 to 4",
+        ),
         ({"block": 7}, "--block 7: the model executes 6 layers; choose 1 to 6"),
         ({"measures": ["loops"]}, "has no loop"),
         ({"measures": ["symmetry"], "block": 4}, "at least two must fit"),
