@@ -16,9 +16,9 @@ from megaloop.config import Config
 
 __all__ = ["ASKED", "HOPS", "VALIDATION_FRACTION", "LadderEvaluation", "documents"]
 
-HOPS = tuple(range(1, 9))
+HOPS = tuple(range(1, 7))
 """Numbers of hops in training."""
-ASKED = (*HOPS, 9, 10, 12)
+ASKED = (*HOPS, 7, 8, 10)
 """Numbers of hops that are asked; the last ones training never has."""
 VALIDATION_FRACTION = 0.05
 _SPARE, _FEWEST = 64, 2000
@@ -48,9 +48,9 @@ class LadderEvaluation:
     data: tuple[Path, ...]
     block: int
     asked: Path | None = None
-    samples: int = 2816
-    along: int = 352
-    swept: int = 176
+    samples: int = 2304
+    along: int = 288
+    swept: int = 144
     loops: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def commands(self, config: Config) -> list[list[str]]:

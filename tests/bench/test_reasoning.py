@@ -51,7 +51,7 @@ def test_runs_are_asked_at_the_end_along_the_way_and_with_every_block_looped() -
     config = load_config(PRESET)
     evaluation = LadderEvaluation((Path("hops"),), 2, Path("asked"))
     end, along, swept = evaluation.commands(contender(config, "baseline", 128))
-    assert end == ["--tasks", "validation", "--samples", "2816", "--data", "hops", "--data", "asked"]
+    assert end == ["--tasks", "validation", "--samples", "2304", "--data", "hops", "--data", "asked"]
     assert along[-3:] == ["--data", "asked", "--every-checkpoint"]
     assert swept[-6:] == ["--data", "asked", "--block", "every:2", "--loops", "1,2,3,4,5"]
     *_, looped = evaluation.commands(contender(config, "looped-full", 128))
