@@ -45,11 +45,17 @@ def contributions(traced: Trace, batch: PromptBatch) -> Tensor:
 
 def _of_layer(h: Tensor, attention: Tensor, mlp: Tensor) -> Iterator[Tensor]:
     """In the order of :data:`STATISTICS`, each [B, S]."""
+    h, attention, mlp = map(_wide, (h, attention, mlp))
     middle, added = h + attention, attention + mlp
     parts = (attention, h), (mlp, middle), (added, h)
     yield from (_norm(part) / _norm(whole) for part, whole in parts)
     yield from (cosine(part, whole) for part, whole in parts)
     yield h.norm(dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: of bf16 a norm or a difference would have three digits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -58,9 +64,11 @@ def _norm(x: Tensor) -> Tensor:
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Of the angle between both, over the last dimension."""
+    x, y = _wide(x), _wide(y)
     return (x * y).sum(-1) / (_norm(x) * _norm(y))
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
     """|before - after| / |before| over the last dimension."""
+    before, after = _wide(before), _wide(after)
     return (before - after).norm(dim=-1) / _norm(before)

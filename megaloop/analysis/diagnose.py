@@ -5,12 +5,16 @@ Runs on one process or data-parallel, as evaluation does: batches of prompts go 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
+
+from pydantic import ValidationError
 
 from megaloop.analysis.interventions import KINDS, Kind
 from megaloop.analysis.measures import (
@@ -29,10 +33,10 @@ from megaloop.analysis.prompts import Prompts, held_out_prompts, read_prompts, t
 from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, Examination, Result, append_result, read_results
 from megaloop.analysis.signature_table import signature_table
 from megaloop.analysis.tuned_lens import TunedLens, load_lens, train_lens
-from megaloop.checkpoint import Checkpoint
-from megaloop.data import DataSet
+from megaloop.checkpoint import Checkpoint, Manifest
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
+from megaloop.evaluation.held_out import open_as_trained
 from megaloop.evaluation.primitives import Questioning
 from megaloop.evaluation.tasks import TASKS_VERSION, tasks_named
 from megaloop.inference.load import load_decoder
@@ -42,7 +46,7 @@ from megaloop.text import printable
 
 __all__ = ["MEASURES", "SIGNATURES", "TUNED_LENS", "PromptSource", "TaskSource", "default_measures", "diagnose"]
 
-VERSION = 1
+VERSION = 2
 """Of the definitions; results of different versions do not compare."""
 SIGNATURES, TUNED_LENS = "signatures", "tuned-lens"
 ATTRIBUTIONS: tuple[Literal["erasure", "gradients"], ...] = ("erasure", "gradients")
@@ -97,7 +101,7 @@ class PromptSource:
         """
         path = self.path or _own_data(checkpoint, "name prompts with --prompts")
         if path.is_dir():
-            return held_out_prompts(_data_set(checkpoint, path), self.count, document_masking)
+            return held_out_prompts(open_as_trained(checkpoint, path), self.count, document_masking)
         return read_prompts(path, checkpoint.open_tokenizer("prompts are text"), self.count, self.field)
 
 
@@ -117,16 +121,14 @@ class TaskSource:
 
 
 def _own_data(checkpoint: Checkpoint, otherwise: str) -> Path:
-    paths = checkpoint.manifest.data.paths
-    if not paths:
+    data = checkpoint.manifest.data
+    if not data.paths:
         raise MegaloopError(f"diagnose: the checkpoint does not know its data; {otherwise}")
-    return paths[0]
-
-
-def _data_set(checkpoint: Checkpoint, path: Path) -> DataSet:
-    dataset = DataSet.open(path)
-    checkpoint.check_tokenizer(path, dataset.tokenizer_sha256)
-    return dataset
+    if data.is_fine_tuned:
+        raise MegaloopError(
+            f"diagnose: the run was fine-tuned on prompts and answers, which have no held-out samples; {otherwise}"
+        )
+    return data.paths[0]
 
 
 def diagnose(
@@ -168,8 +170,16 @@ def diagnose(
     size = _block(checkpoint.manifest.plan, block)
     chosen = default_measures(model.plan, size) if measures is None else measures
     tokenizer = checkpoint.open_tokenizer("questions are text") if asked else None
+    if asked and not set(KINDS) & set(chosen):
+        raise MegaloopError(
+            f"--tasks: scores interventions, and none is among the measures; add one of {', '.join(KINDS)}"
+        )
     vocab_size = model.vocab_size if checkpoint.manifest.tokenizer is None else checkpoint.open_tokenizer("").vocab_size
     subject = Subject(model, found, size, seed, vocab_size, on_part or (lambda label, done, total: None))
+    questioning = None
+    if tokenizer is not None:
+        questioning = Questioning(model, tokenizer, tasks.shots, tasks.examples, seed, subject.on_part)
+        questioning.check(asked)
     work = _Diagnosis(subject, checkpoint, precision, out or _beside(checkpoint), again)
     records = [work.done(name, MEASURES[name]) for name in MEASURES if name in chosen]
     if TUNED_LENS in chosen:
@@ -177,9 +187,7 @@ def diagnose(
     for name in ATTRIBUTIONS:
         if name in chosen:
             records.append(work.attribution(name, prompt))
-    if tokenizer is not None:
-        questioning = Questioning(model, tokenizer, tasks.shots, tasks.examples, seed, subject.on_part)
-        questioning.check(asked)
+    if questioning is not None:
         how = f"{tasks.shots} shots, {tasks.examples} questions, version {TASKS_VERSION}"
         for kind in KINDS:
             records += [
@@ -209,7 +217,12 @@ class _Diagnosis:
         if (known := self._known.get(self._examination(name, options))) is not None:
             return known
         began = time.perf_counter()
-        result = measure(self._subject)
+        try:
+            result = measure(self._subject)
+        except ValidationError:
+            raise MegaloopError(
+                f"{name}: the model's numbers are NaN, infinite or huge in {self._precision}, and nothing can be said of them"
+            ) from None
         record = self.record(name, result, time.perf_counter() - began, options)
         if self._file is not None and rank() == 0:
             append_result(self._file, record)
@@ -231,8 +244,13 @@ class _Diagnosis:
     def _trained(self, steps: int) -> TunedLens:
         model, manifest = self._subject.model, self._checkpoint.manifest
         path = _own_data(self._checkpoint, "a tuned lens is trained on a run's own")
-        samples = training_prompts(_data_set(self._checkpoint, path), _LENS_SAMPLES, model.config.document_masking)
-        file = self._file.parent / "lenses" / f"step-{manifest.step:08}.safetensors" if self._file else None
+        samples = training_prompts(
+            open_as_trained(self._checkpoint, path), _LENS_SAMPLES, model.config.document_masking
+        )
+        name = f"step-{manifest.step:08}"
+        if self._file != _beside(self._checkpoint):  # which several models may share
+            name += f"-{manifest.checksum[:12]}"
+        file = self._file.parent / "lenses" / f"{name}.safetensors" if self._file else None
         shape = model.plan.depth, model.config.hidden_size, manifest.checksum
         tuned, optimizer = TunedLens(*shape).to(model.device), None
         if file is not None and file.is_file():
@@ -261,12 +279,21 @@ class _Diagnosis:
             depth=str(manifest.plan),
             block=subject.block,
             step=manifest.step,
-            checkpoint=manifest.checksum,
+            checkpoint=_identity(manifest),
             precision=self._precision,
             seed=subject.seed,
             version=VERSION,
             options=options,
         )
+
+
+def _identity(manifest: Manifest) -> str:
+    """What tells a model from others: its manifest's checksum; of one that was imported, which is written anew with every call, that of what is in it."""
+    if manifest.data.paths:
+        return manifest.checksum
+    files = sorted((file.path, file.bytes, file.checksum) for file in manifest.files)
+    content = json.dumps([files, manifest.plan.to_json(), manifest.model.to_json()], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _block(plan: DepthPlan, block: int | None) -> int:

@@ -54,11 +54,6 @@ class Intervention:
             return "exit"
         return f"{self.kind} {self.count}" + (f" +{self.more}" if self.kind == "repeat" else "")
 
-    @property
-    def same_until(self) -> int:
-        """Up to this place everything is as it was."""
-        return self.start + self.count if self.kind == "repeat" else self.start
-
     def calls(self, calls: Sequence[LayerCall]) -> Calls:
         """The order of execution with it.
 
@@ -112,15 +107,18 @@ def score_targets(
     context = model.attention_context(batch.tokens_BS.shape[1], 0, batch.documents_BS, batch.tokens_BS.device)
     all_rows = torch.arange(len(batch.numbers), device=batch.tokens_BS.device)
     for intervention in interventions:
-        calls, at = intervention.calls(traced.calls), intervention.same_until
-        left = calls[at:]
-        if at == len(traced.layers):
-            state, entry = traced.final_BSD, None
-        else:
-            state, entry = traced.layers[at].before_BSD, traced.entry(at, all_rows)
-        final_BSD = model.run(state, left, first=False, last=False, entry=entry, context=context)
+        calls = intervention.calls(traced.calls)
+        at = _same_until(calls, traced.calls)
+        state, entry = traced.state(at), traced.entry(at, all_rows)
+        final_BSD = model.run(state, calls[at:], first=False, last=False, entry=entry, context=context)
         scores.append(_score(model, final_BSD, batch, vocab_size))
     return torch.stack(scores, 1)
+
+
+def _same_until(calls: Calls, untouched: Calls) -> int:
+    """Executions from the first one on that are as they were, what a loop does before and after them included."""
+    pairs = enumerate(zip(calls, untouched, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(calls), len(untouched)))
 
 
 def _score(model: Decoder, final_BSD: Tensor, batch: PromptBatch, vocab_size: int | None) -> Tensor:

@@ -4,7 +4,7 @@ The residual stream that enters layer l goes through norm and head as if it were
 what the model predicts (arXiv 2505.13898, section 3.4; 2602.16490, section 4). The tuned lens (arXiv 2303.08112) puts an affine map before the
 norm, one for each place.
 
-* KL(p_L || p_l) and the overlap of the five likeliest tokens: how far the last layers still change the prediction;
+* KL(p_l || p_L) and the overlap of the five likeliest tokens: how far the last layers still change the prediction;
 * loss and accuracy of p_l where there is a target, and how often its likeliest token is the model's: early exits;
 * deep-thinking ratio (arXiv 2602.13517): the share of tokens whose prediction settles late. D_l is the Jensen-Shannon divergence of p_l and p_L (in nats); a
   token settles at the first l by which D has been at most 0.5, and is deep if that is at least ceil(0.85 L).
@@ -121,7 +121,7 @@ def _compared(
     middle_MV = torch.logaddexp(found_MV, final_MV) - math.log(2)
     halves = [(one.exp() * (one - middle_MV)).sum(1) for one in (found_MV, final_MV)]
     at_tokens = [
-        (final_MV.exp() * (final_MV - found_MV)).sum(1),
+        (found_MV.exp() * (found_MV - final_MV)).sum(1),
         overlap_M,
         (top_M5[:, 0] == final_M5[:, 0]).float(),
         (halves[0] + halves[1]) / 2,

@@ -190,7 +190,15 @@ def _or_none(value: int | None) -> float | None:
 
 
 def intervention_curves(subject: Subject, kind: Kind) -> Result:
-    """Loss and accuracy over the targets of the prompts, with one change of the order at every place; as differences to none."""
+    """Loss and accuracy over the targets of the prompts, with one change of the order at every place; as differences to none.
+
+    Raises:
+        MegaloopError: no prompt has a target.
+    """
+    if not any((prompt.targets >= 0).any() for prompt in subject.prompts.prompts):
+        raise MegaloopError(
+            f"{kind}: no prompt of {subject.prompts.source} has a target; give prompts of at least two tokens"
+        )
     interventions = sweep(kind, subject.depth, subject.block)
     sums_PIK, counts_P = subject.collect(
         kind,
@@ -223,7 +231,7 @@ def task_curves(subject: Subject, kind: Kind, task: Task, questioning: Questioni
     curves = {
         f"{title}: {name}": curve(
             [found[column][name] for column in columns],
-            np.array([found[column][f"{name}_stderr"] or np.nan for column in columns]),
+            np.array([found[column][f"{name}_stderr"] for column in columns], np.float64),  # None is nan
         )
         for title, columns in _by_curve(interventions).items()
         for name in ("accuracy", "exact_match")

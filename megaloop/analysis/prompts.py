@@ -166,7 +166,7 @@ def training_prompts(dataset: DataSet, count: int, document_masking: bool) -> Pr
 def _samples(dataset: DataSet, places: Any, document_masking: bool) -> Prompts:
     prompts = []
     for number in range(len(places)):
-        read = held_out_batch(places, [number])
+        read = held_out_batch(places[number : number + 1], [0])  # alone: the weights are of all places that it is given
         targets = read.targets[0] if read.loss_weights is None else read.targets[0].where(read.loss_weights[0] > 0, -1)
         found = set() if read.difficulties is None else set(read.difficulties[0][targets >= 0].tolist())
         documents = read.documents[0].numpy() if document_masking else None

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaloop.analysis.signatures import Signature
 from megaloop.runs import records
@@ -19,6 +19,9 @@ __all__ = ["DIAGNOSIS", "Curve", "DiagnosisRecord", "Examination", "Result", "ap
 
 DIAGNOSIS = "diagnosis.jsonl"
 _DIGITS = 6
+_LARGEST = 1e30
+Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
+"""What JSON can hold, and sums and pictures of it too."""
 
 
 class Curve(BaseModel):
@@ -30,8 +33,8 @@ class Curve(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    values: list[float | None]
-    errors: list[float | None] | None = None
+    values: list[Number | None]
+    errors: list[Number | None] | None = None
 
 
 class Result(BaseModel):
@@ -45,15 +48,19 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     curves: dict[str, Curve] = {}
-    matrices: dict[str, list[list[float]]] = {}
-    numbers: dict[str, float | None] = {}
-    by_prompt: dict[str, list[list[float]]] = {}
+    matrices: dict[str, list[list[Number]]] = {}
+    numbers: dict[str, Number | None] = {}
+    by_prompt: dict[str, list[list[Number]]] = {}
     labels: dict[str, list[str]] = {}
     signatures: list[Signature] = []
 
-    def array(self, name: str) -> NDArray[np.float64]:
-        """[P, ...] of ``by_prompt``."""
-        return np.array(self.by_prompt[name], np.float64)
+    def arrays(self, *names: str) -> list[NDArray[np.float64]] | None:
+        """Of ``by_prompt``, each [P, ...]; None where one is missing, or they are not of the same prompts: somebody has edited them."""
+        found = [self.by_prompt.get(name, []) for name in names]
+        widths = [{len(row) for row in rows} for rows in found]
+        if len({len(rows) for rows in found}) != 1 or any(len(width) != 1 or 0 in width for width in widths):
+            return None
+        return [np.array(rows, np.float64) for rows in found]
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,9 @@ class Examination:
         prompts, prompts_sha256, count: where the prompts are from, which they are, how many.
         depth: the order of layers that ran.
         block: layers of a block that is repeated, and the period that is looked for.
-        step, checkpoint: of the model: its training step and its manifest's checksum.
+        step, checkpoint: of the model: its training step and its manifest's checksum (of an import, whose manifest has a date, that of its files).
         precision: fp32 or bf16.
-        seed: of boundaries and resampling.
+        seed: of boundaries and of the questions of primitives.
         version: of the definitions.
         options: of this measure, as text: a primitive and its shots, the steps of a lens.
     """

@@ -20,6 +20,7 @@ from megaloop.analysis.effective_depth import depth_score, score_interval
 
 __all__ = [
     "Array",
+    "Indices",
     "Signature",
     "Verdict",
     "bootstrap",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 Verdict = Literal["seen", "not seen", "unclear", "-"]
 _RESAMPLES = 1000
 _PERMUTATIONS = 2000
@@ -63,27 +65,30 @@ class Signature:
 
 
 def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], Array | float], count: int, seed: int = 0
-) -> tuple[float, float]:
-    """The 2.5% and 97.5% percentiles of a statistic over resampled prompts.
+    statistic: Callable[[Indices], float], parts: Sequence[Indices], seed: int = 0
+) -> tuple[float, float] | None:
+    """The 2.5% and 97.5% percentiles of a statistic over resampled prompts; None where a part has a single prompt, which says nothing of others.
 
     Args:
-        statistic: of the indices of some prompts, int64 [count].
-        count: prompts.
+        statistic: of the indices of some prompts.
+        parts: prompts that are resampled by themselves, so that each part keeps its size.
     """
+    if min(map(len, parts)) < 2:
+        return None
     generator = np.random.default_rng(seed)
-    values = [float(statistic(generator.integers(0, count, count))) for _ in range(_RESAMPLES)]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    values = [statistic(np.concatenate([generator.choice(own, len(own)) for own in parts])) for _ in range(_RESAMPLES)]
+    low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def _with_interval(
-    name: str, statistic: Callable[[NDArray[np.int64]], float], count: int, *, judged: bool
+    name: str, statistic: Callable[[Indices], float], parts: Sequence[Indices], *, judged: bool
 ) -> Signature:
     """A signature that is seen above 0."""
-    value = statistic(np.arange(count))
-    low, high = bootstrap(statistic, count)
-    return Signature(name, value, low, high, verdict=_verdict(low, high) if judged else "-")
+    value, interval = statistic(np.concatenate(parts)), bootstrap(statistic, parts)
+    if interval is None:
+        return Signature(name, value, verdict="unclear" if judged else "-", why="one prompt has no interval")
+    return Signature(name, value, *interval, verdict=_verdict(*interval) if judged else "-")
 
 
 def _verdict(low: float, high: float) -> Verdict:
@@ -92,7 +97,8 @@ def _verdict(low: float, high: float) -> Verdict:
 
 def mean_of(name: str, sums_P: Array, counts_P: Array) -> Signature:
     """A mean over tokens of all prompts."""
-    return _with_interval(name, lambda chosen: _ratio(sums_P[chosen], counts_P[chosen]), len(sums_P), judged=False)
+    parts = [np.arange(len(sums_P))]
+    return _with_interval(name, lambda chosen: _ratio(sums_P[chosen], counts_P[chosen]), parts, judged=False)
 
 
 def _ratio(sums: Array, counts: Array) -> float:
@@ -112,16 +118,15 @@ def score_by_difficulty(effects_PL: Array, difficulty_P: NDArray[np.int64]) -> S
     name = "depth score per step of difficulty"
     if len(levels) < 2:
         return Signature(name, None, why="the prompts are not of several difficulties")
-    members = [np.flatnonzero(difficulty_P == level) for level in levels]
+    if any(depth_score(effects_PL[difficulty_P == level].mean(0)) is None for level in levels):
+        return Signature(name, None, why="no layer has an effect at one of the difficulties")
 
-    def slope(chosen: Sequence[NDArray[np.int64]]) -> float:
-        scores = [depth_score(effects_PL[own].mean(0)) or 0.0 for own in chosen]
+    def slope(chosen: Indices) -> float:
+        of_level = [chosen[difficulty_P[chosen] == level] for level in levels]
+        scores = [depth_score(effects_PL[own].mean(0)) or 0.0 for own in of_level]
         return float(np.polyfit(levels, scores, 1)[0])
 
-    generator = np.random.default_rng(0)
-    drawn = [slope([generator.choice(own, len(own)) for own in members]) for _ in range(_RESAMPLES)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Signature(name, slope(members), float(low), float(high), verdict=_verdict(float(low), float(high)))
+    return _with_interval(name, slope, [np.flatnonzero(difficulty_P == level) for level in levels], judged=True)
 
 
 def period(sizes_L: Array, lag: int) -> float:
@@ -206,11 +211,11 @@ def _rise_difference(
 ) -> Signature:
     rise_PI = loss_PI - without_P[:, None]
 
-    def difference(chosen: NDArray[np.int64]) -> float:
+    def difference(chosen: Indices) -> float:
         rise_I = rise_PI[chosen].sum(0) / max(targets_P[chosen].sum(), 1)
         return float(rise_I[of].mean() - rise_I[against].mean())
 
-    return _with_interval(name, difference, len(rise_PI), judged=True)
+    return _with_interval(name, difference, [np.arange(len(rise_PI))], judged=True)
 
 
 def repeat_gain(
@@ -221,14 +226,14 @@ def repeat_gain(
     if count < 4 or not loss_PI.shape[1]:
         return Signature(name, None, why="too few prompts" if count < 4 else "no block fits")
     gain_PI = without_P[:, None] - loss_PI
-    halves = np.arange(count) % 2 == 0, np.arange(count) % 2 == 1
+    halves = [np.arange(0, count, 2), np.arange(1, count, 2)]
 
-    def gain(chosen: NDArray[np.int64]) -> float:
+    def gain(chosen: Indices) -> float:
         total = 0.0
-        for choosing, measured in (halves, halves[::-1]):
-            own, other = chosen[choosing[chosen]], chosen[measured[chosen]]
+        for half in (0, 1):
+            own, other = chosen[chosen % 2 == half], chosen[chosen % 2 != half]
             best = int(gain_PI[own].sum(0).argmax())
             total += _ratio(gain_PI[other, best], targets_P[other]) / 2
         return total
 
-    return _with_interval(name, gain, count, judged=True)
+    return _with_interval(name, gain, halves, judged=True)

@@ -6,7 +6,7 @@ import json as json_module
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +18,6 @@ from launchers.rank import started_by_launcher
 from megaloop.cli.options import Json
 from megaloop.cli.output import echo
 from megaloop.cli.ranks import is_first_rank, joined_ranks, launch_again, part_progress
-from megaloop.errors import MegaloopError
 from megaloop.terminal import SafeConsole
 from megaloop.text import printable
 
@@ -59,7 +58,7 @@ def diagnose(
         int | None,
         typer.Option(min=1, help="Layers of a block: the period that is looked for, and what is repeated; default: the loop's, or 4."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the boundaries between skipped and measured positions.")] = 123,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the boundaries between skipped and measured positions, and of the questions of --tasks.")] = 123,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic.")] = "fp32",
     ranks: Annotated[int, typer.Option(min=1, help="Local ranks that share the prompts.")] = 1,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
@@ -116,16 +115,24 @@ def _names(text: str | None) -> list[str]:
 
 @contextmanager
 def _as_checkpoint(model: Path) -> Iterator[Path]:
-    """The checkpoint of a model; of a Hugging Face directory one that is read from it, for as long as it is looked at."""
+    """The checkpoint of a model; of a Hugging Face directory one that the first rank reads from it, for as long as it is looked at."""
     if not (model / "config.json").is_file() or (model / "manifest.json").is_file():
         yield model
         return
-    from megaloop.huggingface.weights import import_huggingface
+    import torch.distributed as dist
 
-    with tempfile.TemporaryDirectory(prefix="megaloop-diagnose-") as folder:
-        checkpoint = Path(folder) / "imported"
-        import_huggingface(model, checkpoint)
+    from megaloop.huggingface.weights import import_huggingface
+    from megaloop.runtime.collectives import broadcast_object, gather_objects, raise_on_all_ranks
+
+    first = is_first_rank()
+    alone = dist.new_group([0], backend="gloo") if dist.is_initialized() else None
+    with tempfile.TemporaryDirectory(prefix="megaloop-diagnose-") if first else nullcontext("") as folder:
+        checkpoint = Path(broadcast_object(folder)) / "imported"
+        with raise_on_all_ranks():
+            if first:
+                import_huggingface(model, checkpoint, group=alone)
         yield checkpoint
+        gather_objects(None)  # the others have read what they need: now it may go
 
 
 def _print_signatures(found: Sequence[tuple[Path, Sequence[DiagnosisRecord]]]) -> None:
@@ -133,11 +140,14 @@ def _print_signatures(found: Sequence[tuple[Path, Sequence[DiagnosisRecord]]]) -
     tables = [(model, {row.name: row for row in records[-1].result.signatures}) for model, records in found]
     names = list(dict.fromkeys(name for _, rows in tables for name in rows))
     if not names:
-        raise MegaloopError("diagnose: these measures make no signature; add --json to see what they found")
+        echo("these measures make no signature; add --json to see what they found", err=True)
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("signature")
+    short = [model.name for model, _ in tables]
     for model, _ in tables:
-        table.add_column(Text(printable(model.name)), justify="right")
+        is_clear = model.name and short.count(model.name) == 1
+        table.add_column(Text(printable(model.name if is_clear else model)), justify="right")
     for name in names:
         table.add_row(name, *(_shown(rows.get(name)) for _, rows in tables))
     SafeConsole(width=None if sys.stdout.isatty() else 160).print(table)
@@ -148,5 +158,7 @@ def _shown(row: Signature | None) -> str:
         return "-"
     if row.value is None:
         return row.why
-    interval = f" p {row.p:.3f}" if row.p is not None else f" ({row.low:.3g} to {row.high:.3g})"
+    interval = "" if row.low is None or row.high is None else f" ({row.low:.3g} to {row.high:.3g})"
+    if row.p is not None:
+        interval = f" p {row.p:.3f}"
     return f"{row.value:.3g}{interval}" + ("" if row.verdict == "-" else f" {row.verdict}")

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, bits_per_byte, held_out_batch, held_out_places
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.held_out import Scored, difficulties, score_held_out, summary
+from megaloop.evaluation.held_out import Scored, difficulties, open_as_trained, score_held_out, summary
 from megaloop.evaluation.loops import Block, EveryBlock, InferenceDepth, inference_depth
 from megaloop.evaluation.primitives import Questioning
 from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, read_records
@@ -123,12 +123,7 @@ def _datasets(
     opened = []
     for path in paths:
         try:
-            dataset = DataSet.open(path)
-            length = checkpoint.manifest.data.sequence_length
-            whole = dataset.description.targets is not None  # such samples are read at their own length alone
-            if length is not None and dataset.sequence_length % length == 0 and not whole:
-                dataset = DataSet.open(path, length)
-            checkpoint.check_tokenizer(path, dataset.tokenizer_sha256)
+            dataset = open_as_trained(checkpoint, path)
             if not len(dataset.split("validation")):
                 raise MegaloopError(f"data {path}: no held-out samples; prepare it with --validation-fraction")
             opened.append(dataset)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, MicroBatch
 from megaloop.depth import LayerCall
+from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import clustered, ratio
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 
-__all__ = ["Scored", "difficulties", "score_held_out", "summary"]
+__all__ = ["Scored", "difficulties", "open_as_trained", "score_held_out", "summary"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,25 @@ class Scored:
     loss: float
     right: int | None = None
     last: bool | None = None
+
+
+def open_as_trained(checkpoint: Checkpoint, path: Path) -> DataSet:
+    """A data set in samples as long as those of a checkpoint's training, where they allow it.
+
+    Raises:
+        MegaloopError: no data set, or one of another tokenizer, or with more tokens than the model knows.
+    """
+    dataset = DataSet.open(path)
+    length = checkpoint.manifest.data.sequence_length
+    whole = dataset.description.targets is not None  # such samples are read at their own length alone
+    if length is not None and dataset.sequence_length % length == 0 and not whole:
+        dataset = DataSet.open(path, length)
+    checkpoint.check_tokenizer(path, dataset.tokenizer_sha256)
+    if dataset.vocab_size > (rows := checkpoint.manifest.vocab_size):
+        raise MegaloopError(
+            f"data {path}: its tokenizer has {dataset.vocab_size:,} tokens, the model {rows:,}; prepare it with the model's tokenizer"
+        )
+    return dataset
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaloop.checkpoint.reader import Checkpoint
@@ -158,6 +159,7 @@ def import_huggingface(
     tokenizer: Path | None = None,
     without_tokenizer: bool = False,
     on_bytes: Tell | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> ImportSummary:
     """Read a model of the Llama architecture into a checkpoint of step 0.
 
@@ -170,6 +172,7 @@ def import_huggingface(
         tokenizer: the tokenizer to keep with it (a file, or a directory that has one); default: the model's own.
         without_tokenizer: keep none.
         on_bytes: told (what is done, bytes done, bytes in all) as it goes on.
+        group: where torch.distributed is initialised: the one rank that writes.
 
     Raises:
         MegaloopError: pickled weights only, another architecture or a feature that the decoder lacks, a tensor that is
@@ -195,7 +198,7 @@ def import_huggingface(
             growth=None, config={"data": {"sequence_length": found.length}},
         )  # fmt: skip
         try:
-            save_checkpoint(out, counted(pieces, on_bytes), info, tokenizer=kept)
+            save_checkpoint(out, counted(pieces, on_bytes), info, tokenizer=kept, group=group)
         except MegaloopError as error:
             if isinstance(error.__cause__, MegaloopError):  # it is the source that is bad, not the disk
                 raise error.__cause__ from None

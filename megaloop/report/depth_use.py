@@ -1,13 +1,13 @@
 """What the page's section *Signatures* shows: how the runs of each group use their depth, as ``megaloop diagnose`` measured it.
 
 Runs compare where they were asked with the same prompts in the same way. Of each run the newest step that was diagnosed counts; where runs were asked
-with different prompts, those that most of them share are shown.
+with different prompts, those that most of them share are shown; of equals, and of several blocks in a group, those that were asked last.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaloop.analysis.results import DIAGNOSIS, Examination, Result, read_results
+from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, Examination, Result, read_results
 from megaloop.analysis.signature_table import signature_table
 from megaloop.analysis.signatures import Signature
 from megaloop.report.savings import Group
@@ -49,10 +49,10 @@ class DepthUse:
         return np.array([[np.nan if value is None else value for value in one.values] for one in found])
 
     def matrix(self, measure: str, name: str) -> Array | None:
-        """[layer skipped, later layer], the mean over runs; None where no run has it."""
+        """[layer skipped, later layer], or [layer, token], the mean over runs; None where no run has it, or they are of different shapes."""
         found = [run[measure].matrices[name] for run in self.runs if measure in run and name in run[measure].matrices]
-        shapes = {(len(one), *map(len, one)) for one in found}
-        return np.array(found, np.float64).mean(0) if len(shapes) == 1 and len(set(*shapes)) == 1 else None
+        shapes = {(len(one), len(row)) for one in found for row in one}
+        return np.array(found, np.float64).mean(0) if len(shapes) == 1 and all(*shapes) and all(found) else None
 
     @cached_property
     def signatures(self) -> list[dict[str, Signature]]:
@@ -80,25 +80,43 @@ class Row:
 
 def depth_use(groups: Sequence[Group]) -> list[DepthUse]:
     """The groups that have diagnosed runs; a line that is damaged is as if it were not there."""
-    read = {run.path: read_results(run.path / DIAGNOSIS) for group in groups for run in group.runs}
-    newest = {path: max((key.step for key in found), default=-1) for path, found in read.items()}
-    current = {
-        path: {key: record for key, record in found.items() if key.step == newest[path]} for path, found in read.items()
-    }
-    shared = Counter(how for found in current.values() for how in {_how(key) for key in found})
+    current = {run.path: _newest(read_results(run.path / DIAGNOSIS)) for group in groups for run in group.runs}
+    shared = Counter(how for found in current.values() for how in dict.fromkeys(_how(record) for record in found))
     if not shared:
         return []
-    (chosen, _), *_ = shared.most_common(1)
+    times = {_how(record): record.time for record in sorted(_all(current.values()), key=_time)}
+    chosen = max(shared, key=lambda how: (shared[how], times[how]))
     made = []
     for number, group in enumerate(groups):
-        runs = [
-            {_name(key): record.result for key, record in current[run.path].items() if _how(key) == chosen}
-            for run in group.runs
-        ]
-        blocks = {key.block for run in group.runs for key in current[run.path] if _how(key) == chosen}
-        if any(runs) and len(blocks) == 1:
-            made.append(DepthUse(number, group.label, tuple(run for run in runs if run), blocks.pop()))
+        found = [[record for record in current[run.path] if _how(record) == chosen] for run in group.runs]
+        if any(found):
+            block = max(reversed(_all(found)), key=_time).examination.block
+            runs = [
+                {_name(r.examination): r.result for r in records if r.examination.block == block} for records in found
+            ]
+            made.append(DepthUse(number, group.label, tuple(run for run in runs if run), block))
     return made
+
+
+def _newest(found: Mapping[Examination, DiagnosisRecord]) -> list[DiagnosisRecord]:
+    """Of the newest step, and of what was last measured there: a step that was trained again is another checkpoint. The oldest first."""
+    records = sorted(found.values(), key=_time)
+    if not records:
+        return []
+    last = max(reversed(records), key=lambda record: (record.examination.step, record.time)).examination
+    return [
+        record
+        for record in records
+        if (record.examination.step, record.examination.checkpoint) == (last.step, last.checkpoint)
+    ]
+
+
+def _time(record: DiagnosisRecord) -> str:
+    return record.time
+
+
+def _all(records: Iterable[Iterable[DiagnosisRecord]]) -> list[DiagnosisRecord]:
+    return [record for some in records for record in some]
 
 
 def _name(key: Examination) -> str:
@@ -106,8 +124,9 @@ def _name(key: Examination) -> str:
     return f"{key.measure} on {key.options.partition(',')[0]}" if "questions" in key.options else key.measure
 
 
-def _how(key: Examination) -> tuple[Any, ...]:
+def _how(record: DiagnosisRecord) -> tuple[Any, ...]:
     """What must be the same for results to compare."""
+    key = record.examination
     return key.prompts_sha256, key.count, key.precision, key.seed, key.version
 
 
@@ -126,9 +145,10 @@ def _row(use: DepthUse, name: str) -> Row | None:
     rows = [row for run in use.signatures for own, row in run.items() if _shown_name(own) == name]
     if not rows:
         return None
-    values = [row.value for row in rows if row.value is not None]
+    known = [row for row in rows if row.value is not None]
+    values = [row.value for row in known if row.value is not None]
     if not values:
         return Row(None, None, None, {}, rows[0].why)
-    verdicts: Counter[str] = Counter(row.verdict for row in rows if row.value is not None and row.verdict != "-")
-    low, high = (rows[0].low, rows[0].high) if len(values) == 1 else (min(values), max(values))
+    verdicts: Counter[str] = Counter(row.verdict for row in known if row.verdict != "-")
+    low, high = (known[0].low, known[0].high) if len(known) == 1 else (min(values), max(values))
     return Row(float(np.mean(values)), low, high, dict(verdicts))

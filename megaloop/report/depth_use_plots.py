@@ -81,7 +81,7 @@ def _later(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _apart(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return ~np.eye(len(matrix), dtype=np.bool_)
+    return ~np.eye(*matrix.shape, dtype=np.bool_)
 
 
 EFFECTS = Matrix("effects", "future effect on later layers", "later layer", "skipped layer", "relative change", _later)
@@ -91,8 +91,15 @@ ERASURE = Matrix("erasure", "erasure", "token", "layer", "drop of the answer's p
 GRADIENTS = Matrix("gradients", "gradients", "token", "layer", "integrated gradient", _all, signed=True)
 
 
-def curves_plot(found: Sequence[DepthUse], panels: Sequence[Panel], places: str = "layer") -> str | None:
-    """Curves over the layers, a line for each group, with the range over its runs; None where no group has any."""
+def curves_plot(
+    found: Sequence[DepthUse], panels: Sequence[Panel], places: str = "layer", first: int = 0
+) -> str | None:
+    """Curves over the layers, a line for each group, with the range over its runs; None where no group has any.
+
+    Args:
+        places: what the curves go over.
+        first: number of the first place.
+    """
     shown = [panel for panel in panels if any(use.curve(panel[0], panel[1]) is not None for use in found)]
     if not shown:
         return None
@@ -105,7 +112,7 @@ def curves_plot(found: Sequence[DepthUse], panels: Sequence[Panel], places: str 
             axes.set_axis_off()
         for axes, (measure, name, title, unit) in zip(grid.flat, shown, strict=False):
             for use in found:
-                _line(axes, use, use.curve(measure, name))
+                _line(axes, use, use.curve(measure, name), first)
             axes.set_title(title, fontsize=10)
             axes.set_xlabel(places)
             axes.set_ylabel(unit)
@@ -113,10 +120,10 @@ def curves_plot(found: Sequence[DepthUse], panels: Sequence[Panel], places: str 
         return to_svg(figure)
 
 
-def _line(axes: Any, use: DepthUse, values: NDArray[np.float64] | None) -> None:
+def _line(axes: Any, use: DepthUse, values: NDArray[np.float64] | None, first: int) -> None:
     if values is None:
         return
-    places = np.arange(values.shape[1])
+    places = first + np.arange(values.shape[1])
     style = line_style(use.number)
     axes.plot(places, values.mean(0), marker="o", markersize=3, linewidth=1.4, label=legend_label(use.label), **style)
     if len(values) > 1:
@@ -155,7 +162,7 @@ def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss")
         kind: of interventions; of those that a primitive scores also that one's, whose accuracy is shown as it is.
         unit: loss or accuracy; changes, but of primitives.
     """
-    is_difference = " on " not in kind
+    is_difference, is_exit = " on " not in kind, kind.startswith("exit")
     names = sorted({name for use in found for run in use.runs if kind in run for name in run[kind].curves})
     names = [name for name in names if name.endswith(f": {unit}")]
     if not names:
@@ -169,11 +176,11 @@ def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss")
             axes.set_axis_off()
         for axes, name in zip(grid.flat, names, strict=False):
             for use in found:
-                _line(axes, use, use.curve(kind, name))
+                _line(axes, use, use.curve(kind, name), int(is_exit))  # the earliest exit is after one layer
             if is_difference:
                 axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(name.partition(":")[0], fontsize=10)
-            axes.set_xlabel("first layer" if not kind.startswith("exit") else "layers before the exit")
+            axes.set_xlabel("layers before the exit" if is_exit else "first layer")
         of_unit = "loss, nats" if unit == "loss" else "accuracy"
         grid[0][0].set_ylabel(f"change of the {of_unit}" if is_difference else of_unit)
         _legend(figure, grid)

@@ -81,7 +81,7 @@ def _pictures(found: Sequence[DepthUse]) -> list[tuple[str, Markup, str]]:
         ("What layers predict, by the tuned lens", plots.curves_plot(found, plots.TUNED_LENS), lens),
         ("Who reads whom", plots.matrices_plot(found, plots.EFFECTS), "Largest relative change of what a later layer adds at later positions, when a layer is skipped at earlier ones."),
         ("Who reads whom directly", plots.matrices_plot(found, plots.LOCAL), "The same, when what a layer added is taken from the input of that one later layer alone."),
-        ("The loop", plots.curves_plot(found, plots.LOOPS, "iteration"), "After each iteration, from the first on; up to twice as many as in training."),
+        ("The loop", plots.curves_plot(found, plots.LOOPS, "iteration", 1), "After each iteration, from the first on; up to twice as many as in training."),
         ("Likeness of blocks", plots.matrices_plot(found, plots.SYMMETRY), "Cosine of the MLP weights of two blocks; 0 where nothing was copied."),
         *(
             (title, plots.interventions_plot(found, kind), f"Change of the loss over the targets of the prompts: {what}.")

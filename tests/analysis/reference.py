@@ -173,7 +173,7 @@ class HookedLlama:
         settled = [_settling_layer([float(of[token]) for of in js[1:]]) for token in range(len(tokens))]
         deep = [layer >= math.ceil(0.85 * len(self.layers)) for layer in settled]
         return Lens(
-            kl=[float((seen.p * (final - log)).sum(1).mean()) for log in logs],
+            kl=[float((log.exp() * (log - final)).sum(1).mean()) for log in logs],
             overlap=[_overlap(log, final) for log in logs],
             agreement=[float((log.argmax(1) == final.argmax(1)).float().mean()) for log in logs],
             divergence=[float(of.mean()) for of in js],

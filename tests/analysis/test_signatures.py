@@ -150,3 +150,30 @@ def test_numbers_without_a_side_have_no_verdict() -> None:
     assert score.low < 4.5 < score.high
     overlap = mean_of("overlap", np.full(10, 30.0), np.full(10, 40.0))
     assert (overlap.value, overlap.low, overlap.high) == (0.75, 0.75, 0.75)
+
+
+# --- few prompts
+
+
+def test_one_prompt_has_numbers_but_no_interval_and_no_verdict() -> None:
+    losses = _losses(np.array([0.8, 0.8, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5]), prompts=1)
+    for row in (late_layers(*losses), middle_permutable(losses[0][:, :7], *losses[1:])):
+        assert row.value is not None
+        assert (row.low, row.high, row.verdict) == (None, None, "unclear")
+    overlap = mean_of("overlap", np.array([3.0]), np.array([4.0]))
+    assert (overlap.value, overlap.low, overlap.verdict) == (0.75, None, "-")
+
+
+def test_one_prompt_of_a_difficulty_shows_no_growth_with_it() -> None:
+    effects = np.ones((5, 8))
+    effects[np.arange(5), [1, 1, 5, 5, 7]] += 1.0
+    assert score_by_difficulty(effects, np.array([1, 1, 2, 2, 3])).verdict == "unclear"
+    assert score_by_difficulty(effects[:4], np.array([1, 1, 2, 2])).verdict == "seen"
+
+
+def test_a_resampling_keeps_prompts_to_choose_on_and_to_measure_on() -> None:
+    """All gain the same, so every resampling of four prompts does; one without a half would gain less."""
+    targets = np.full(4, 10.0)
+    row = repeat_gain(np.full((4, 3), 18.0), np.full(4, 20.0), targets)
+    assert (row.value, row.low, row.high) == pytest.approx((0.2, 0.2, 0.2))
+    assert row.verdict == "seen"

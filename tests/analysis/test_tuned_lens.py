@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaloop.analysis import tuned_lens
-from megaloop.analysis.lens import lens, settling_layers
+from megaloop.analysis.lens import lens, log_distribution, settling_layers
 from megaloop.analysis.trace import trace
 from megaloop.analysis.tuned_lens import TunedLens, load_lens, train_lens
 from megaloop.errors import MegaloopError
@@ -42,9 +42,13 @@ def test_trained_it_is_nearer_to_the_end_at_every_place() -> None:
     plain, found = (lens(model, traced, batch, translate=by).tokens_BLK[:, :, 0].sum(0) for by in (None, tuned))
     assert (found[:-1] < plain[:-1]).all()
     assert torch.equal(found[-1], plain[-1])
-    # the loss is the mean KL over tokens and places of the first batch, which holds all prompts
-    tokens = int(batch.valid_BS.sum())
-    assert losses[1] == pytest.approx(float(plain[:-1].sum()) / tokens / 7, rel=1e-5)
+    # the loss is the mean KL(p_L || p_l) over tokens and places of the first batch, which holds all prompts
+    final, *states = (
+        log_distribution(model, state[batch.valid_BS])
+        for state in (traced.final_BSD, *(one.h_BSD for one in traced.layers))
+    )
+    divergence = sum(float((final.exp() * (final - state)).sum()) for state in states)
+    assert losses[1] == pytest.approx(divergence / int(batch.valid_BS.sum()) / 7, rel=1e-5)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 

@@ -1,0 +1,205 @@
+"""What may be diagnosed: checkpoints with more or less beside them, models of others, few prompts; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.ladders import write_word_tokenizer
+from megaloop.analysis import prompts as prompts_module
+from megaloop.analysis.contributions import cosine, relative_change
+from megaloop.analysis.diagnose import PromptSource, TaskSource, _identity, diagnose
+from megaloop.analysis.prompts import held_out_prompts
+from megaloop.analysis.results import read_results
+from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
+from megaloop.checkpoint.manifest import encode_manifest
+from megaloop.data import DataSet
+from megaloop.depth import DepthPlan
+from megaloop.errors import MegaloopError
+from megaloop.huggingface.weights import export_huggingface, import_huggingface
+from megaloop.layout.pieces import Box, Piece, StatePiece
+from megaloop.layout.topology import Topology
+from megaloop.model import Decoder
+from tests.analysis.models import CONFIG
+from tests.cli.test_cli import megaloop
+from tests.data.targeted import write_targeted
+
+
+def _saved(
+    folder: Path,
+    rows: int,
+    *,
+    tokenizer: Path | None = None,
+    seed: int = 0,
+    embedding: float | None = None,
+    **data: Any,
+) -> Path:
+    """A checkpoint of a random model of 4 layers, with what its configuration says of data."""
+    plan = DepthPlan.plain(4)
+    model = Decoder(CONFIG.model_copy(update={"vocab_size": rows}), rows, plan)
+    model.initialise(seed)
+    if embedding is not None:
+        torch.nn.init.constant_(model.embedding.weight, embedding)
+    pieces = [
+        StatePiece("model", Piece(name, tuple(value.shape), Box.whole(tuple(value.shape))), value.detach())
+        for name, value in model.named_parameters()
+    ]
+    info = CheckpointInfo(
+        run=RunState.fresh(), plan=plan, model=model.config, topology=Topology(), precision="fp32", growth=None,
+        config={"data": data},
+    )  # fmt: skip
+    save_checkpoint(folder, pieces, info, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_word_tokenizer(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def asked(words: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint that knows words, and lines to ask it."""
+    folder = tmp_path_factory.mktemp("asked")
+    file = folder / "lines.jsonl"
+    file.write_text(
+        "".join(json.dumps({"text": f"{a} + {a + 1} = {a} a b c d e f g h i j k"}) + "\n" for a in range(6))
+    )
+    return _saved(folder / "model", 400, tokenizer=words), file
+
+
+# --- the run's data
+
+
+def test_samples_are_as_long_as_those_of_training(corpus: Path, tmp_path: Path) -> None:
+    """The model has seen no later positions; these are the samples of eval's held-out loss."""
+    path = _saved(tmp_path / "m", 400, sources=[{"path": str(corpus)}], sequence_length=16)
+    found = PromptSource(count=8).read(Checkpoint.open(path), False)
+    assert DataSet.open(corpus).sequence_length == 32
+    assert [len(prompt) for prompt in found.prompts] == [16] * 8
+
+
+def test_a_data_set_with_more_tokens_than_the_model_is_refused(corpus: Path, tmp_path: Path) -> None:
+    path = _saved(tmp_path / "m", 64)
+    with pytest.raises(MegaloopError, match="its tokenizer has 400 tokens, the model 64"):
+        PromptSource(corpus).read(Checkpoint.open(path), False)
+
+
+def test_a_fine_tuned_run_is_told_to_name_prompts(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "m", 64, format="sft", sources=[{"path": "answers.jsonl"}])
+    with pytest.raises(MegaloopError, match=r"was fine-tuned on prompts and answers.*name prompts with --prompts"):
+        diagnose(path, measures=["skip"])
+
+
+def test_samples_with_targets_are_each_read_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = DataSet.open(write_targeted(tmp_path, corpus))
+    given: list[int] = []
+    read = prompts_module.held_out_batch
+    monkeypatch.setattr(
+        prompts_module, "held_out_batch", lambda places, numbers: (given.append(len(places)), read(places, numbers))[1]
+    )
+    held_out_prompts(dataset, 6, False)
+    assert given == [1] * 6
+
+
+# --- few prompts
+
+
+def test_one_prompt_is_shown_without_an_interval(asked: tuple[Path, Path], tmp_path: Path) -> None:
+    model, file = asked
+    result = megaloop("diagnose", model, "--prompts", file, "--count", 1, "--measures", "depth-score,lens,skip")
+    assert result.returncode == 0, result.stderr
+    (late,) = [line for line in result.stdout.splitlines() if line.startswith("late layers")]
+    assert late.endswith("unclear")
+    assert " to " not in result.stdout
+
+
+def test_measures_without_a_signature_are_no_mistake(asked: tuple[Path, Path]) -> None:
+    model, file = asked
+    result = megaloop("diagnose", model, "--prompts", file, "--measures", "exit")
+    assert result.returncode == 0, result.stderr
+    assert "these measures make no signature; add --json" in result.stderr
+
+
+def test_prompts_of_one_token_have_no_target(asked: tuple[Path, Path], tmp_path: Path) -> None:
+    file = tmp_path / "short.jsonl"
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(MegaloopError, match=r"skip: no prompt of .*short\.jsonl has a target"):
+        diagnose(asked[0], measures=["skip"], prompts=PromptSource(file))
+    found = diagnose(asked[0], measures=["lens"], prompts=PromptSource(file))
+    assert "loss" not in found[0].result.curves
+
+
+def test_tasks_need_a_measure_that_they_score(asked: tuple[Path, Path]) -> None:
+    with pytest.raises(MegaloopError, match="--tasks: scores interventions, and none is among the measures"):
+        diagnose(asked[0], measures=["lens"], tasks=TaskSource(["copy-real"]), prompts=PromptSource(asked[1]))
+
+
+# --- several models
+
+
+def test_a_model_of_others_is_remembered_though_it_is_imported_anew(asked: tuple[Path, Path], tmp_path: Path) -> None:
+    model, file = asked
+    export_huggingface(model, tmp_path / "llama", dtype="fp32")
+    checksums, found = set(), []
+    for name in ("one", "two"):
+        import_huggingface(tmp_path / "llama", tmp_path / name)
+        manifest = Checkpoint.open(tmp_path / name).manifest
+        on_its_day = manifest.model_copy(update={"created": f"2030-01-01T00:00:0{len(found)}+00:00"})
+        (tmp_path / name / "manifest.json").write_bytes(encode_manifest(on_its_day))
+        checksums.add(Checkpoint.open(tmp_path / name).manifest.checksum)
+        found += diagnose(
+            tmp_path / name, measures=["contributions"], prompts=PromptSource(file), out=tmp_path / "d.jsonl"
+        )[:1]
+    assert len(checksums) == 2
+    assert found[0] == found[1]
+    assert len(read_results(tmp_path / "d.jsonl")) == 1
+    other = _saved(tmp_path / "other", 400, seed=1)
+    assert _identity(Checkpoint.open(other).manifest) != found[0].examination.checkpoint
+
+
+def test_two_ranks_look_at_a_model_of_others(asked: tuple[Path, Path], tmp_path: Path) -> None:
+    model, file = asked
+    export_huggingface(model, tmp_path / "llama", dtype="fp32")
+    found = []
+    for ranks in (1, 2):
+        result = megaloop("diagnose", tmp_path / "llama", "--prompts", file, "--count", 1, "--measures", "skip", "--ranks", ranks, "--json")  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        (of_model,) = json.loads(result.stdout)["models"]
+        found.append([record["result"] for record in of_model["records"]])
+    assert found[0] == found[1]
+    refused = megaloop("diagnose", tmp_path / "llama", "--ranks", 2)
+    assert refused.returncode == 2
+    assert "name prompts with --prompts" in refused.stderr
+
+
+def test_lenses_of_two_models_may_lie_beside_one_file_of_results(corpus: Path, tmp_path: Path) -> None:
+    tokenizer = DataSet.open(corpus).tokenizer
+    for seed in range(2):
+        path = _saved(tmp_path / f"m{seed}", 400, tokenizer=tokenizer, seed=seed, sources=[{"path": str(corpus)}])
+        diagnose(path, measures=["tuned-lens"], lens_steps=1, prompts=PromptSource(count=2), out=tmp_path / "d.jsonl")
+    assert len(list((tmp_path / "lenses").iterdir())) == 2
+
+
+# --- numbers
+
+
+def test_bf16_is_compared_in_fp32() -> None:
+    """What a model has rounded is as it is; what is said of it is not rounded again."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 64, generator=generator).bfloat16() for _ in range(2))
+    for measure in (cosine, relative_change):
+        assert torch.equal(measure(x, y), measure(x.float(), y.float()))
+
+
+def test_a_model_whose_numbers_are_not_finite_is_said_to_be(
+    words: Path, asked: tuple[Path, Path], tmp_path: Path
+) -> None:
+    huge = _saved(tmp_path / "m", 400, tokenizer=words, embedding=3e38)
+    with pytest.raises(MegaloopError, match="contributions: the model's numbers are NaN, infinite or huge in fp32"):
+        diagnose(huge, measures=["contributions"], prompts=PromptSource(asked[1]), out=tmp_path / "d.jsonl")
+    assert not (tmp_path / "d.jsonl").exists()
