@@ -81,7 +81,7 @@ def _later(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _apart(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return ~np.eye(*matrix.shape, dtype=np.bool_)
+    return ~np.eye(matrix.shape[0], matrix.shape[1], dtype=np.bool_)
 
 
 EFFECTS = Matrix("effects", "future effect on later layers", "later layer", "skipped layer", "relative change", _later)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from megaloop.analysis import prompts as prompts_module
 from megaloop.analysis.contributions import cosine, relative_change
 from megaloop.analysis.diagnose import PromptSource, TaskSource, _identity, diagnose
 from megaloop.analysis.prompts import held_out_prompts
-from megaloop.analysis.results import read_results
+from megaloop.analysis.results import DiagnosisRecord, read_results
 from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
 from megaloop.checkpoint.manifest import encode_manifest
-from megaloop.data import DataSet
+from megaloop.data import DataSet, held_out_batch
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
@@ -98,10 +99,13 @@ def test_a_fine_tuned_run_is_told_to_name_prompts(tmp_path: Path) -> None:
 def test_samples_with_targets_are_each_read_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = DataSet.open(write_targeted(tmp_path, corpus))
     given: list[int] = []
-    read = prompts_module.held_out_batch
-    monkeypatch.setattr(
-        prompts_module, "held_out_batch", lambda places, numbers: (given.append(len(places)), read(places, numbers))[1]
-    )
+    read = held_out_batch
+
+    def recorded(places: Any, numbers: Sequence[int]) -> Any:
+        given.append(len(places))
+        return read(places, numbers)
+
+    monkeypatch.setattr(prompts_module, "held_out_batch", recorded)
     held_out_prompts(dataset, 6, False)
     assert given == [1] * 6
 
@@ -145,7 +149,8 @@ def test_tasks_need_a_measure_that_they_score(asked: tuple[Path, Path]) -> None:
 def test_a_model_of_others_is_remembered_though_it_is_imported_anew(asked: tuple[Path, Path], tmp_path: Path) -> None:
     model, file = asked
     export_huggingface(model, tmp_path / "llama", dtype="fp32")
-    checksums, found = set(), []
+    checksums: set[str] = set()
+    found: list[DiagnosisRecord] = []
     for name in ("one", "two"):
         import_huggingface(tmp_path / "llama", tmp_path / name)
         manifest = Checkpoint.open(tmp_path / name).manifest
@@ -200,6 +205,6 @@ def test_a_model_whose_numbers_are_not_finite_is_said_to_be(
     words: Path, asked: tuple[Path, Path], tmp_path: Path
 ) -> None:
     huge = _saved(tmp_path / "m", 400, tokenizer=words, embedding=3e38)
-    with pytest.raises(MegaloopError, match="contributions: the model's numbers are NaN, infinite or huge in fp32"):
-        diagnose(huge, measures=["contributions"], prompts=PromptSource(asked[1]), out=tmp_path / "d.jsonl")
+    with pytest.raises(MegaloopError, match="skip: the model's numbers are NaN, infinite or huge in fp32"):
+        diagnose(huge, measures=["skip"], prompts=PromptSource(asked[1]), out=tmp_path / "d.jsonl")
     assert not (tmp_path / "d.jsonl").exists()

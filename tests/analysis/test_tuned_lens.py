@@ -47,7 +47,7 @@ def test_trained_it_is_nearer_to_the_end_at_every_place() -> None:
         log_distribution(model, state[batch.valid_BS])
         for state in (traced.final_BSD, *(one.h_BSD for one in traced.layers))
     )
-    divergence = sum(float((final.exp() * (final - state)).sum()) for state in states)
+    divergence = sum(float((final.exp() * (final - state)).sum().detach()) for state in states)
     assert losses[1] == pytest.approx(divergence / int(batch.valid_BS.sum()) / 7, rel=1e-5)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
