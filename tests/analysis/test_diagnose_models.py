@@ -36,15 +36,16 @@ def _saved(
     *,
     tokenizer: Path | None = None,
     seed: int = 0,
-    embedding: float | None = None,
+    gain: float | None = None,
     **data: Any,
 ) -> Path:
     """A checkpoint of a random model of 4 layers, with what its configuration says of data."""
     plan = DepthPlan.plain(4)
     model = Decoder(CONFIG.model_copy(update={"vocab_size": rows}), rows, plan)
     model.initialise(seed)
-    if embedding is not None:
-        torch.nn.init.constant_(model.embedding.weight, embedding)
+    if gain is not None:
+        torch.nn.init.constant_(model.norm.weight, gain)
+        torch.nn.init.constant_(model.embedding.weight, 1e3)
     pieces = [
         StatePiece("model", Piece(name, tuple(value.shape), Box.whole(tuple(value.shape))), value.detach())
         for name, value in model.named_parameters()
@@ -204,7 +205,7 @@ def test_bf16_is_compared_in_fp32() -> None:
 def test_a_model_whose_numbers_are_not_finite_is_said_to_be(
     words: Path, asked: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    huge = _saved(tmp_path / "m", 400, tokenizer=words, embedding=3e38)
+    huge = _saved(tmp_path / "m", 400, tokenizer=words, gain=3e38)
     with pytest.raises(MegaloopError, match="skip: the model's numbers are NaN, infinite or huge in fp32"):
         diagnose(huge, measures=["skip"], prompts=PromptSource(asked[1]), out=tmp_path / "d.jsonl")
     assert not (tmp_path / "d.jsonl").exists()
