@@ -150,7 +150,8 @@ def test_three_steps_on_two_stages_are_those_of_a_plain_loop_around_transformers
 ) -> None:
     values = _run_values(checkpoint, shards, tmp_path, steps=3)
     ranks_2.run(train, values)
-    assert losses(tmp_path / "run") == pytest.approx(_plainly(values, theirs), abs=2e-5)
+    # measured after three steps: 1e-5 with AVX-512, 4e-5 with AVX2 kernels, whose sums are of other lengths
+    assert losses(tmp_path / "run") == pytest.approx(_plainly(values, theirs), abs=8e-5)
 
 
 def _run_values(checkpoint: Path, shards: Path, folder: Path, steps: int) -> dict[str, Any]:
