@@ -150,7 +150,7 @@ def test_three_steps_on_two_stages_are_those_of_a_plain_loop_around_transformers
 ) -> None:
     values = _run_values(checkpoint, shards, tmp_path, steps=3)
     ranks_2.run(train, values)
-    # measured after three steps: 1e-5 with AVX-512, 4e-5 with AVX2 kernels, whose sums are of other lengths
+    # 4e-5 at the third step on a processor with AVX2 kernels, whose sums are of other lengths than those of AVX-512
     assert losses(tmp_path / "run") == pytest.approx(_plainly(values, theirs), abs=8e-5)
 
 
