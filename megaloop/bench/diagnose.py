@@ -140,7 +140,7 @@ def _with_hooks(model: Any, prompts: Sequence[NDArray[np.int64]], at: Sequence[S
                     before, after = added[later][:, t:], changed[later][:, t:]
                     change = (before - after).norm(dim=-1) / before.norm(dim=-1).clamp(min=SMALLEST)
                     found[number, skipped, later] = max(found[number, skipped, later], float(change.max()))
-                distance = (changed_logits.softmax(-1) - expected)[:, t:].norm(dim=-1)
+                distance = (changed_logits[:, t:].softmax(-1) - expected[:, t:]).norm(dim=-1)
                 found[number, skipped, -1] = max(found[number, skipped, -1], float(distance.max()))
     return found
 

@@ -14,7 +14,6 @@ from megaloop.analysis.diagnose import MEASURES, PromptSource, TaskSource, diagn
 from megaloop.analysis.interventions import Intervention
 from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, read_results
 from megaloop.checkpoint.depth import loop_checkpoint
-from megaloop.data import DataSet
 from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import evaluate
@@ -189,7 +188,6 @@ def test_prompts_may_be_lines_of_jsonl(run: Path, tmp_path: Path) -> None:
     file.write_text("".join(line + "\n" for line in lines))
     found = diagnose(run, measures=["skip"], block=2, prompts=PromptSource(file, 10), out=tmp_path / "d.jsonl")
     assert found[0].examination.count == 10
-    assert DataSet.open(data).description.targets is not None
 
 
 def test_interventions_have_a_name_for_their_curve() -> None:
