@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megaloop.checkpoint import RunState
+from megaloop.config.changes import ChangedSetting
 from megaloop.depth import DepthPlan, GrowthStage
 from megaloop.layout.partition import StageMap
 from megaloop.layout.topology import Topology
@@ -39,6 +40,7 @@ __all__ = [
     "SaveFailed",
     "Saved",
     "ScheduleChanged",
+    "SettingsChanged",
     "Signalled",
     "Spiked",
     "StepSkipped",
@@ -195,6 +197,17 @@ class ScheduleChanged(Event):
     def had_finished(self) -> bool:
         """The run was at its end already."""
         return self.steps_before is not None and self.step >= self.steps_before
+
+
+@dataclass(frozen=True)
+class SettingsChanged(Event):
+    """The run goes on with settings that decide its curve and are others than those of the checkpoint."""
+
+    kind = "settings"
+    changes: tuple[ChangedSetting, ...]
+
+    def _details(self) -> dict[str, Any]:
+        return {"changes": {one.key: [one.before, one.now] for one in self.changes}}
 
 
 @dataclass(frozen=True)

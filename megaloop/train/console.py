@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import singledispatch
 
@@ -92,6 +93,16 @@ def _(event: events.ScheduleChanged) -> Iterator[str]:
         if event.had_finished
         else f"step {event.step}  warning: the schedule is another than that of the steps so far: the learning rate jumps {rates}"
     )
+
+
+@lines.register
+def _(event: events.SettingsChanged) -> Iterator[str]:
+    changes = ", ".join(f"{one.key} {_setting(one.now)} (was {_setting(one.before)})" for one in event.changes)
+    yield f"step {event.step}  other settings than so far: {changes}"
+
+
+def _setting(value: object) -> str:
+    return printable(json.dumps(value), 60)
 
 
 @lines.register

@@ -171,7 +171,7 @@ class _Run:
         if start.saved is not None:
             step = self.at.step
             was = self._learning_rate(step - 1) if step else None
-            reporter.resumed(start.changes, start.saved, was, self._learning_rate(step))
+            reporter.resumed(start.changes, start.settings, start.saved, was, self._learning_rate(step))
         reporter.passed_over(start.damaged)
         if rolled_back:
             reporter.rolled_back(rolled_back[-1])

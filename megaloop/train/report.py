@@ -28,6 +28,7 @@ from megaloop.runtime.hardware import describe_machine, device_name, memory_byte
 from megaloop.train.console import ConsoleSink
 
 if TYPE_CHECKING:
+    from megaloop.config.changes import ChangedSetting
     from megaloop.data import Sources
     from megaloop.runs.position import Change
     from megaloop.train.faults import RollBack
@@ -137,7 +138,14 @@ class RunReporter:
         for damage in damaged:
             self.hub.event(events.CheckpointPassedOver(self._start.step, damage.step, damage.reason))
 
-    def resumed(self, changes: Sequence[Change], saved: RunState, lr_was: float | None, lr: float) -> None:
+    def resumed(
+        self,
+        changes: Sequence[Change],
+        settings: Sequence[ChangedSetting],
+        saved: RunState,
+        lr_was: float | None,
+        lr: float,
+    ) -> None:
         """What is other than it was where the run was saved.
 
         Args:
@@ -148,6 +156,8 @@ class RunReporter:
         step, steps = self._start.step, self._config.train.steps
         for change in changes:
             self.hub.event(events.ConfigChanged(step, change.what, change.text))
+        if settings:
+            self.hub.event(events.SettingsChanged(step, tuple(settings)))
         if saved.data is None or any(source.train is None for source in saved.data.sources):
             self.hub.event(events.DataNotCompared(step))
         jump = events.ScheduleChanged(step, saved.lr, lr, saved.steps, steps)

@@ -20,6 +20,7 @@ from megaloop.checkpoint import (
     step_of,
 )
 from megaloop.config import Config
+from megaloop.config.changes import ChangedSetting, changed_settings
 from megaloop.data import Sources
 from megaloop.depth import DepthPlan, Growth, GrowthStage, InsertAt, Operator, before_growth, grow, stage_at, unloop
 from megaloop.errors import DamagedCheckpoint, MegaloopError
@@ -56,7 +57,8 @@ class Start:
         grown_from: the checkpoint's plan, where it is another than that of the stage that the run begins in.
         damaged: newer checkpoints that could not be resumed, newest first.
         saved: the state in that checkpoint, None for a new run.
-        changes: what is other than it was when that was saved.
+        changes: what a place in the data rests on, and is other than it was when that was saved.
+        settings: others that decide the curve, and are other than they were.
     """
 
     position: RunState
@@ -67,6 +69,7 @@ class Start:
     damaged: tuple[Damage, ...] = ()
     saved: RunState | None = None
     changes: tuple[Change, ...] = ()
+    settings: tuple[ChangedSetting, ...] = ()
 
     @property
     def stage(self) -> GrowthStage:
@@ -116,7 +119,8 @@ def starting_point(
             return _begin(config, vocab_size, checkpoint, _WeightsOnly(checkpoint), begin(config, sources))
         position, changes = _position(config, sources, checkpoint, allowed)
         start = _begin(config, vocab_size, checkpoint, checkpoint, position, path)
-        return replace(start, damaged=damaged, saved=checkpoint.manifest.run, changes=changes)
+        settings = tuple(changed_settings(checkpoint.manifest.config, config))
+        return replace(start, damaged=damaged, saved=checkpoint.manifest.run, changes=changes, settings=settings)
 
 
 def _complete_init(init: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megaloop.config.changes import ChangedSetting
 from megaloop.depth import DepthPlan
 from megaloop.layout.topology import Topology
 from megaloop.runs import events
@@ -59,6 +60,12 @@ def test_rounds_are_told_apart_in_the_layers_of_a_stage() -> None:
         (
             events.ScheduleChanged(4, None, 2e-3, None, 8),
             "step 4  warning: the schedule is another than that of the steps so far: the learning rate jumps to 2.00e-03",
+        ),
+        (
+            events.SettingsChanged(
+                4, (ChangedSetting("optimizer.beta2", 0.95, 0.99), ChangedSetting("growth", {"start": 4}, None))
+            ),
+            'step 4  other settings than so far: optimizer.beta2 0.99 (was 0.95), growth null (was {"start": 4})',
         ),
         (events.SaveFailed(4, "full, then go on with --resume"), "step 4  warning: full"),
         (events.EndedEarly(4, None, None), "stopped after step 4, which is saved; add --resume to go on"),

@@ -17,6 +17,7 @@ from tests.checkpoint.states import reseal
 from tests.distributed import RankError, RankPool
 from tests.train.runs import (
     configuration,
+    events,
     losses,
     metrics,
     release,
@@ -144,6 +145,19 @@ def test_old_checkpoints_make_room_for_new_ones(ranks_1: RankPool, corpus: Path,
     values = configuration(corpus, tmp_path / "run", train__steps=6, checkpoint__every=2, checkpoint__keep=2)
     ranks_1.run(train, values)
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000004", "step-00000006"]
+
+
+def test_other_settings_of_a_resume_are_said(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
+    values = configuration(corpus, tmp_path / "run", train__steps=4, checkpoint__every=2)
+    ranks_1.run(train, values)
+    longer = configuration(corpus, tmp_path / "run", train__steps=6, optimizer__beta2=0.9, model__document_masking=True)
+    ranks_1.run(train, longer, True)
+    said = events(tmp_path / "run", "settings")
+    assert [(event["step"], event["changes"]) for event in said] == [
+        (4, {"model.document_masking": [False, True], "optimizer.beta2": [0.95, 0.9]})
+    ]
+    ranks_1.run(train, longer | {"train": longer["train"] | {"steps": 8}}, True)
+    assert events(tmp_path / "run", "settings") == said, "nothing is other now"
 
 
 def test_a_new_run_starts_from_anothers_weights(ranks_1: RankPool, corpus: Path, tmp_path: Path) -> None:
