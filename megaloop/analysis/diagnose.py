@@ -46,7 +46,7 @@ from megaloop.text import printable
 
 __all__ = ["MEASURES", "SIGNATURES", "TUNED_LENS", "PromptSource", "TaskSource", "default_measures", "diagnose"]
 
-VERSION = 2
+VERSION = 3
 """Of the definitions; results of different versions do not compare."""
 SIGNATURES, TUNED_LENS = "signatures", "tuned-lens"
 ATTRIBUTIONS: tuple[Literal["erasure", "gradients"], ...] = ("erasure", "gradients")

@@ -1,11 +1,10 @@
 """How much of its depth a model uses, in one number each.
 
-Layers are counted from 1, as the papers' figures are; what leaves layer l is place l of a lens, whose place 0 is the embedding.
-
 * *Effective depth* (arXiv 2512.14064), by three signs that layers no longer compute something new, but refine the prediction: the last crossing
-  of the layer's cosine from negative to positive; the first layer whose lens has a KL below half of its maximum; the first whose overlap is above 0.2.
-* *Depth score* (arXiv 2602.16490, section 4): sum l e_l / sum e_l, where e_l is the mean over prompts of the largest change of the output when
-  layer l is skipped (future setting).
+  of the layer's cosine from negative to positive; the first layer whose lens has a KL below half of its maximum; the first whose overlap is above 0.2. Layers count
+  from 1: what leaves layer l is place l of a lens, whose place 0 is the embedding.
+* *Depth score* (arXiv 2505.13898 and 2602.16490, section 4): sum l e_l / sum e_l, where e_l is the mean over prompts of the largest change of the output
+  when layer l is skipped (future setting). Layers count from 0, as in the authors' code, so that scores compare with the papers'.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ def _first(holds: NDArray[np.bool_]) -> int | None:
 
 
 def depth_score(effects_L: ArrayLike) -> float | None:
-    """sum l e_l / sum e_l, l from 1: 1 to L; None where no layer has an effect."""
+    """sum l e_l / sum e_l, l from 0: 0 to L - 1; None where no layer has an effect."""
     effects = np.asarray(effects_L, np.float64)
     total = effects.sum()
-    return float(np.arange(1, len(effects) + 1) @ effects / total) if total > 0 else None
+    return float(np.arange(len(effects)) @ effects / total) if total > 0 else None
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,6 @@ def score_interval(effects_PL: ArrayLike, samples: int = 1000, seed: int = 0) ->
     drawn = np.random.default_rng(seed).integers(prompts, size=(samples, prompts))
     means = np.stack([effects[one].mean(0) for one in drawn])
     totals = means.sum(1)
-    scores = means[totals > 0] @ np.arange(1, depth + 1) / totals[totals > 0]
+    scores = means[totals > 0] @ np.arange(depth) / totals[totals > 0]
     low, high = np.quantile(scores, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return DepthScore(value, float(low), float(high))

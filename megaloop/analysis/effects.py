@@ -2,11 +2,14 @@
 
 Layer s is skipped: its output is its input.
 
-* *current* effect: it is skipped at every position, and every position is measured;
-* *future* effect: it is skipped at positions 1 to t - 1 (the first is spared), and positions from t on are measured: what later tokens
-  still read of what the layer computed for earlier ones;
+* *current* effect: it is skipped at all positions but the first, and every position is measured;
+* *future* effect: it is skipped at positions 1 to t - 1, and positions from t on are measured: what later tokens still read of what the layer
+  computed for earlier ones;
 * *local* effect on a later layer l: what layer s added is taken from the input of l alone, and nothing of it goes further: which layers use
   directly what s writes.
+
+The first position is spared, as in the authors' code (github RobertCsordas/llm_effective_depth, commit f29a115): attention rests there, with a residual
+stream many times as long as others, and without it a model is another one.
 
 On a later layer the effect is |d_l - d'_l| / |d_l|, where d_l is what it adds; on the output it is the Euclidean distance of the two distributions.
 Both are the largest over positions, and boundaries t of a prompt.
@@ -25,15 +28,15 @@ import torch
 from torch import Tensor
 
 from megaloop.analysis.contributions import relative_change
-from megaloop.analysis.prompts import PromptBatch
+from megaloop.analysis.prompts import Prompt, PromptBatch
 from megaloop.analysis.trace import LayerTrace, Trace, execute_layer, resume
 from megaloop.model import AttentionContext, Decoder, DecoderLayer
 
-__all__ = ["SHORTEST", "Effects", "Setting", "boundaries", "local_effects", "skip_effects"]
+__all__ = ["SHORTEST", "Effects", "Setting", "answer_starts", "boundaries", "local_effects", "skip_effects"]
 
 Setting = Literal["current", "future"]
-SHORTEST = 12
-"""Tokens of a prompt that has a boundary: they are multiples of 8 from 8 on, with at least 4 tokens from them on."""
+SHORTEST = 13
+"""Tokens of a prompt that has a boundary: they are multiples of 8 from 8 on, with more than 4 tokens from them on."""
 _HEAD_ROWS = 512
 """Positions whose distributions are in memory at once."""
 
@@ -52,13 +55,27 @@ class Effects:
 
 
 def boundaries(lengths: Sequence[int], count: int, seed: int) -> list[list[int]]:
-    """Of each prompt, so many boundaries at random, or all there are: multiples of 8, from 8 to its length less 4."""
+    """Of each prompt, so many boundaries at random, or all there are: multiples of 8, from 8 to less than its length less 4."""
     rng = random.Random(seed)
     found = []
     for length in lengths:
-        possible = list(range(8, length - 3, 8))
+        possible = list(range(8, length - 4, 8))
         found.append(sorted(rng.sample(possible, min(count, len(possible)))))
     return found
+
+
+def answer_starts(prompts: Sequence[Prompt]) -> list[int] | None:
+    """Where each prompt's answer begins to be predicted: its first target, if in all prompts targets are one run with a question before it.
+
+    None for texts, whose every token is a target, and for problems with targets here and there.
+    """
+    starts = []
+    for prompt in prompts:
+        (places,) = (prompt.targets >= 0).nonzero()
+        if not len(places) or places[0] < 2 or places[-1] - places[0] + 1 != len(places):
+            return None
+        starts.append(int(places[0]))
+    return starts
 
 
 @dataclass(frozen=True)
@@ -79,11 +96,12 @@ class _Rows:
     def of(cls, batch: PromptBatch, setting: Setting, at: Sequence[Sequence[int]]) -> _Rows:
         valid_BS, device = batch.valid_BS, batch.valid_BS.device
         if setting == "current":
-            return cls(torch.arange(len(valid_BS), device=device), torch.ones_like(valid_BS).unsqueeze(2), valid_BS)
+            everywhere_B = torch.arange(len(valid_BS), device=device)
+            return cls(everywhere_B, (_positions(valid_BS) >= 1).expand_as(valid_BS).unsqueeze(2), valid_BS)
         pairs = [(row, t) for row, own in enumerate(at) for t in own]
         prompt_R = torch.tensor([row for row, _ in pairs], device=device, dtype=torch.long)
         t_R1 = torch.tensor([[t] for _, t in pairs], device=device, dtype=torch.long).reshape(-1, 1)
-        position_S = torch.arange(valid_BS.shape[1], device=device)
+        position_S = _positions(valid_BS)
         skipped_RS = (position_S >= 1) & (position_S < t_R1)
         return cls(prompt_R, skipped_RS.unsqueeze(2), valid_BS[prompt_R] & (position_S >= t_R1))
 
@@ -91,6 +109,10 @@ class _Rows:
         """Of each prompt over its measured positions; fp64 [B]."""
         of_row = values_RS.double().masked_fill(~self.measured_RS, 0.0).amax(1)
         return of_row.new_zeros(prompts).scatter_reduce(0, self.prompt_R, of_row, "amax")
+
+
+def _positions(valid_BS: Tensor) -> Tensor:
+    return torch.arange(valid_BS.shape[1], device=valid_BS.device)
 
 
 @torch.no_grad()

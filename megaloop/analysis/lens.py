@@ -83,13 +83,15 @@ def lens(
     deep_B = torch.zeros(rows, dtype=torch.float64)
     for row, position in zip(row_M.split(_ROWS), position_M.split(_ROWS), strict=True):
         target_M = batch.targets_BS[row, position]
-        final_MV = log_distribution(model, states[-1][row, position])
+        end = _Predicted.of(log_distribution(model, states[-1][row, position]), vocab_size)
         divergences = []
         for place, state in enumerate(states):
-            h_MD = state[row, position]
-            if translate is not None and place < len(states) - 1:
-                h_MD = translate(place, h_MD)
-            at_tokens, loss_M, right_M = _compared(log_distribution(model, h_MD), final_MV, target_M, vocab_size)
+            found = end
+            if place < len(states) - 1:
+                h_MD = state[row, position]
+                read_MD = h_MD if translate is None else translate(place, h_MD)
+                found = _Predicted.of(log_distribution(model, read_MD), vocab_size)
+            at_tokens, loss_M, right_M = _compared(found, end, target_M)
             divergences.append(at_tokens[-1])
             tokens_BLK[:, place].index_add_(0, row.cpu(), torch.stack(at_tokens, 1).double().cpu())
             at_targets = torch.stack([loss_M, right_M], 1).double().cpu()
@@ -112,20 +114,29 @@ def log_distribution(model: Decoder, hidden_MD: Tensor) -> Tensor:
     return model.logits(hidden_MD.unsqueeze(0))[0].float().log_softmax(-1)
 
 
-def _compared(
-    found_MV: Tensor, final_MV: Tensor, target_M: Tensor, vocab_size: int | None
-) -> tuple[list[Tensor], Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Predicted:
+    """What some tokens predict: probabilities and their logarithms, and the five likeliest."""
+
+    log_MV: Tensor
+    p_MV: Tensor
+    top_M5: Tensor
+
+    @classmethod
+    def of(cls, log_MV: Tensor, vocab_size: int | None) -> _Predicted:
+        return cls(log_MV, log_MV.exp(), log_MV[:, :vocab_size].topk(_TOP, 1).indices)
+
+
+def _compared(found: _Predicted, end: _Predicted, target_M: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """In the order of :data:`AT_TOKENS`, each [M]; the loss and whether the likeliest is right, 0 where there is no target."""
-    top_M5, final_M5 = (one[:, :vocab_size].topk(_TOP, 1).indices for one in (found_MV, final_MV))
-    overlap_M = (top_M5.unsqueeze(2) == final_M5.unsqueeze(1)).any(2).float().mean(1)
-    middle_MV = torch.logaddexp(found_MV, final_MV) - math.log(2)
-    halves = [(one.exp() * (one - middle_MV)).sum(1) for one in (found_MV, final_MV)]
+    middle_MV = torch.logaddexp(found.log_MV, end.log_MV) - math.log(2)
+    halves = [(one.p_MV * (one.log_MV - middle_MV)).sum(1) for one in (found, end)]
     at_tokens = [
-        (found_MV.exp() * (found_MV - final_MV)).sum(1),
-        overlap_M,
-        (top_M5[:, 0] == final_M5[:, 0]).float(),
+        (found.p_MV * (found.log_MV - end.log_MV)).sum(1),
+        (found.top_M5.unsqueeze(2) == end.top_M5.unsqueeze(1)).any(2).float().mean(1),
+        (found.top_M5[:, 0] == end.top_M5[:, 0]).float(),
         (halves[0] + halves[1]) / 2,
     ]
     has_target_M = target_M >= 0
-    loss_M = -found_MV.gather(1, target_M.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return at_tokens, loss_M * has_target_M, (top_M5[:, 0] == target_M).float()
+    loss_M = -found.log_MV.gather(1, target_M.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return at_tokens, loss_M * has_target_M, (found.top_M5[:, 0] == target_M).float()

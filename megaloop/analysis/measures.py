@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megaloop.analysis.attribution import Answer, erasure_effects, integrated_gradients
 from megaloop.analysis.contributions import STATISTICS, contributions
 from megaloop.analysis.effective_depth import depth_score, first_below_half, first_overlap, last_crossing
-from megaloop.analysis.effects import SHORTEST, Setting, boundaries, local_effects, skip_effects
+from megaloop.analysis.effects import SHORTEST, Setting, answer_starts, boundaries, local_effects, skip_effects
 from megaloop.analysis.interventions import Intervention, Kind, score_targets, sweep
 from megaloop.analysis.lens import AT_TARGETS, AT_TOKENS, Translate, lens
 from megaloop.analysis.loop_monitors import MONITORS, loop_monitors
@@ -48,6 +49,8 @@ __all__ = [
 _BATCH_TOKENS = 2048
 """Tokens of prompts that are traced together: of 30 layers of width 576 a trace of fp32 takes 0.4 GB."""
 _BOUNDARIES = 4
+_EFFECT_TOKENS = _BATCH_TOKENS // _BOUNDARIES
+"""The same where each prompt goes through once for each boundary, and distributions of all its tokens are kept: 0.1 GB of 49,152 words."""
 _EFFECT_PROMPTS = 10
 _SCORED_PROMPTS = 20
 """Prompts of each difficulty whose depth is scored."""
@@ -73,10 +76,14 @@ class Subject:
     def depth(self) -> int:
         return self.model.plan.depth
 
+    def trace(self, batch: PromptBatch) -> Trace:
+        """Of the untouched pass over a batch."""
+        return trace(self.model, batch.tokens_BS, batch.documents_BS)
+
     def collect(
         self,
         label: str,
-        measure: Callable[[Trace, PromptBatch], Sequence[Tensor]],
+        measure: Callable[[PromptBatch], Sequence[Tensor]],
         prompts: Prompts | None = None,
         tokens: int = _BATCH_TOKENS,
     ) -> list[NDArray[np.float64]]:
@@ -87,18 +94,20 @@ class Subject:
         """
         prompts = prompts or self.prompts
 
-        def run(_: int, batch: PromptBatch) -> tuple[list[int], list[NDArray[np.float64]]]:
-            found = measure(trace(self.model, batch.tokens_BS, batch.documents_BS), batch)
-            return batch.numbers, [tensor.double().cpu().numpy() for tensor in found]
+        def run(_: int, numbers: list[int]) -> tuple[list[int], list[NDArray[np.float64]]]:
+            found = measure(prompts.batch(numbers, self.model.device))
+            return numbers, [tensor.double().cpu().numpy() for tensor in found]
 
-        parts = share_over_ranks(label, list(prompts.batches(tokens, self.model.device)), run, self.on_part)
+        parts = share_over_ranks(label, prompts.together(tokens), run, self.on_part)
         order = np.argsort([number for numbers, _ in parts for number in numbers])
         return [np.concatenate(arrays)[order] for arrays in zip(*(found for _, found in parts), strict=True)]
 
 
 def contribution_curves(subject: Subject) -> Result:
     """What attention, MLP and both add to the residual stream; see :mod:`megaloop.analysis.contributions`."""
-    sums_PLK, counts_P = subject.collect("contributions", lambda t, b: (contributions(t, b), b.valid_BS.sum(1)))
+    sums_PLK, counts_P = subject.collect(
+        "contributions", lambda b: (contributions(subject.trace(b), b), b.valid_BS.sum(1))
+    )
     curves = {name: _ratios(sums_PLK[..., index], counts_P) for index, name in enumerate(STATISTICS)}
     sizes_PL = sums_PLK[..., STATISTICS.index("attention_size")] / counts_P[:, None]
     cosine_L = sums_PLK[..., STATISTICS.index("layer_cosine")].sum(0)
@@ -123,26 +132,27 @@ def effect_matrices(subject: Subject) -> Result:
 def _effects(
     subject: Subject, prompts: Prompts, setting: Setting, at: Sequence[Sequence[int]]
 ) -> list[NDArray[np.float64]]:
-    def measure(traced: Trace, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
-        own = [at[number] for number in batch.numbers]
+    def measure(batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
+        own, traced = [at[number] for number in batch.numbers], subject.trace(batch)
         effects = skip_effects(subject.model, traced, batch, setting, own)
         return effects.later_BLL, effects.output_BL, local_effects(subject.model, traced, batch, setting, own)
 
-    tokens = _BATCH_TOKENS // (_BOUNDARIES if setting == "future" else 1)
-    return subject.collect(f"{setting} effects", measure, prompts, tokens)
+    return subject.collect(f"{setting} effects", measure, prompts, _EFFECT_TOKENS)
 
 
 def depth_scores(subject: Subject) -> Result:
-    """Future effects on the output, of up to 20 prompts of each difficulty (20 in all where there is none)."""
+    """Future effects on the output, of up to 20 prompts of each difficulty (20 in all where there is none).
+
+    The boundary of a question is where its answer begins, as in the authors' code; of other prompts there are four at random.
+    """
     prompts = _few_of_each(subject.prompts)
-    prompts.require(SHORTEST, "depth-score")
-    at = boundaries([len(prompt) for prompt in prompts.prompts], _BOUNDARIES, subject.seed)
+    at, where = _score_boundaries(prompts, subject.seed)
 
-    def measure(traced: Trace, batch: PromptBatch) -> tuple[Tensor]:
+    def measure(batch: PromptBatch) -> tuple[Tensor]:
         own = [at[number] for number in batch.numbers]
-        return (skip_effects(subject.model, traced, batch, "future", own).output_BL,)
+        return (skip_effects(subject.model, subject.trace(batch), batch, "future", own).output_BL,)
 
-    (output_PL,) = subject.collect("depth score", measure, prompts, _BATCH_TOKENS // _BOUNDARIES)
+    (output_PL,) = subject.collect("depth score", measure, prompts, _EFFECT_TOKENS)
     difficulty_P = np.array([prompt.difficulty for prompt in prompts.prompts])
     of_level = {level: output_PL[difficulty_P == level].mean(0) for level in prompts.difficulties}
     curves = {"output change": curve(output_PL.mean(0))}
@@ -150,7 +160,15 @@ def depth_scores(subject: Subject) -> Result:
     numbers = {"depth score": depth_score(output_PL.mean(0))}
     numbers |= {f"depth score at difficulty {level}": depth_score(effect_L) for level, effect_L in of_level.items()}
     by_prompt = {"output": _rows(output_PL), "difficulty": _rows(difficulty_P[:, None].astype(np.float64))}
-    return Result(curves=curves, numbers=numbers, by_prompt=by_prompt)
+    return Result(curves=curves, numbers=numbers, by_prompt=by_prompt, labels={"boundaries": [where]})
+
+
+def _score_boundaries(prompts: Prompts, seed: int) -> tuple[list[list[int]], str]:
+    """Of each prompt, and what they are."""
+    if (starts := answer_starts(prompts.prompts)) is not None:
+        return [[start] for start in starts], "at the answer"
+    prompts.require(SHORTEST, "depth-score")
+    return boundaries([len(prompt) for prompt in prompts.prompts], _BOUNDARIES, seed), "at random"
 
 
 def _few_of_each(prompts: Prompts) -> Prompts:
@@ -166,8 +184,8 @@ def _few_of_each(prompts: Prompts) -> Prompts:
 def lens_curves(subject: Subject, translate: Translate | None = None) -> Result:
     """What each residual stream predicts; see :mod:`megaloop.analysis.lens`. Place 0 is the embedding, the last the model's end."""
 
-    def measure(traced: Trace, batch: PromptBatch) -> tuple[Tensor, ...]:
-        sums = lens(subject.model, traced, batch, subject.vocab_size, translate)
+    def measure(batch: PromptBatch) -> tuple[Tensor, ...]:
+        sums = lens(subject.model, subject.trace(batch), batch, subject.vocab_size, translate)
         return sums.tokens_BLK, sums.targets_BLK, sums.deep_B, sums.token_count_B, sums.target_count_B
 
     label = "logit lens" if translate is None else "tuned lens"
@@ -202,8 +220,8 @@ def intervention_curves(subject: Subject, kind: Kind) -> Result:
     interventions = sweep(kind, subject.depth, subject.block)
     sums_PIK, counts_P = subject.collect(
         kind,
-        lambda t, b: (
-            score_targets(subject.model, t, b, interventions, subject.vocab_size),
+        lambda b: (
+            score_targets(subject.model, subject.trace(b), b, interventions, subject.vocab_size),
             (b.targets_BS >= 0).sum(1),
         ),
     )
@@ -249,11 +267,14 @@ def symmetry(subject: Subject) -> Result:
 
 
 def monitors(subject: Subject) -> Result:
-    """How a loop's state changes, up to twice as many iterations as it was trained with; see :mod:`megaloop.analysis.loop_monitors`."""
-    loop = subject.model.plan.loop
-    iterations = 2 * loop.iterations if loop is not None else None
+    """How a loop's state changes, up to twice as many iterations as it was trained with; see :mod:`megaloop.analysis.loop_monitors`.
 
-    def measure(_: Trace, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    A loop that divides what each iteration adds by their number would add less from the first on if there were more: it runs as it was trained.
+    """
+    plan = subject.model.plan
+    iterations = 2 * plan.loop.iterations if plan.loop is not None and plan.style.residual_scale != "1/k" else None
+
+    def measure(batch: PromptBatch) -> tuple[Tensor, Tensor]:
         return loop_monitors(subject.model, batch, iterations), batch.valid_BS.sum(1)
 
     sums_PRK, counts_P = subject.collect("loop monitors", measure)
@@ -274,21 +295,38 @@ def attribution(subject: Subject, name: Literal["erasure", "gradients"], number:
             f"--prompt {number}: there are {len(subject.prompts)} prompts; choose 1 to {len(subject.prompts)}"
         )
     prompt = subject.prompts.prompts[number - 1]
-    subject.on_part(name, 0, 1)
     answer = Answer(subject.model, prompt)
     numbers: dict[str, float | None] = {"probability": answer.probability}
+    places = range(subject.depth)
     if name == "erasure":
-        scores_LS = erasure_effects(answer)
+        means_LD = _mean_residuals(subject)
+        scores = share_over_ranks(
+            name, places, lambda place, _: erasure_effects(answer, place, means_LD[place]), subject.on_part
+        )
     else:
-        gradients = integrated_gradients(answer)
-        scores_LS = gradients.scores_LS
-        numbers["largest gap of completeness"] = float(gradients.missing_L.abs().max())
-    subject.on_part(name, 1, 1)
+        found = share_over_ranks(name, places, lambda place, _: integrated_gradients(answer, place), subject.on_part)
+        scores = [of_layer for of_layer, _ in found]
+        numbers["largest gap of completeness"] = max(abs(missing) for _, missing in found)
     tokens = [tokenizer.decode([token]) for token in prompt.tokens.tolist()]
     target = tokenizer.decode([int(prompt.targets[answer.positions[-1]])])
     return Result(
-        matrices={name: _rows(scores_LS.numpy())}, numbers=numbers, labels={"tokens": tokens, "answer": [target]}
+        matrices={name: _rows(torch.stack(scores).numpy())},
+        numbers=numbers,
+        labels={"tokens": tokens, "answer": [target]},
     )
+
+
+def _mean_residuals(subject: Subject) -> Tensor:
+    """h_l over the tokens of the first 10 prompts; fp32 [L, D]."""
+    prompts = Prompts(subject.prompts.source, subject.prompts.prompts[:_EFFECT_PROMPTS])
+
+    def measure(batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        valid_BS1 = batch.valid_BS.unsqueeze(2)
+        sums = [(layer.h_BSD.double() * valid_BS1).sum(1) for layer in subject.trace(batch).layers]
+        return torch.stack(sums, 1), batch.valid_BS.sum(1)
+
+    sums_PLD, counts_P = subject.collect("mean residual streams", measure, prompts)
+    return torch.from_numpy(sums_PLD.sum(0) / counts_P.sum()).float().to(subject.model.device)
 
 
 def _by_curve(interventions: Sequence[Intervention]) -> dict[str, list[int]]:

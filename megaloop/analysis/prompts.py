@@ -6,7 +6,7 @@ Shape suffixes: B prompts, S positions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,17 +109,14 @@ class Prompts:
                 f"{what}: prompt {short[0]} of {self.source} has {len(self.prompts[short[0] - 1])} tokens; at least {tokens} are needed"
             )
 
-    def batches(self, tokens: int, device: torch.device) -> Iterator[PromptBatch]:
-        """Prompts of similar length together, at most so many tokens of them (or one prompt)."""
-        order = sorted(range(len(self.prompts)), key=lambda number: len(self.prompts[number]))
-        batch: list[int] = []
-        for number in order:
-            if batch and (len(batch) + 1) * len(self.prompts[number]) > tokens:
-                yield self.batch(batch, device)
-                batch = []
-            batch.append(number)
-        if batch:
-            yield self.batch(batch, device)
+    def together(self, tokens: int) -> list[list[int]]:
+        """Numbers of prompts of similar length, which go through together: at most so many tokens of them (or one prompt)."""
+        groups: list[list[int]] = []
+        for number in sorted(range(len(self.prompts)), key=lambda number: len(self.prompts[number])):
+            if not groups or (len(groups[-1]) + 1) * len(self.prompts[number]) > tokens:
+                groups.append([])
+            groups[-1].append(number)
+        return groups
 
     def batch(self, numbers: Sequence[int], device: torch.device) -> PromptBatch:
         """Some of the prompts together."""

@@ -116,7 +116,8 @@ def bench_diagnose(
 def _ours(model: Decoder, prompts: Prompts, at: Sequence[Sequence[int]]) -> NDArray[np.float64]:
     """[P, L, L + 1]: effects of each layer on each later one, and on the output."""
     found: dict[int, NDArray[np.float64]] = {}
-    for batch in prompts.batches(_BATCH_TOKENS, model.device):
+    for numbers in prompts.together(_BATCH_TOKENS):
+        batch = prompts.batch(numbers, model.device)
         traced = trace(model, batch.tokens_BS)
         effects = skip_effects(model, traced, batch, "future", [at[number] for number in batch.numbers])
         both = torch.cat([effects.later_BLL, effects.output_BL.unsqueeze(2)], 2).numpy()

@@ -186,8 +186,8 @@ class HookedLlama:
 
 
 def _settings(at: Sequence[int] | None) -> list[tuple[slice, slice]]:
-    """(where a layer is skipped, where it is measured): everywhere; or from 1 to before t, and from t on."""
-    return [(slice(None), slice(None))] if at is None else [(slice(1, t), slice(t, None)) for t in at]
+    """(where a layer is skipped, where it is measured): from 1 on, and everywhere; or from 1 to before t, and from t on."""
+    return [(slice(1, None), slice(None))] if at is None else [(slice(1, t), slice(t, None)) for t in at]
 
 
 def _change(before: Tensor, after: Tensor, measured: slice) -> float:

@@ -46,40 +46,39 @@ def stream(model: Decoder, place: int, tokens_BS: Tensor) -> Tensor:
     return found[0][0]
 
 
+def erased(answer: Answer, means_LD: list[Tensor]) -> Tensor:
+    """Effects of all layers, [L, S]."""
+    return torch.stack([erasure_effects(answer, place, mean_D) for place, mean_D in enumerate(means_LD)])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("depth", "style"), PLANS)
-def test_erasure_is_the_drop_of_the_probability_when_a_token_is_replaced_by_the_mean(
+def test_erasure_is_how_far_the_distribution_moves_when_a_token_is_replaced_by_the_mean(
     depth: str, style: LoopStyle
 ) -> None:
-    model, prompt = tiny_model(depth, style), tiny_prompt(LENGTH)
-    tokens_BS = torch.from_numpy(prompt.tokens)[None]
-    answer = Answer(model, prompt, [2, 4])
-    found_LS = erasure_effects(answer)
-
-    def f(probabilities_SV: Tensor) -> Tensor:
-        return probabilities_SV[2, prompt.targets[2]] + probabilities_SV[4, prompt.targets[4]]
-
-    untouched = f(model(tokens_BS).softmax(-1)[0])
-    for place in range(model.plan.depth):
-        mean_D = stream(model, place, tokens_BS).mean(0)
+    model, prompt, other = tiny_model(depth, style), tiny_prompt(LENGTH), tiny_prompt(9, seed=5)
+    tokens_BS, other_BS = (torch.from_numpy(one.tokens)[None] for one in (prompt, other))
+    means_LD = [stream(model, place, other_BS).mean(0) for place in range(model.plan.depth)]
+    found_LS = erased(Answer(model, prompt, [2, 4]), means_LD)
+    untouched_SV = model(tokens_BS).softmax(-1)[0]
+    for place, mean_D in enumerate(means_LD):
         for token in range(LENGTH):
             is_erased = (torch.arange(LENGTH) == token)[None, :, None]
-            erased = entering(model, place, lambda h, on=is_erased, mean=mean_D: torch.where(on, mean, h), tokens_BS)  # type: ignore[misc]
-            # measured: 1.6e-8
-            assert abs(found_LS[place, token] - (untouched - f(erased[0]))) < 3.2e-8
-    assert (found_LS[:, :5].abs() > 1e-5).any(1).all()
+            changed = entering(model, place, lambda h, on=is_erased, mean=mean_D: torch.where(on, mean, h), tokens_BS)  # type: ignore[misc]
+            distance_A = (untouched_SV - changed[0]).norm(dim=1)[[2, 4]]
+            assert abs(found_LS[place, token] - distance_A.max()) < 1.2e-7
+    assert (found_LS[:, :5] > 1e-4).any(1).all()
     assert (found_LS[:, 5] == 0).all(), "a token after the answer is read by nothing that predicts it"
 
 
 @torch.no_grad()
-def test_erasure_takes_a_mean_from_elsewhere_and_rows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_erasure_takes_rows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = Answer(tiny_model("2"), tiny_prompt(LENGTH))
-    means_LD = torch.stack([layer.h_BSD[0].mean(0) for layer in answer.traced.layers])
-    expected = erasure_effects(answer)
-    assert torch.equal(erasure_effects(answer, means_LD), expected)
-    assert not torch.allclose(erasure_effects(answer, means_LD + 1), expected)
+    means_LD = [layer.h_BSD[0].mean(0) for layer in answer.traced.layers]
+    expected = erased(answer, means_LD)
+    assert not torch.allclose(erased(answer, [mean_D + 1 for mean_D in means_LD]), expected)
     monkeypatch.setattr("megaloop.analysis.attribution._TOKENS", 2 * LENGTH)
-    assert torch.allclose(erasure_effects(answer), expected, atol=1e-7, rtol=0)
+    assert torch.allclose(erased(answer, means_LD), expected, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("baseline", ["zero", "mean"])
@@ -88,7 +87,7 @@ def test_integrated_gradients_are_the_mean_gradient_on_the_line_times_the_differ
     depth: str, style: LoopStyle, baseline: Baseline
 ) -> None:
     model, prompt, steps = tiny_model(depth, style), tiny_prompt(LENGTH), 8
-    found = integrated_gradients(Answer(model, prompt), baseline, steps)
+    answer = Answer(model, prompt)
     exact = deepcopy(model).double()
     tokens_BS = torch.from_numpy(prompt.tokens)[None]
     for place in range(model.plan.depth):
@@ -100,29 +99,32 @@ def test_integrated_gradients_are_the_mean_gradient_on_the_line_times_the_differ
             probability = entering(exact, place, lambda _, new=point: new, tokens_BS)[0, -2, prompt.targets[-2]]  # type: ignore[misc]
             total_SD += torch.autograd.grad(probability, point)[0][0]
         expected_S = (total_SD / steps * (h_SD - base_SD)).sum(-1)
+        found_S, missing = integrated_gradients(answer, place, baseline, steps)
         # measured: 2.4e-8
-        assert torch.allclose(found.scores_LS[place], expected_S, atol=4.8e-8, rtol=0)
+        assert torch.allclose(found_S, expected_S, atol=4.8e-8, rtol=0)
         assert expected_S.abs().max() > 5e-4
         with torch.no_grad():
             at_base, at_end = (
                 entering(exact, place, lambda _, new=one: new, tokens_BS)[0, -2, prompt.targets[-2]]  # type: ignore[misc]
                 for one in (base_SD[None], h_SD[None])
             )
-        assert abs(found.missing_L[place] + found.scores_LS[place].sum() - (at_end - at_base)) < 4.8e-8
+        assert abs(missing + found_S.sum() - (at_end - at_base)) < 4.8e-8
 
 
 def test_integrated_gradients_from_the_mean_add_up_to_the_change_of_the_probability() -> None:
-    found = integrated_gradients(Answer(tiny_model("2"), tiny_prompt(LENGTH)), "mean")
-    assert found.scores_LS.abs().sum(1).min() > 5e-3
-    # measured, with 256 steps: 9.4e-8
-    assert found.missing_L.abs().max() < 1.9e-7
+    answer = Answer(tiny_model("2"), tiny_prompt(LENGTH))
+    for place in range(2):
+        scores_S, missing = integrated_gradients(answer, place)
+        assert scores_S.abs().sum() > 5e-3
+        # measured, with 256 steps: 9.4e-8
+        assert abs(missing) < 1.9e-7
 
 
 def test_attribution_leaves_the_model_as_it_was() -> None:
     model, prompt = tiny_model("2"), tiny_prompt(LENGTH)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     answer = Answer(model, prompt)
-    erasure_effects(answer), integrated_gradients(answer, steps=2)
+    erasure_effects(answer, 1, torch.zeros(32)), integrated_gradients(answer, 1, steps=2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from megaloop.analysis.effects import SHORTEST, Setting, boundaries, local_effects, skip_effects
+from megaloop.analysis.effects import SHORTEST, Setting, answer_starts, boundaries, local_effects, skip_effects
+from megaloop.analysis.prompts import Prompt
 from megaloop.analysis.trace import trace
 from megaloop.model import Decoder
 from tests.analysis.models import decoder, random_prompts, whole_batch
@@ -69,13 +71,36 @@ def test_local_effects_do_not_propagate() -> None:
         assert (skipped.later_BLL - local).diagonal(1, 1, 2).abs().max() < 1.5e-6
 
 
-def test_boundaries_are_multiples_of_eight_with_four_tokens_from_them_on() -> None:
+def test_boundaries_are_multiples_of_eight_with_more_than_four_tokens_from_them_on() -> None:
     found = boundaries([SHORTEST - 1, SHORTEST, 40, 400], 4, seed=123)
     assert found[:3] == [[], [8], [8, 16, 24, 32]]
+    assert boundaries([28, 29], 4, seed=123) == [[8, 16], [8, 16, 24]]
     assert len(set(found[3])) == 4
-    assert all(t % 8 == 0 and 8 <= t <= 396 for t in found[3])
+    assert all(t % 8 == 0 and 8 <= t < 396 for t in found[3])
     assert found == boundaries([SHORTEST - 1, SHORTEST, 40, 400], 4, seed=123)
     assert found[3] != boundaries([SHORTEST - 1, SHORTEST, 40, 400], 4, seed=124)[3]
+
+
+def _asked(*targets: int) -> Prompt:
+    return Prompt(np.arange(len(targets)), np.array(targets))
+
+
+def test_the_boundary_of_a_question_is_where_its_answer_begins() -> None:
+    questions = [_asked(-1, -1, -1, 5, 6), _asked(-1, -1, 4, -1)]
+    assert answer_starts(questions) == [3, 2]
+    dense = [_asked(-1, -1, 5, -1, 6), text_like := _asked(1, 2, 3, 4, -1), _asked(-1, -1, -1)]
+    for one in dense:
+        assert answer_starts([*questions, one]) is None
+    assert answer_starts([text_like]) is None
+
+
+def test_the_first_position_is_never_skipped() -> None:
+    """Nothing that comes before the second position is changed, and so neither is what it predicts."""
+    model, batch = decoder("3"), whole_batch(random_prompts((1,)))
+    traced = trace(model, batch.tokens_BS)
+    effects = skip_effects(model, traced, batch, "current")
+    assert not effects.output_BL.any()
+    assert not effects.later_BLL.any()
 
 
 def test_prompts_without_a_boundary_have_no_future_effect() -> None:

@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from megaloop.analysis.loop_monitors import MONITORS, loop_monitors, loop_states
+from megaloop.analysis.measures import Subject, monitors
+from megaloop.analysis.prompts import Prompts
 from megaloop.depth import DepthPlan, LoopStyle
 from megaloop.errors import MegaloopError
 from megaloop.model import Decoder
-from tests.analysis.tiny import STYLES, tiny_batch, tiny_model
+from tests.analysis.tiny import STYLES, tiny_batch, tiny_model, tiny_prompt
 
 
 def by_hand(model: Decoder, style: LoopStyle, tokens_S: Tensor, iterations: int) -> list[Tensor]:
@@ -95,3 +97,14 @@ def test_a_model_without_a_loop_is_told_how_to_get_one() -> None:
     assert DepthPlan.parse("3").loop is None
     with pytest.raises(MegaloopError, match="at least once"):
         loop_monitors(tiny_model("1-1x2-1"), tiny_batch(), 0)
+
+
+@pytest.mark.parametrize(("style", "iterations"), [(STYLES[1], 6), (STYLES[2], 3)], ids=str)
+def test_a_loop_that_adds_1_over_k_is_watched_as_it_was_trained(style: LoopStyle, iterations: int) -> None:
+    """With more iterations each would add less; others are watched for twice as many."""
+    model = tiny_model("1-2x3-1", style)
+    prompts = Prompts("tests", [tiny_prompt(7), tiny_prompt(5, 1)])
+    found = monitors(Subject(model, prompts, 2, 0, None, lambda *_: None)).curves["state_norm"].values
+    assert len(found) == iterations
+    expected_BRK = loop_monitors(model, prompts.batch([1, 0], torch.device("cpu")), iterations)
+    assert found == pytest.approx((expected_BRK[..., 0].sum(0) / 12).tolist(), rel=1e-5)

@@ -34,9 +34,9 @@ def _write(path: Path, *lines: Any) -> Path:
 
 def test_batches_hold_every_prompt_once_with_its_number() -> None:
     prompts = random_prompts((13, 30, 21, 5, 30, 7))
-    batches = list(prompts.batches(60, CPU))
-    assert [batch.numbers for batch in batches] == [[3, 5, 0], [2, 1], [4]]
-    for batch in batches:
+    groups = prompts.together(60)
+    assert groups == [[3, 5, 0], [2, 1], [4]]
+    for batch in (prompts.batch(numbers, CPU) for numbers in groups):
         assert batch.tokens_BS.numel() <= 60
         assert batch.documents_BS is None
         assert batch.lengths == [len(prompts.prompts[number]) for number in batch.numbers]
@@ -46,7 +46,7 @@ def test_batches_hold_every_prompt_once_with_its_number() -> None:
             assert batch.targets_BS[row, inside].tolist() == prompt.targets.tolist()
             assert (batch.targets_BS[row, ~inside] == -1).all()
     # a prompt that is longer than a batch may be has one of its own
-    assert [batch.numbers for batch in prompts.batches(1, CPU)] == [[3], [5], [0], [2], [1], [4]]
+    assert prompts.together(1) == [[3], [5], [0], [2], [1], [4]]
 
 
 @pytest.mark.parametrize("several_documents", [False, True])
