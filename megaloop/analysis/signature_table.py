@@ -22,7 +22,7 @@ def signature_table(results: dict[str, Result], block: int) -> list[sign.Signatu
         overlap_P2 = lens[0]
         rows.append(sign.mean_of("overlap at the last layer", overlap_P2[:, 0], overlap_P2[:, -1]))
     if (added := _arrays(results, "contributions", "attention_size")) is not None:
-        rows.append(sign.period_test(added[0].mean(0), block))
+        rows.append(sign.period_test(added[0], block))
     rows += [
         row
         for name, curve, signature in (

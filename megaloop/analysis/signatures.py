@@ -1,7 +1,8 @@
 """Signatures: what the papers saw of how grown and looped models use their depth, each as one number of a model with a test.
 
 Intervals come from resampling the prompts (1,000 times, 95% percentiles). A signature is *seen* where its whole interval lies on the side that the
-papers describe, *not seen* where it lies on the other, and *unclear* in between; the period of the block has a permutation test instead.
+papers describe, *not seen* where it lies on the other, and *unclear* in between; the period of the block has a permutation test as well
+(:func:`period_test`).
 What is the best of many (the start of a block that is repeated) is chosen on one half of the prompts and measured on the other, both ways.
 
 arXiv 2505.13898 (depth score, cosines), 2512.08819 and 2602.16490 (periods, swaps, skipped layers, loops at inference).
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +42,8 @@ Verdict = Literal["seen", "not seen", "unclear", "-"]
 _RESAMPLES = 1000
 _PERMUTATIONS = 2000
 _LEVEL = 0.05
+_POWER = 0.8
+_PATTERNS, _PATTERN_PERMUTATIONS = 100, 200
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Signature:
         low, high: its interval.
         p: of the period's permutation test.
         verdict: ``-`` for numbers that no side of is meant.
-        why: what stands in the way.
+        why: what stands in the way of a value, or of a clear verdict.
     """
 
     name: str
@@ -77,6 +81,10 @@ def bootstrap(
         return None
     generator = np.random.default_rng(seed)
     values = [statistic(np.concatenate([generator.choice(own, len(own)) for own in parts])) for _ in range(_RESAMPLES)]
+    return _percentiles(values)
+
+
+def _percentiles(values: Sequence[float] | Array) -> tuple[float, float]:
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -134,22 +142,60 @@ def period(sizes_L: Array, lag: int) -> float:
     return float(_contrasts(_log(sizes_L)[None], lag)[0])
 
 
-def period_test(sizes_L: Array, lag: int, seed: int = 0) -> Signature:
+def period_test(sizes_PL: Array, lag: int, seed: int = 0) -> Signature:
     """Whether what attention adds repeats with the period of the block: the contrast of :func:`period` against that of shuffled layers.
 
     The straight line is taken away before layers are shuffled, and again after it, so that a trend over the layers does not count as a pattern.
+    The period is *seen* where fewer than 5% of shuffles reach the contrast and its interval over resampled prompts lies above 0. Where more shuffles
+    reach it, it is *not seen*, unless the layers are too few to tell: of patterns that repeat perfectly, the test finds fewer than 80%.
+
+    Args:
+        sizes_PL: of each prompt.
     """
     name = f"period of {lag}"
-    depth = len(sizes_L)
+    prompts, depth = sizes_PL.shape
     if lag < 2 or depth < 2 * lag or depth < 6:
         return Signature(name, None, why=f"{depth} layers are too few for a period of {lag}")
-    x_L = _detrended(_log(sizes_L)[None])[0]
-    found = float(_contrasts(x_L[None], lag)[0])
-    generator = np.random.default_rng(seed)
-    shuffled_NL = generator.permuted(np.tile(x_L, (_PERMUTATIONS, 1)), axis=1)
-    reached = int((_contrasts(shuffled_NL, lag) >= found - 1e-12).sum())
-    p = (1 + reached) / (1 + _PERMUTATIONS)
-    return Signature(name, found, p=p, verdict="seen" if p < _LEVEL else "not seen")
+    sizes_L = sizes_PL.mean(0)
+    found, p = period(sizes_L, lag), float(_p_values(_log(sizes_L)[None], lag, _PERMUTATIONS, seed)[0])
+    if prompts < 2:
+        return Signature(name, found, p=p, verdict="unclear", why="one prompt has no interval")
+    low, high = _percentiles(_contrasts(_log(_resampled_means(sizes_PL)), lag))
+    verdict, why = _period_verdict(p, low, depth, lag)
+    return Signature(name, found, low, high, p, verdict, why)
+
+
+def _period_verdict(p: float, low: float, depth: int, lag: int) -> tuple[Verdict, str]:
+    """And why it is unclear."""
+    if p < _LEVEL:
+        return ("seen", "") if low > 0 else ("unclear", "prompts differ too much")
+    if (power := _power(depth, lag)) < _POWER:
+        return "unclear", f"in {depth} layers the test finds {power:.0%} of perfect patterns"
+    return "not seen", ""
+
+
+def _p_values(x_NL: Array, lag: int, shuffles: int, seed: int) -> Array:
+    """The share of a row's shuffles whose contrast is as high as its own; the row counts as one of them. [N]"""
+    x_NL = _detrended(x_NL)
+    shuffled = np.random.default_rng(seed).permuted(np.repeat(x_NL, shuffles, axis=0), axis=1)
+    contrasts = _contrasts(shuffled, lag).reshape(len(x_NL), shuffles)
+    reached_N = (contrasts >= _contrasts(x_NL, lag)[:, None] - 1e-12).sum(1)
+    return np.asarray((1 + reached_N) / (1 + shuffles))
+
+
+@cache
+def _power(depth: int, lag: int) -> float:
+    """The share of random patterns that the test finds where they repeat perfectly, whatever the noise of real ones takes from it."""
+    patterns = np.random.default_rng(0).normal(size=(_PATTERNS, lag))
+    repeated_NL = patterns[:, np.arange(depth) % lag]
+    return float((_p_values(repeated_NL, lag, _PATTERN_PERMUTATIONS, 0) < _LEVEL).mean())
+
+
+def _resampled_means(values_PL: Array, seed: int = 0) -> Array:
+    """Means over resampled prompts, by how often each is drawn. [N, L]"""
+    prompts = len(values_PL)
+    drawn_NP = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=_RESAMPLES)
+    return np.asarray(drawn_NP @ values_PL / prompts)
 
 
 def _log(sizes_L: Array) -> Array:

@@ -160,5 +160,5 @@ def _shown(row: Signature | None) -> str:
         return row.why
     interval = "" if row.low is None or row.high is None else f" ({row.low:.3g} to {row.high:.3g})"
     if row.p is not None:
-        interval = f" p {row.p:.3f}"
+        interval += f" p {row.p:.3f}"
     return f"{row.value:.3g}{interval}" + ("" if row.verdict == "-" else f" {row.verdict}")

@@ -8,6 +8,7 @@ from scipy import stats
 
 from megaloop.analysis import signatures
 from megaloop.analysis.signatures import (
+    bootstrap,
     depth_score_signature,
     late_layers,
     mean_of,
@@ -22,11 +23,17 @@ Array = signatures.Array
 
 
 def _sizes(depth: int, lag: int | None, seed: int) -> Array:
-    """What attention adds: random by layer, or a random pattern that repeats with a little noise; both on a falling trend."""
+    """What attention adds, [L]: random by layer, or a random pattern that repeats with a little noise; both on a falling trend."""
     generator = np.random.default_rng(seed)
     pattern = generator.normal(size=depth if lag is None else lag)
     noise = 0.0 if lag is None else 0.2 * generator.normal(size=depth)
     return np.asarray(np.exp(np.resize(pattern, depth) + noise - 0.1 * np.arange(depth)))
+
+
+def _of_prompts(sizes_L: Array, prompts: int = 12, spread: float = 0.02) -> Array:
+    """The same of prompts that differ a little, [P, L]."""
+    generator = np.random.default_rng(0)
+    return np.asarray(sizes_L * np.exp(spread * generator.normal(size=(prompts, len(sizes_L)))))
 
 
 # --- the period
@@ -34,19 +41,62 @@ def _sizes(depth: int, lag: int | None, seed: int) -> Array:
 
 def test_layers_that_repeat_with_a_period_of_four_are_found_to() -> None:
     """29 of 30: one of the random patterns happens to be nearly flat."""
-    found = [period_test(_sizes(24, 4, seed), 4) for seed in range(30)]
+    found = [period_test(_of_prompts(_sizes(24, 4, seed)), 4) for seed in range(30)]
     assert sum(row.verdict == "seen" for row in found) == 29
 
 
 def test_random_layers_have_no_period_but_for_the_level_of_the_test() -> None:
     """7 of 200 here; at a level of 5% more than 16 come up once in forty such tests."""
-    seen = sum(period_test(_sizes(24, None, seed), 4, seed).verdict == "seen" for seed in range(200))
+    found = [period_test(_of_prompts(_sizes(24, None, seed)), 4, seed) for seed in range(200)]
+    seen = sum(row.verdict == "seen" for row in found)
     assert seen <= stats.binom.ppf(0.975, 200, 0.05)
     assert seen >= 1  # a test that never sees anything is none
+    assert {row.verdict for row in found} == {"seen", "not seen"}
 
 
 def test_another_period_is_not_this_one() -> None:
-    assert all(period_test(_sizes(24, 3, seed), 4).verdict == "not seen" for seed in range(20))
+    assert all(period_test(_of_prompts(_sizes(24, 3, seed)), 4).verdict == "not seen" for seed in range(20))
+
+
+@pytest.mark.parametrize(
+    ("depth", "lag", "verdict"),
+    [(6, 2, "not seen"), (8, 2, "not seen"), (12, 4, "not seen"), (30, 4, "not seen"), (6, 3, "unclear"), (8, 4, "unclear")],
+)  # fmt: skip
+def test_a_period_is_not_seen_only_where_there_are_layers_enough_to_see_it(depth: int, lag: int, verdict: str) -> None:
+    """Of patterns that repeat perfectly the test finds half with 8 layers and a period of 4, and all with 8 and 2."""
+    found = [period_test(_of_prompts(_sizes(depth, None, seed)), lag) for seed in range(4)]
+    missed = [row for row in found if row.p is not None and row.p >= 0.05]
+    assert len(missed) >= 2
+    assert {row.verdict for row in missed} == {verdict}
+    assert all(("perfect patterns" in row.why) == (verdict == "unclear") for row in missed)
+
+
+def test_few_layers_show_a_period_that_is_plain() -> None:
+    """One layer of four far above the others, twice."""
+    row = period_test(_of_prompts(np.array([4.0, 1.0, 1.0, 1.0] * 2)), 4)
+    assert row.verdict == "seen"
+    assert row.low is not None
+    assert row.low > 0
+
+
+def test_a_period_of_one_prompt_among_many_is_unclear() -> None:
+    """It shows in the mean, but would not among others of such prompts."""
+    sizes_PL = np.stack([1e3 * _sizes(24, 4, 0), *(_sizes(24, None, seed) for seed in range(1, 8))])
+    row = period_test(sizes_PL, 4)
+    assert row.p is not None
+    assert row.p < 0.05
+    assert row.low is not None
+    assert row.low < 0
+    assert (row.verdict, row.why) == ("unclear", "prompts differ too much")
+
+
+def test_the_interval_of_the_period_is_that_of_resampled_prompts() -> None:
+    """Both of 1,000 resamplings, drawn in different ways: their ends differ by 5% of its width."""
+    sizes_PL = _of_prompts(_sizes(24, 4, 0), spread=0.5)
+    row = period_test(sizes_PL, 4)
+    slow = bootstrap(lambda chosen: period(sizes_PL[chosen].mean(0), 4), [np.arange(len(sizes_PL))], seed=1)
+    assert slow is not None
+    assert (row.low, row.high) == pytest.approx(slow, abs=0.1 * (slow[1] - slow[0]))
 
 
 def test_a_trend_over_the_layers_is_no_period() -> None:
@@ -65,7 +115,7 @@ def test_the_contrast_is_that_of_correlations_by_hand() -> None:
 
 @pytest.mark.parametrize(("depth", "lag"), [(4, 2), (7, 4), (12, 1)])
 def test_too_few_layers_for_a_period_are_said_to_be(depth: int, lag: int) -> None:
-    row = period_test(_sizes(depth, None, 0), lag)
+    row = period_test(_of_prompts(_sizes(depth, None, 0)), lag)
     assert (row.value, row.verdict) == (None, "-")
     assert "too few" in row.why
 
@@ -160,6 +210,10 @@ def test_one_prompt_has_numbers_but_no_interval_and_no_verdict() -> None:
     for row in (late_layers(*losses), middle_permutable(losses[0][:, :7], *losses[1:])):
         assert row.value is not None
         assert (row.low, row.high, row.verdict) == (None, None, "unclear")
+    repeated = period_test(_sizes(24, 4, 0)[None], 4)
+    assert repeated.p is not None
+    assert repeated.p < 0.05
+    assert (repeated.low, repeated.high, repeated.verdict) == (None, None, "unclear")
     overlap = mean_of("overlap", np.array([3.0]), np.array([4.0]))
     assert (overlap.value, overlap.low, overlap.verdict) == (0.75, None, "-")
 
