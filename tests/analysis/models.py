@@ -18,20 +18,12 @@ from megaloop.layout.topology import Topology
 from megaloop.model import Decoder
 from tests.analysis.reference import HookedLlama
 
-__all__ = ["CONFIG", "CPU", "STYLES", "VOCAB", "decoder", "exported", "random_prompts", "whole_batch"]
+__all__ = ["CONFIG", "CPU", "VOCAB", "decoder", "exported", "random_prompts", "whole_batch"]
 
 VOCAB = 64
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=VOCAB)
 """Grouped heads, tied embeddings."""
-STYLES = [
-    LoopStyle(),
-    LoopStyle(injection="add"),
-    LoopStyle(injection="concat"),
-    LoopStyle(residual_scale="1/k"),
-    LoopStyle(norm=True),
-    LoopStyle("concat", "1/k", norm=True),
-]
 
 
 def decoder(depth: str, style: LoopStyle = LoopStyle(), config: ModelConfig = CONFIG, seed: int = 0) -> Decoder:

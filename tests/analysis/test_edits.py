@@ -15,7 +15,8 @@ from megaloop.analysis.edits import Calls, exit_after, repeat, reverse, skip, sw
 from megaloop.depth import DepthPlan, LayerCall, LoopStyle
 from megaloop.errors import MegaloopError
 from megaloop.model import Decoder, norm_factors
-from tests.analysis.models import CONFIG, STYLES, VOCAB, decoder, random_prompts, whole_batch
+from tests.analysis.models import CONFIG, VOCAB, decoder, random_prompts, whole_batch
+from tests.loop_styles import STYLES
 
 TOKENS = whole_batch(random_prompts()).tokens_BS
 Edit = Callable[[Calls], Calls]

@@ -8,7 +8,8 @@ import torch
 from megaloop.analysis.interventions import KINDS, score_targets, sweep
 from megaloop.analysis.trace import trace
 from megaloop.depth import LoopStyle
-from tests.analysis.models import STYLES, decoder, random_prompts, whole_batch
+from tests.analysis.models import decoder, random_prompts, whole_batch
+from tests.loop_styles import STYLES
 
 
 @pytest.mark.parametrize("depth", ["2-2x2-1", "1-2x2-0"])

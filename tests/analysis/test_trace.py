@@ -13,7 +13,8 @@ from megaloop.analysis.lens import lens
 from megaloop.analysis.trace import LayerTrace, resume, trace
 from megaloop.depth import LoopStyle
 from megaloop.model import Decoder
-from tests.analysis.models import CONFIG, STYLES, decoder, random_prompts, whole_batch
+from tests.analysis.models import CONFIG, decoder, random_prompts, whole_batch
+from tests.loop_styles import STYLES
 
 SCALED = CONFIG.model_copy(update={"norm_scaling": True})
 BATCH = whole_batch(random_prompts())

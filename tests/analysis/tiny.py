@@ -9,13 +9,11 @@ from megaloop.analysis.prompts import Prompt, PromptBatch, Prompts
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, reorder
 from megaloop.model import Decoder
+from tests import loop_styles
 
 VOCAB = 96
-STYLES = [
-    LoopStyle(),
-    LoopStyle(injection="add"),
-    LoopStyle("concat", "1/k", norm=True),
-]
+STYLES = [loop_styles.STYLES[0], loop_styles.STYLES[1], loop_styles.STYLES[5]]
+"""A plain loop, one that adds what entered it, and one with all else."""
 
 
 def tiny_model(depth: str = "4", style: LoopStyle = LoopStyle(), seed: int = 1) -> Decoder:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, reorder, untie
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
+from tests.loop_styles import STYLES
 
 VOCAB = 96
 CONFIG = ModelConfig(hidden_size=48, num_heads=6, num_kv_heads=2, ffn_size=80)
@@ -52,16 +53,6 @@ def by_hand(model: Decoder, style: LoopStyle, iterations: int, *, learning: int 
         if style.norm:
             x = x * (x.square().mean(-1, keepdim=True) + CONFIG.norm_eps).rsqrt() * loop["norm"].weight
     return model.embedding.logits(model.norm(last(x, context)))
-
-
-STYLES = [
-    LoopStyle(),
-    LoopStyle(injection="add"),
-    LoopStyle(injection="concat"),
-    LoopStyle(residual_scale="1/k"),
-    LoopStyle(norm=True),
-    LoopStyle("concat", "1/k", norm=True),
-]
 
 
 @pytest.mark.parametrize("iterations", [None, 1, 2, 5])
