@@ -42,17 +42,32 @@ class DepthUse:
 
     def curve(self, measure: str, name: str) -> Array | None:
         """[runs, places]; None where no run has it. NaN where a value is not known."""
-        found = [run[measure].curves[name] for run in self.runs if measure in run and name in run[measure].curves]
+        found = [result.curves[name] for result in self._results(measure) if name in result.curves]
         lengths = {len(one.values) for one in found}
         if len(lengths) != 1:
             return None
         return np.array([[np.nan if value is None else value for value in one.values] for one in found])
 
     def matrix(self, measure: str, name: str) -> Array | None:
-        """[layer skipped, later layer], or [layer, token], the mean over runs; None where no run has it, or they are of different shapes."""
-        found = [run[measure].matrices[name] for run in self.runs if measure in run and name in run[measure].matrices]
+        """[layer skipped, later layer], or [layer, token], the mean over runs; None where no run has it, or they differ in shape or in tokens."""
+        results = [result for result in self._results(measure) if name in result.matrices]
+        found = [result.matrices[name] for result in results]
         shapes = {(len(one), len(row)) for one in found for row in one}
-        return np.array(found, np.float64).mean(0) if len(shapes) == 1 and all(*shapes) and all(found) else None
+        if (
+            len(shapes) != 1
+            or not all(*shapes)
+            or not all(found)
+            or any(r.labels != results[0].labels for r in results)
+        ):
+            return None
+        return np.array(found, np.float64).mean(0)
+
+    def labels(self, measure: str, name: str) -> list[str]:
+        """Of the places along a matrix, which its runs share; nothing where a measure has none."""
+        return next((result.labels[name] for result in self._results(measure) if name in result.labels), [])
+
+    def _results(self, measure: str) -> list[Result]:
+        return [run[measure] for run in self.runs if measure in run]
 
     @cached_property
     def signatures(self) -> list[dict[str, Signature]]:
@@ -68,7 +83,7 @@ class Row:
         mean: over the runs that have a number; None where none has.
         low, high: of one run its interval; of several the smallest and the largest of their numbers.
         verdicts: how many runs have which; of numbers that are not judged, nothing.
-        why: what stands in the way.
+        why: what stands in the way of a number, or of a clear verdict.
     """
 
     mean: float | None
@@ -120,8 +135,10 @@ def _all(records: Iterable[Iterable[DiagnosisRecord]]) -> list[DiagnosisRecord]:
 
 
 def _name(key: Examination) -> str:
-    """A measure's name; of interventions that a primitive scores with that one's: "swap on copy-real"."""
-    return f"{key.measure} on {key.options.partition(',')[0]}" if "questions" in key.options else key.measure
+    """A measure's name; of interventions that a primitive scores with that one's: "swap on copy-real", of attributions "erasure of prompt 3"."""
+    if "questions" in key.options:
+        return f"{key.measure} on {key.options.partition(',')[0]}"
+    return f"{key.measure} of {key.options}" if key.options.startswith("prompt ") else key.measure
 
 
 def _how(record: DiagnosisRecord) -> tuple[Any, ...]:
@@ -151,4 +168,4 @@ def _row(use: DepthUse, name: str) -> Row | None:
         return Row(None, None, None, {}, rows[0].why)
     verdicts: Counter[str] = Counter(row.verdict for row in known if row.verdict != "-")
     low, high = (known[0].low, known[0].high) if len(known) == 1 else (min(values), max(values))
-    return Row(float(np.mean(values)), low, high, dict(verdicts))
+    return Row(float(np.mean(values)), low, high, dict(verdicts), next((row.why for row in known if row.why), ""))

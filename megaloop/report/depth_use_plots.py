@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megaloop.report.depth_use import DepthUse
 from megaloop.report.style import INK, STYLE, legend_label, line_style, to_svg
+from megaloop.text import printable
 
 __all__ = [
     "CONTRIBUTIONS",
@@ -29,6 +30,7 @@ __all__ = [
     "curves_plot",
     "interventions_plot",
     "matrices_plot",
+    "shown_token",
 ]
 
 Panel = tuple[str, str, str, str]
@@ -61,6 +63,7 @@ class Matrix:
     Attributes:
         mask: which of its cells mean something.
         signed: values lie on both sides of 0.
+        columns: which of the measure's labels name its columns; none: they are numbered.
     """
 
     measure: str
@@ -70,6 +73,7 @@ class Matrix:
     unit: str
     mask: Callable[[NDArray[np.float64]], NDArray[np.bool_]]
     signed: bool = False
+    columns: str = ""
 
 
 def _all(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -87,8 +91,10 @@ def _apart(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
 EFFECTS = Matrix("effects", "future effect on later layers", "later layer", "skipped layer", "relative change", _later)
 LOCAL = Matrix("effects", "future local effect", "later layer", "layer whose part is taken", "relative change", _later)
 SYMMETRY = Matrix("symmetry", "cosine of the weights of blocks", "block", "block", "cosine", _apart, signed=True)
-ERASURE = Matrix("erasure", "erasure", "token", "layer", "drop of the answer's probability", _all, signed=True)
-GRADIENTS = Matrix("gradients", "gradients", "token", "layer", "integrated gradient", _all, signed=True)
+ERASURE = Matrix("erasure", "erasure", "token", "layer", "drop of the answer's probability", _all, True, "tokens")
+GRADIENTS = Matrix("gradients", "gradients", "token", "layer", "integrated gradient", _all, True, "tokens")
+_PANEL, _WIDEST, _NAME_WIDTH, _BESIDE = 2.7, 11.0, 0.15, 0.9
+"""Inches: a panel's width, that of all panels side by side at most, and what the name of a column and the axis take of it."""
 
 
 def curves_plot(
@@ -116,6 +122,7 @@ def curves_plot(
             axes.set_title(title, fontsize=10)
             axes.set_xlabel(places)
             axes.set_ylabel(unit)
+            _count_whole(axes.xaxis)
         _legend(figure, grid)
         return to_svg(figure)
 
@@ -135,13 +142,15 @@ def matrices_plot(found: Sequence[DepthUse], kind: Matrix) -> str | None:
     shown = [(use, matrix) for use in found if (matrix := use.matrix(kind.measure, kind.name)) is not None]
     if not shown:
         return None
-    columns = min(len(shown), 4)
+    width = _panel_width([use.labels(kind.measure, kind.columns) for use, _ in shown])
+    columns = min(len(shown), 4, int(_WIDEST / width))
     lines = math.ceil(len(shown) / columns)
     shown = [(use, np.where(kind.mask(matrix), matrix, np.nan)) for use, matrix in shown]
     highest = max((float(np.nanmax(np.abs(matrix))) for _, matrix in shown if not np.isnan(matrix).all()), default=1.0)
     limits = (-highest, highest) if kind.signed else (0.0, highest or 1.0)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(2.7 * columns + 0.8, 2.7 * lines + 0.3), layout="constrained")
+        height = 2.7 if width == _PANEL else 3.4  # with names that stand on end
+        figure = Figure(figsize=(width * columns + 0.8, height * lines + 0.3), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(shown) :]:
             axes.set_axis_off()
@@ -151,8 +160,35 @@ def matrices_plot(found: Sequence[DepthUse], kind: Matrix) -> str | None:
             axes.set_title(use.label[:40], fontsize=10)
             axes.set_xlabel(kind.x)
             axes.set_ylabel(kind.y)
+            _count_whole(axes.xaxis, axes.yaxis)
+            _name_columns(axes, use.labels(kind.measure, kind.columns), matrix.shape[1], width)
         figure.colorbar(picture, ax=grid, shrink=0.7, label=kind.unit)
         return to_svg(figure)
+
+
+def _panel_width(labels: Sequence[Sequence[str]]) -> float:
+    """Of a matrix, in inches: wide enough to name its columns, where that fits on a page."""
+    return min(max(_PANEL, _BESIDE + _NAME_WIDTH * max(map(len, labels))), _WIDEST)
+
+
+def _name_columns(axes: Any, names: Sequence[str], columns: int, width: float) -> None:
+    """As many as can be read, at equal distances; none where they are not those of the columns: somebody has edited them."""
+    if len(names) != columns:
+        return
+    every = math.ceil(columns / round((width - _BESIDE) / _NAME_WIDTH))
+    named = range(0, columns, every)
+    # anchored at their ends, so that they reach the axis in whatever font the browser chooses
+    axes.set_xticks(
+        named, [shown_token(names[place]) for place in named],
+        rotation=90, rotation_mode="anchor", ha="right", va="center", fontsize=8,
+    )  # fmt: skip
+    if every > 1:
+        axes.set_xlabel(f"{axes.get_xlabel()} (one of {every} is named)")
+
+
+def shown_token(token: str, limit: int = 12) -> str:
+    """A token on one line, a dot for each space."""
+    return printable(token.replace(" ", "\N{MIDDLE DOT}"), limit) or "(nothing)"
 
 
 def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss") -> str | None:
@@ -181,14 +217,23 @@ def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss")
                 axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(name.partition(":")[0], fontsize=10)
             axes.set_xlabel("layers before the exit" if is_exit else "first layer")
+            _count_whole(axes.xaxis)
         of_unit = "loss, nats" if unit == "loss" else "accuracy"
         grid[0][0].set_ylabel(f"change of the {of_unit}" if is_difference else of_unit)
         _legend(figure, grid)
         return to_svg(figure)
 
 
+def _count_whole(*axes: Any) -> None:
+    """There is no layer 2.5, however few layers there are."""
+    for axis in axes:
+        axis.get_major_locator().set_params(integer=True)
+
+
 def _legend(figure: Figure, grid: Any) -> None:
-    """Of the panel with most lines, under all of them."""
+    """Of the panel with most lines, under all of them; as many names side by side as fit."""
     best = max(grid.flat, key=lambda axes: len(axes.get_legend_handles_labels()[0]))
     handles, labels = best.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, columnspacing=1.2)
+    name_width = 0.6 + 0.08 * max(map(len, labels), default=0)
+    columns = max(1, min(4, int(figure.get_size_inches()[0] / name_width)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1.2)

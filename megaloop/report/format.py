@@ -93,7 +93,7 @@ def format_p(value: float | None) -> str:
 
 
 def format_signature(row: Row | None) -> str:
-    """A number with where it lies, and how many runs show it."""
+    """A number with where it lies, how many runs show it, and why it is unclear."""
     if row is None:
         return NONE
     if row.mean is None:
@@ -103,7 +103,7 @@ def format_signature(row: Row | None) -> str:
         text += f" ({row.low:.3g} to {row.high:.3g})"
     total = sum(row.verdicts.values())
     said = [verdict if total == 1 else f"{verdict} in {count} of {total}" for verdict, count in row.verdicts.items()]
-    return "; ".join([text, *said])
+    return "; ".join([text, *said, *([row.why] if row.why else [])])
 
 
 FILTERS: dict[str, Callable[..., str]] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from markupsafe import Markup
@@ -40,13 +41,16 @@ class Signatures:
         numbers: a record for each signature and group.
         groups: the diagnosed ones.
         rows: of the table: the signature, a cell for each group, what the papers saw.
-        pictures: (title, picture, what it shows).
     """
 
     numbers: list[dict[str, Any]] = field(default_factory=list)
     groups: list[DepthUse] = field(default_factory=list)
     rows: list[tuple[str, list[Row | None], str]] = field(default_factory=list)
-    pictures: list[tuple[str, Markup, str]] = field(default_factory=list)
+
+    @cached_property
+    def pictures(self) -> list[tuple[str, Markup, str]]:
+        """(title, picture, what it shows)."""
+        return _pictures(self.groups) if self.groups else []
 
 
 def signatures(groups: Sequence[Group]) -> Signatures:
@@ -70,33 +74,56 @@ def signatures(groups: Sequence[Group]) -> Signatures:
         for use, cell in zip(found, cells, strict=True)
         if cell is not None
     ]
-    return Signatures(numbers, found, rows, _pictures(found))
+    return Signatures(numbers, found, rows)
 
 
 def _pictures(found: Sequence[DepthUse]) -> list[tuple[str, Markup, str]]:
+    several = max(len(use.runs) for use in found) > 1
+    bands = " Lines are means over runs, bands go from the smallest to the largest of them." if several else ""
+    means = " Means over the runs of each group." if several else ""
     lens = "Norm and head on the residual stream that enters each layer; the last place is what the model predicts."
     drawn = [
-        ("What layers add", plots.curves_plot(found, plots.CONTRIBUTIONS), "Means over tokens; a looped layer has a place for each time."),
-        ("What layers predict", plots.curves_plot(found, plots.LENS), lens),
-        ("What layers predict, by the tuned lens", plots.curves_plot(found, plots.TUNED_LENS), lens),
-        ("Who reads whom", plots.matrices_plot(found, plots.EFFECTS), "Largest relative change of what a later layer adds at later positions, when a layer is skipped at earlier ones."),
-        ("Who reads whom directly", plots.matrices_plot(found, plots.LOCAL), "The same, when what a layer added is taken from the input of that one later layer alone."),
-        ("The loop", plots.curves_plot(found, plots.LOOPS, "iteration", 1), "After each iteration, from the first on; up to twice as many as in training."),
-        ("Likeness of blocks", plots.matrices_plot(found, plots.SYMMETRY), "Cosine of the MLP weights of two blocks; 0 where nothing was copied."),
+        ("What layers add", plots.curves_plot(found, plots.CONTRIBUTIONS), f"Means over tokens; a looped layer has a place for each time.{bands}"),
+        ("What layers predict", plots.curves_plot(found, plots.LENS), f"{lens}{bands}"),
+        ("What layers predict, by the tuned lens", plots.curves_plot(found, plots.TUNED_LENS), f"{lens}{bands}"),
+        ("Who reads whom", plots.matrices_plot(found, plots.EFFECTS), f"Largest relative change of what a later layer adds at later positions, when a layer is skipped at earlier ones.{means}"),
+        ("Who reads whom directly", plots.matrices_plot(found, plots.LOCAL), f"The same, when what a layer added is taken from the input of that one later layer alone.{means}"),
+        ("The loop", plots.curves_plot(found, plots.LOOPS, "iteration", 1), f"After each iteration, from the first on; up to twice as many as in training.{bands}"),
+        ("Likeness of blocks", plots.matrices_plot(found, plots.SYMMETRY), f"Cosine of the MLP weights of two blocks; 0 where nothing was copied.{means}"),
         *(
-            (title, plots.interventions_plot(found, kind), f"Change of the loss over the targets of the prompts: {what}.")
+            (title, plots.interventions_plot(found, kind), f"Change of the loss over the targets of the prompts: {what}.{bands}")
             for kind, (title, what) in _INTERVENTIONS.items()
         ),
-        *_of_primitives(found),
-        ("What the answer rests on: erasure", plots.matrices_plot(found, plots.ERASURE), "Drop of the probability of the last target of one prompt, when the residual stream at a token is replaced by its mean over tokens."),
-        ("What the answer rests on: integrated gradients", plots.matrices_plot(found, plots.GRADIENTS), "Of the probability of the last target of one prompt."),
+        *(
+            (name.capitalize(), plots.interventions_plot(found, name, "accuracy"), f"Accuracy of the primitive with the order changed at every place.{bands}")
+            for name in _names(found, " on ")
+        ),
+        *(
+            (title, plots.matrices_plot(found, kind), f"{note}{means}")
+            for title, kind, note in _attributions(found)
+        ),
     ]  # fmt: skip
     return [(title, Markup(picture), note) for title, picture, note in drawn if picture is not None]
 
 
-def _of_primitives(found: Sequence[DepthUse]) -> list[tuple[str, str | None, str]]:
-    kinds = dict.fromkeys(name for use in found for run in use.runs for name in run if " on " in name)
-    return [
-        (f"{name.capitalize()}", plots.interventions_plot(found, name, "accuracy"), "Accuracy of the primitive with the order changed at every place.")
-        for name in kinds
-    ]  # fmt: skip
+def _names(found: Sequence[DepthUse], part: str) -> list[str]:
+    """Of the measures whose names have a part."""
+    return list(dict.fromkeys(name for use in found for run in use.runs for name in run if part in name))
+
+
+def _attributions(found: Sequence[DepthUse]) -> list[tuple[str, plots.Matrix, str]]:
+    """Title, matrix and note for each prompt that was asked about."""
+    made = []
+    for kind, what, of in (
+        (plots.ERASURE, "erasure", "Drop of the probability of {}, when the residual stream at a token is replaced by its mean over tokens."),
+        (plots.GRADIENTS, "integrated gradients", "Of the probability of {}."),
+    ):  # fmt: skip
+        asked = [name for name in _names(found, kind.measure) if name.partition(" of ")[0] == kind.measure]
+        for name in sorted(asked, key=lambda name: (len(name), name)):
+            prompt = name.partition(" of ")[2]
+            answers = dict.fromkeys(answer for use in found for answer in use.labels(name, "answer"))
+            shown = " or ".join(f"“{plots.shown_token(answer, 40)}”" for answer in answers)
+            target = f"{shown}{', ' if shown else ''}the last target of {prompt or 'one prompt'}"
+            title = f"What the answer rests on: {what}" + (f", {prompt}" if prompt else "")
+            made.append((title, replace(kind, measure=name), of.format(target)))
+    return made

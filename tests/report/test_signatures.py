@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, Examination, Result, append_result, curve
 from megaloop.report import depth_use_plots
-from megaloop.report.page import make_report
+from megaloop.report.depth_use import DepthUse
+from megaloop.report.format import format_signature
+from megaloop.report.page import Report, make_report
+from megaloop.report.read import read_run
+from megaloop.report.savings import group_runs
+from megaloop.report.signatures import Signatures, signatures
 from tests.report.rundirs import write_run
 
 LAYERS = 8
@@ -31,7 +39,11 @@ def _diagnosed(
     time: str = "2026-11-29T00:00:00+00:00",
     extra: dict[str, Result] | None = None,
 ) -> Path:
-    """Results of a model whose last layers are worth ``late`` nats."""
+    """Results of a model whose last layers are worth ``late`` nats.
+
+    Args:
+        extra: results by measure, those of an attribution by "erasure of prompt 3".
+    """
     generator = np.random.default_rng(seed)
     rise = np.array([0.8, 0.8, 0.1, 0.1, 0.1, 0.1, late, late])
     rows = 1.0 * 40 + 40 * (rise + generator.normal(scale=0.02, size=(12, LAYERS)))
@@ -53,9 +65,10 @@ def _diagnosed(
     }
     results |= extra or {}
     for name in measures or results:
+        measure, _, options = name.partition(" of ")
         examination = Examination(
-            measure=name, prompts="data/asked", prompts_sha256=prompts, count=12, depth="8", block=block, step=step,
-            checkpoint=checkpoint, precision="fp32", seed=123, version=1,
+            measure=measure, prompts="data/asked", prompts_sha256=prompts, count=12, depth="8", block=block, step=step,
+            checkpoint=checkpoint, precision="fp32", seed=123, version=1, options=options,
         )  # fmt: skip
         append_result(run / DIAGNOSIS, DiagnosisRecord(examination, results[name], 0.5, time))
     return run
@@ -67,16 +80,33 @@ def _run(folder: Path, name: str, seed: int, **options: Any) -> Path:
     return _diagnosed(run, seed, **options)
 
 
-def _section(page: str) -> str:
-    return page.partition('<section id="signatures">')[2].partition("</section>")[0]
+def _found(*runs: Path) -> Signatures:
+    """What the page's section shows; pictures are drawn only if they are asked for."""
+    return signatures(group_runs([read_run(run) for run in runs]))
 
 
-def test_groups_stand_side_by_side(tmp_path: Path) -> None:
+def _late(*runs: Path) -> dict[str, Any]:
+    """Of the first group that has it."""
+    return next(row for row in _found(*runs).numbers if row["signature"] == "late layers indispensable")
+
+
+# --- the page
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
+    """A report, and its section: three runs of one group, three of another, and one with the lens alone."""
+    folder = tmp_path_factory.mktemp("page")
+    runs = [_run(folder, "grown", seed) for seed in range(3)]
+    runs += [_run(folder, "baseline", seed, late=late) for seed, late in enumerate((0.0, 0.0, 0.1))]
+    runs += [_run(folder, "other", 0, measures=["lens"])]
+    report, text = make_report(runs)
+    return report, text.partition('<section id="signatures">')[2].partition("</section>")[0]
+
+
+def test_groups_stand_side_by_side(page: tuple[Report, str]) -> None:
     """With the mean over seeds, from the smallest to the largest, and how many show it."""
-    runs = [_run(tmp_path, "grown", seed) for seed in range(3)]
-    runs += [_run(tmp_path, "baseline", seed, late=late) for seed, late in enumerate((0.0, 0.0, 0.1))]
-    report, page = make_report(runs)
-    section = _section(page)
+    report, section = page
     assert section.count("<svg") == 4  # what layers add, what they predict, who reads whom, skipped
     found = {(row["group"], row["signature"]): row for row in report.signatures}
     grown, plain = (found[name, "late layers indispensable"] for name in ("grown", "baseline"))
@@ -93,50 +123,54 @@ def test_groups_stand_side_by_side(tmp_path: Path) -> None:
     json.dumps(report.signatures, allow_nan=False)
 
 
-def test_one_run_has_the_interval_of_its_prompts(tmp_path: Path) -> None:
-    report, page = make_report([_run(tmp_path, "grown", 0)])
-    (row,) = [row for row in report.signatures if row["signature"] == "late layers indispensable"]
-    assert row["runs"] == 1
-    assert row["high"] - row["low"] < 0.05
-    assert "; seen</td>" in _section(page)
+def test_a_measure_that_some_runs_lack_leaves_the_others(page: tuple[Report, str]) -> None:
+    report, section = page
+    assert [row["signature"] for row in report.signatures if row["group"] == "other"] == ["overlap at the last layer"]
+    assert ">other</th>" in section
 
 
 def test_runs_that_were_not_diagnosed_have_no_section(tmp_path: Path) -> None:
-    report, page = make_report([write_run(tmp_path / "run", "run", steps=20)])
+    report, text = make_report([write_run(tmp_path / "run", "run", steps=20)])
     assert report.signatures == []
-    assert 'id="signatures"' not in page
+    assert 'id="signatures"' not in text
+
+
+# --- numbers
+
+
+def test_one_run_has_the_interval_of_its_prompts(tmp_path: Path) -> None:
+    found = _found(_run(tmp_path, "grown", 0))
+    (row,) = next(cells for name, cells, _ in found.rows if name == "late layers indispensable")
+    assert row is not None
+    assert row.high is not None
+    assert row.low is not None
+    assert row.high - row.low < 0.05
+    assert format_signature(row).endswith("); seen")
+
+
+def test_what_is_unclear_says_why(tmp_path: Path) -> None:
+    """Two blocks of four layers are too few to tell."""
+    found = _found(_run(tmp_path, "grown", 0, block=4))
+    (row,) = next(cells for name, cells, _ in found.rows if name == "period of the block")
+    assert row is not None
+    assert row.verdicts == {"unclear": 1}
+    assert re.search(r"; unclear; in 8 layers the test finds \d\d% of perfect patterns$", format_signature(row))
 
 
 def test_of_each_run_the_newest_step_counts(tmp_path: Path) -> None:
     run = _diagnosed(_run(tmp_path, "grown", 0, late=0.0, step=10), 0, late=0.5, step=20)
-    report, _ = make_report([run])
-    (row,) = [row for row in report.signatures if row["signature"] == "late layers indispensable"]
-    assert row["value"] == pytest.approx(0.4, abs=0.02)
+    assert _late(run)["value"] == pytest.approx(0.4, abs=0.02)
 
 
 def test_runs_that_were_asked_with_other_prompts_are_left_out(tmp_path: Path) -> None:
     """Those that most of them share are compared."""
-    runs = [_run(tmp_path, "grown", 0), _run(tmp_path, "baseline", 0), _run(tmp_path, "other", 0, prompts="b")]
-    report, page = make_report(runs)
-    assert {row["group"] for row in report.signatures} == {"grown", "baseline"}
-    assert ">other</th>" not in _section(page)
-
-
-def test_a_measure_that_some_runs_lack_leaves_the_others(tmp_path: Path) -> None:
-    runs = [_run(tmp_path, "grown", 0), _run(tmp_path, "baseline", 0, measures=["lens"])]
-    report, page = make_report(runs)
-    names = [row["signature"] for row in report.signatures if row["group"] == "baseline"]
-    assert names == ["overlap at the last layer"]
-    assert _section(page).count("<svg") == 4
+    found = _found(
+        _run(tmp_path, "grown", 0), _run(tmp_path, "baseline", 0), _run(tmp_path, "other", 0, prompts="b")
+    )  # fmt: skip
+    assert {row["group"] for row in found.numbers} == {use.label for use in found.groups} == {"grown", "baseline"}
 
 
 LATER = "2026-11-30T00:00:00+00:00"
-
-
-def _late(run: Path) -> float:
-    report, _ = make_report([run])
-    (row,) = [row for row in report.signatures if row["signature"] == "late layers indispensable"]
-    return float(row["value"])
 
 
 @pytest.mark.parametrize("change", [{"prompts": "b"}, {"block": 4}, {"checkpoint": "d"}])
@@ -145,20 +179,9 @@ def test_what_was_asked_last_is_shown_where_a_run_was_asked_in_several_ways(
 ) -> None:
     """With other prompts, with another block, or of a checkpoint that was trained again up to the same step."""
     run = _diagnosed(_run(tmp_path, "grown", 0, late=0.0), 0, late=0.5, time=LATER, **change)
-    assert _late(run) == pytest.approx(0.4, abs=0.02)
+    assert _late(run)["value"] == pytest.approx(0.4, abs=0.02)
     again = _diagnosed(_run(tmp_path, "other", 0, late=0.0, time=LATER), 0, late=0.5, **change)
-    assert _late(again) == pytest.approx(-0.1, abs=0.02)
-
-
-def test_matrices_need_not_be_square(tmp_path: Path) -> None:
-    """Layers by tokens, of an attribution."""
-    attributions = {
-        name: Result(matrices={name: np.linspace(-1, 1, LAYERS * 5).reshape(LAYERS, 5).tolist()})
-        for name in ("erasure", "gradients")
-    }
-    _, page = make_report([_run(tmp_path, "grown", 0, extra=attributions)])
-    assert _section(page).count("<svg") == 6
-    assert "What the answer rests on: integrated gradients" in _section(page)
+    assert _late(again)["value"] == pytest.approx(-0.1, abs=0.02)
 
 
 def test_the_interval_is_of_the_run_that_has_a_number(tmp_path: Path) -> None:
@@ -167,12 +190,27 @@ def test_the_interval_is_of_the_run_that_has_a_number(tmp_path: Path) -> None:
     shallow = json.loads(lines[0])
     shallow["result"]["by_prompt"]["skip 1"] = [[50.0, 50.0]] * 12  # two layers have no middle
     (runs[0] / DIAGNOSIS).write_text("\n".join([json.dumps(shallow), *lines[1:]]) + "\n")
-    report, _ = make_report(runs)
-    (row,) = [row for row in report.signatures if row["signature"] == "late layers indispensable"]
+    row = _late(*runs)
     assert row["low"] < row["value"] < row["high"]
 
 
-def test_exits_and_iterations_count_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# --- pictures
+
+
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Of all pictures that are made from here on, which are not drawn."""
+    made: list[Any] = []
+
+    def look(figure: Any) -> str:
+        made.extend(figure.axes)
+        return "<svg></svg>"
+
+    monkeypatch.setattr(depth_use_plots, "to_svg", look)
+    return made
+
+
+def test_exits_and_iterations_count_from_one(tmp_path: Path, axes: list[Any]) -> None:
     """As layers that ran, and iterations that are done, do; layers and places of the lens count from 0."""
     values = curve(np.linspace(0, 1, LAYERS - 1))
     run = _run(
@@ -181,15 +219,85 @@ def test_exits_and_iterations_count_from_one(tmp_path: Path, monkeypatch: pytest
     )  # fmt: skip
     of_task = json.loads((run / DIAGNOSIS).read_text().splitlines()[2]) | {"options": "copy-real, 5 shots, 9 questions"}
     (run / DIAGNOSIS).write_text((run / DIAGNOSIS).read_text() + json.dumps(of_task) + "\n")
-    begins: dict[str, float] = {}
-
-    def look(figure: Any) -> str:
-        begins.update({axes.get_xlabel(): axes.lines[0].get_xdata()[0] for axes in figure.axes if axes.lines})
-        return "<svg></svg>"
-
-    monkeypatch.setattr(depth_use_plots, "to_svg", look)
-    make_report([run])
+    assert _found(run).pictures
+    begins = {each.get_xlabel(): each.lines[0].get_xdata()[0] for each in axes if each.lines}
     assert begins == {"layer": 0, "iteration": 1, "layers before the exit": 1}
+
+
+def _attribution(tokens: list[str], answer: str = " Paris", columns: int | None = None, scale: float = 1.0) -> Result:
+    """Layers by tokens."""
+    width = len(tokens) if columns is None else columns
+    scores = scale * np.linspace(-1, 1, LAYERS * width).reshape(LAYERS, width)
+    return Result(matrices={"erasure": scores.tolist()}, labels={"tokens": tokens, "answer": [answer]})
+
+
+def _asked(**prompts: Result) -> DepthUse:
+    return DepthUse(0, "grown", ({f"erasure of prompt {name[1:]}": result for name, result in prompts.items()},), 2)
+
+
+def _names(axes: list[Any]) -> list[str]:
+    return [label.get_text() for label in axes[0].get_xticklabels()]
+
+
+def test_every_prompt_that_was_asked_about_has_its_picture_and_its_answer(tmp_path: Path, axes: list[Any]) -> None:
+    extra = {
+        f"erasure of prompt {number}": _attribution([" a", "b"] * number, f" answer {number}") for number in (12, 3)
+    }
+    pictures = _found(_run(tmp_path, "grown", 0, measures=list(extra), extra=extra)).pictures
+    assert [title for title, _, _ in pictures] == [
+        "What the answer rests on: erasure, prompt 3",
+        "What the answer rests on: erasure, prompt 12",
+    ]
+    assert [re.findall("“(.*)”", note) for _, _, note in pictures] == [["·answer·3"], ["·answer·12"]]
+    assert _names(axes) == ["·a", "b"] * 3
+
+
+def test_tokens_with_odd_characters_are_shown_as_they_can_be(axes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = ["<b>&amp;", "$x$", "\n", "\u202eabc", "\x00", "", " internationalization", "日本"]
+    drawn = depth_use_plots.matrices_plot([_asked(p1=_attribution(odd))], _erasure(1))
+    shown = ["<b>&amp;", "$x$", "\\n", "\\u202eabc", "\\x00", "(nothing)", "·internat...", "日本"]
+    assert _names(axes) == shown
+    monkeypatch.undo()
+    drawn = depth_use_plots.matrices_plot([_asked(p1=_attribution(odd))], _erasure(1))
+    assert drawn is not None
+    texts = {element.text for element in ElementTree.fromstring(drawn).iter() if element.tag.endswith("text")}
+    assert set(shown) <= texts
+
+
+def _erasure(prompt: int) -> depth_use_plots.Matrix:
+    return replace(depth_use_plots.ERASURE, measure=f"erasure of prompt {prompt}")
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 68, 500])
+def test_as_many_tokens_are_named_as_can_be_read(axes: list[Any], tokens: int) -> None:
+    """Those of a page's width at most, at equal distances, and none lies upon another."""
+    names = [f"t{number}" for number in range(tokens)]
+    assert depth_use_plots.matrices_plot([_asked(p1=_attribution(names))] * 2, _erasure(1)) is not None
+    figure = axes[0].figure
+    figure.draw_without_rendering()
+    every = 1 if tokens < 68 else -(-tokens // 67)
+    assert _names(axes) == names[::every]
+    assert f"one of {every}" in axes[0].get_xlabel() or every == 1
+    boxes = [label.get_window_extent() for label in axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert figure.get_size_inches()[0] <= 11.8
+
+
+def test_names_that_are_not_those_of_the_columns_are_left_out(axes: list[Any]) -> None:
+    assert depth_use_plots.matrices_plot([_asked(p1=_attribution(["a", "b"], columns=5))], _erasure(1)) is not None
+    assert not {"a", "b"} & set(_names(axes))
+
+
+def test_runs_have_a_mean_matrix_where_their_tokens_are_the_same() -> None:
+    one, other = ({"erasure": _attribution(["a", "b"], scale=scale)} for scale in (1.0, 3.0))
+    mean = DepthUse(0, "grown", (one, other), 2).matrix("erasure", "erasure")
+    assert mean is not None
+    assert mean.tolist() == (2 * np.array(one["erasure"].matrices["erasure"])).tolist()
+    apart = {"erasure": _attribution(["a", "c"])}
+    assert DepthUse(0, "grown", (one, apart), 2).matrix("erasure", "erasure") is None
+
+
+# --- results that somebody has edited
 
 
 HOSTILE: list[dict[str, Any]] = [
@@ -208,26 +316,25 @@ HOSTILE: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("result", HOSTILE)
 def test_results_that_somebody_has_edited_are_no_end_of_the_page(tmp_path: Path, result: dict[str, Any]) -> None:
-    run = _run(tmp_path, "grown", 0, measures=["lens"])
+    plain = Result(by_prompt={"overlap at the last layer": [[30.0, 40.0]] * 12})
+    run = _run(tmp_path, "grown", 0, measures=["lens"], extra={"lens": plain})
     line = json.loads((run / DIAGNOSIS).read_text())
     with (run / DIAGNOSIS).open("a") as file:
         file.write(json.dumps(line | {"measure": "skip", "result": result}) + "\n")
-    report, page = make_report([run])
-    assert "<script>" not in _section(page)
-    json.dumps(report.signatures, allow_nan=False)
-    assert "overlap at the last layer" in _section(page)
+    found = _found(run)
+    assert not any("<script>" in picture for _, picture, _ in found.pictures)
+    json.dumps(found.numbers, allow_nan=False)
+    assert "overlap at the last layer" in [row["signature"] for row in found.numbers]
 
 
 @pytest.mark.parametrize(
     "matrix", [[], [[]], [[1.0], [1.0, 2.0]], [[1.0, 2.0, 3.0]] * 2, [[0.0, 0.0]] * 2, [[1e30] * 2] * 2]
 )
-@pytest.mark.parametrize("measure", ["effects", "symmetry", "erasure"])
-def test_matrices_of_any_shape_are_no_end_of_the_page(tmp_path: Path, measure: str, matrix: list[list[float]]) -> None:
-    name = {
-        "effects": "future effect on later layers",
-        "symmetry": "cosine of the weights of blocks",
-        "erasure": "erasure",
-    }
-    run = _run(tmp_path, "grown", 0, measures=[measure], extra={measure: Result(matrices={name[measure]: matrix})})
-    _, page = make_report([run])
-    assert "<svg" in page
+@pytest.mark.parametrize(
+    "kind", [depth_use_plots.EFFECTS, depth_use_plots.SYMMETRY, depth_use_plots.ERASURE], ids=lambda kind: kind.measure
+)
+def test_matrices_of_any_shape_are_no_end_of_the_page(kind: depth_use_plots.Matrix, matrix: list[list[float]]) -> None:
+    """They have a picture if they are matrices."""
+    use = DepthUse(0, "grown", ({kind.measure: Result(matrices={kind.name: matrix})},), 2)
+    drawn = depth_use_plots.matrices_plot([use], kind)
+    assert (drawn is not None) == (len({len(row) for row in matrix} - {0}) == 1)
