@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -35,6 +36,8 @@ __all__ = [
 
 Panel = tuple[str, str, str, str]
 """Measure, curve, title and what the numbers are."""
+_STYLE = {**STYLE, "figure.constrained_layout.h_pad": 0.1}
+"""With room between what is below one panel and the title of the next."""
 CONTRIBUTIONS: tuple[Panel, ...] = (
     ("contributions", "attention_size", "What attention adds", "|a| / |h|"),
     ("contributions", "mlp_size", "What the MLP adds", "|m| / |h + a|"),
@@ -93,6 +96,10 @@ LOCAL = Matrix("effects", "future local effect", "later layer", "layer whose par
 SYMMETRY = Matrix("symmetry", "cosine of the weights of blocks", "block", "block", "cosine", _apart, signed=True)
 ERASURE = Matrix("erasure", "erasure", "token", "layer", "drop of the answer's probability", _all, True, "tokens")
 GRADIENTS = Matrix("gradients", "gradients", "token", "layer", "integrated gradient", _all, True, "tokens")
+_AROUND_ZERO = LinearSegmentedColormap.from_list(
+    "around zero", [(0.0, "#0072b2ff"), (0.5, "#0072b200"), (0.5, "#d55e0000"), (1.0, "#d55e00ff")]
+)
+"""0 is the page's ground, light or dark."""
 _PANEL, _WIDEST, _NAME_WIDTH, _BESIDE = 2.7, 11.0, 0.15, 0.9
 """Inches: a panel's width, that of all panels side by side at most, and what the name of a column and the axis take of it."""
 
@@ -111,7 +118,7 @@ def curves_plot(
         return None
     columns = min(len(shown), 2 if len(shown) == 4 else 3)
     lines = math.ceil(len(shown) / columns)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.1 * columns, 2.9 * lines + 0.4), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(shown) :]:
@@ -148,14 +155,14 @@ def matrices_plot(found: Sequence[DepthUse], kind: Matrix) -> str | None:
     shown = [(use, np.where(kind.mask(matrix), matrix, np.nan)) for use, matrix in shown]
     highest = max((float(np.nanmax(np.abs(matrix))) for _, matrix in shown if not np.isnan(matrix).all()), default=1.0)
     limits = (-highest, highest) if kind.signed else (0.0, highest or 1.0)
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
         height = 2.7 if width == _PANEL else 3.4  # with names that stand on end
         figure = Figure(figsize=(width * columns + 0.8, height * lines + 0.3), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(shown) :]:
             axes.set_axis_off()
         for axes, (use, matrix) in zip(grid.flat, shown, strict=False):
-            colours = "RdBu_r" if kind.signed else "viridis"
+            colours = _AROUND_ZERO if kind.signed else "viridis"
             picture = axes.imshow(matrix, origin="lower", cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
             axes.set_title(use.label[:40], fontsize=10)
             axes.set_xlabel(kind.x)
@@ -205,7 +212,7 @@ def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss")
         return None
     columns = min(len(names), 4)
     lines = math.ceil(len(names) / columns)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(max(2.9 * columns, 4.6), 2.7 * lines + 0.5), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(names) :]:
