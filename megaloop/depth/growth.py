@@ -20,7 +20,7 @@ from typing import Literal
 from megaloop.depth.plan import DepthPlan
 from megaloop.errors import MegaloopError
 
-__all__ = ["Growth", "InsertAt", "Operator", "before_growth", "grow"]
+__all__ = ["Growth", "InsertAt", "Operator", "before_growth", "copied_block", "grow"]
 
 Operator = Literal["lidas", "midas", "stack", "last", "random"]
 InsertAt = Literal["after", "middle"]
@@ -112,6 +112,25 @@ def before_growth(plan: DepthPlan, layers: int) -> DepthPlan:
         tuple(layer_id for layer_id in plan.order if layer_id in ids),
         {child: parent for child, parent in plan.lineage.items() if child in ids},
     )
+
+
+def copied_block(plan: DepthPlan) -> int | None:
+    """Layers of the block that was copied last, told from ids and lineage alone; None where no layer is a copy.
+
+    Those of a block have the highest ids, run one after the other, and so did their parents, all of which are older.
+    ``stack`` copies as many layers as there were.
+    """
+    order, numbered = plan.ids, sorted(plan.ids)
+    for block in range(min(len(order) // 2, len(plan.lineage)), 0, -1):
+        new = tuple(numbered[-block:])
+        at = order.index(new[0])
+        older = tuple(layer_id for layer_id in order if layer_id < new[0])
+        parents = tuple(plan.lineage.get(layer_id, -1) for layer_id in new)
+        if order[at : at + block] == new and parents[0] in older:
+            begin = older.index(parents[0])
+            if older[begin : begin + block] == parents:
+                return block
+    return None
 
 
 def _step(plan: DepthPlan, operator: Operator, block: int, insert_at: InsertAt) -> Growth:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megaloop.depth import DepthPlan, Growth, InsertAt, Operator, before_growth, grow
+from megaloop.depth import DepthPlan, Growth, InsertAt, Operator, before_growth, copied_block, grow
 from megaloop.errors import MegaloopError
 
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
@@ -144,6 +144,18 @@ def test_what_every_growth_keeps(case: tuple[DepthPlan, Operator, list[int], dic
         assert DepthPlan.from_json(after.to_json()) == after
         assert before_growth(after, before.layers) == before
         before = after
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_block_is_told_from_what_was_copied_last(operator: Operator, block: int) -> None:
+    """At every depth on the way, wherever later copies have been put between earlier ones; fresh layers tell nothing."""
+    for insert_at in get_args(InsertAt):
+        plan, depths = DepthPlan.plain(2 * block), [block * count for count in range(3, 9)]
+        assert copied_block(plan) is None
+        for growth in _steps(plan, operator, [4 * block, 8 * block] if operator == "stack" else depths, {"block": block, "insert_at": insert_at}):
+            copied = growth.plan.layers // 2 if operator == "stack" else block
+            assert copied_block(growth.plan) == (None if operator == "random" else copied)
 
 
 @given(growths())
