@@ -155,7 +155,8 @@ class Checkpoint:
         """
         if self.tokenizer is None:
             raise MegaloopError(
-                f"checkpoint {self.path} holds no tokenizer, and {purpose}; import it again with --tokenizer PATH"
+                f"checkpoint {self.path} holds no tokenizer, and {purpose}; import the model with one: "
+                "megaloop import MODEL --out CKPT --tokenizer PATH"
             )
         return load_tokenizer(self.tokenizer)
 

@@ -105,9 +105,22 @@ def resolve_checkpoint(path: Path) -> Path:
         complete = list_checkpoints(directory)
         if complete:
             return complete[-1]
+    if what := _model_of_others(path):
+        raise MegaloopError(
+            f"no complete checkpoint in {path}: it is {what}; import it first: megaloop import {path} --out CKPT"
+        )
     raise MegaloopError(
         f"no complete checkpoint in {path}: expected a checkpoint (a directory with {MANIFEST}) or a run that has saved one"
     )
+
+
+def _model_of_others(path: Path) -> str | None:
+    """What a path looks like that 'megaloop import' reads; None: nothing of the kind."""
+    if path.is_file():
+        return "a GGUF file" if path.suffix.lower() == ".gguf" else None
+    if (path / "config.json").is_file():
+        return "a Hugging Face directory"
+    return "a directory with a GGUF file" if any(path.glob("*.gguf")) else None
 
 
 def prune(directory: Path, keep: int, every: int = 0) -> list[Path]:

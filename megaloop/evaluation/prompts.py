@@ -57,7 +57,7 @@ def questions(
         context, continuations = encode_pairs(tokenizer, task.prompt(solved, example), texts)
         if [] in continuations:
             raise MegaloopError(
-                f"eval: tokenizer {tokenizer.path} has no token of its own for "
+                f"tokenizer {tokenizer.path} has no token of its own for "
                 f"{printable(texts[continuations.index([])])!r} after a question of {task.name}; leave that task out with --tasks"
             )
         contexts.append(context)

@@ -120,12 +120,12 @@ def tasks_named(names: Sequence[str]) -> list[Task]:
     if unknown:
         if unknown[0] in RENAMED:
             raise MegaloopError(
-                f"eval: task {unknown[0]} is now called {RENAMED[unknown[0]]}, and asks another question"
+                f"--tasks: task {unknown[0]} is now called {RENAMED[unknown[0]]}, and asks another question"
             )
         shown = printable(unknown[0])
         raise MegaloopError(
-            f"eval: unknown task {shown!r}; choose from {', '.join(TASKS)}, or primitives for all; "
-            f"tasks of EleutherAI's lm-eval go to --harness {shown}"
+            f"--tasks: unknown task {shown!r}; choose from {', '.join(TASKS)}, or primitives for all; "
+            f"tasks of EleutherAI's lm-eval go to megaloop eval --harness {shown}"
         )
     chosen = [task for name in names for task in (TASKS if name == "primitives" else [name])]
     return [TASKS[name] for name in dict.fromkeys(chosen or TASKS)]

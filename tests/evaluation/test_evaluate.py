@@ -113,7 +113,7 @@ def test_errors_of_clusters_are_those_of_their_sums() -> None:
     ("options", "message"),
     [
         ({"tasks": ["nothing"]}, "unknown task 'nothing'"),
-        ({"tasks": ["hellaswag"]}, "tasks of EleutherAI's lm-eval go to --harness hellaswag"),
+        ({"tasks": ["hellaswag"]}, "tasks of EleutherAI's lm-eval go to megaloop eval --harness hellaswag"),
         ({"loops": [2], "blocks": [Block(2, 5)]}, "--block 2:5: the model has 3 layers"),
         ({"loops": [2], "blocks": [EveryBlock(4)]}, "--block every:4: the model has 3 layers"),
         ({"data": [Path("nowhere")]}, "data nowhere: no data.json there"),
