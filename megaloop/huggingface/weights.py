@@ -158,6 +158,7 @@ def import_huggingface(
     *,
     tokenizer: Path | None = None,
     without_tokenizer: bool = False,
+    without_values: bool = False,
     on_bytes: Tell | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> ImportSummary:
@@ -171,6 +172,7 @@ def import_huggingface(
             ``config.json``.
         tokenizer: the tokenizer to keep with it (a file, or a directory that has one); default: the model's own.
         without_tokenizer: keep none.
+        without_values: write no tensor: what describes the model, and its tokenizer. Names and shapes of the tensors are looked at all the same.
         on_bytes: told (what is done, bytes done, bytes in all) as it goes on.
         group: where torch.distributed is initialised: the one rank that writes.
 
@@ -189,7 +191,7 @@ def import_huggingface(
         pieces = [
             LazyPiece(state_name, _whole_piece(name, specs[name]), dtype, partial(weight.read_as, source, dtype))
             for state_name, dtype in (("model", training_dtype(precision)), ("master", torch.float32))
-            for name, weight in found.weights.items()
+            for name, weight in ({} if without_values else found.weights).items()
         ]
         rows = found.model.vocab_size or 0
         kept = None if without_tokenizer else _tokenizer_of(source, tokenizer, rows, stack)
