@@ -9,14 +9,18 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import ValidationError
 
 from megaloop.analysis.interventions import KINDS, Kind
+from megaloop.analysis.loop_monitors import loop_states
 from megaloop.analysis.measures import (
     Subject,
     attribution,
@@ -29,31 +33,32 @@ from megaloop.analysis.measures import (
     symmetry,
     task_curves,
 )
-from megaloop.analysis.prompts import Prompts, held_out_prompts, read_prompts, training_prompts
-from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, Examination, Result, append_result, read_results
+from megaloop.analysis.named_model import NamedModel, open_named
+from megaloop.analysis.prompts import Prompts
+from megaloop.analysis.rehearsal import Rehearsal
+from megaloop.analysis.request import Request, block_layers, own_results
+from megaloop.analysis.results import DiagnosisRecord, Examination, Result, append_result, read_results
+from megaloop.analysis.run_lens import RunLens
 from megaloop.analysis.signature_table import signature_table
-from megaloop.analysis.tuned_lens import TunedLens, load_lens, train_lens
 from megaloop.checkpoint import Checkpoint, Manifest
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.held_out import open_as_trained
 from megaloop.evaluation.primitives import Questioning
-from megaloop.evaluation.tasks import TASKS_VERSION, tasks_named
 from megaloop.inference.load import load_decoder
-from megaloop.runtime.collectives import broadcast_object
+from megaloop.model import Decoder
+from megaloop.runtime.collectives import broadcast_object, raise_on_all_ranks
 from megaloop.runtime.share import OnPart, rank
 from megaloop.text import printable
+from megaloop.tokenizer import Tokenizer
 
-__all__ = ["MEASURES", "SIGNATURES", "TUNED_LENS", "PromptSource", "TaskSource", "default_measures", "diagnose"]
+__all__ = ["MEASURES", "SIGNATURES", "TUNED_LENS", "default_measures", "diagnose"]
 
 VERSION = 3
 """Of the definitions; results of different versions do not compare."""
 SIGNATURES, TUNED_LENS = "signatures", "tuned-lens"
-ATTRIBUTIONS: tuple[Literal["erasure", "gradients"], ...] = ("erasure", "gradients")
-"""Of one prompt."""
-_BLOCK = 4
-_LENS_SAMPLES = 2048
-"""Training samples that a tuned lens learns from."""
+Attribution = Literal["erasure", "gradients"]
+ATTRIBUTIONS: tuple[Attribution, ...] = ("erasure", "gradients")
+"""Of one prompt each."""
 
 
 def _intervention(kind: Kind) -> Callable[[Subject], Result]:
@@ -69,7 +74,7 @@ MEASURES: dict[str, Callable[[Subject], Result]] = {
     "loops": monitors,
     **{kind: _intervention(kind) for kind in KINDS},
 }
-"""By name, in the order in which they are done. After them come ``tuned-lens``, which is trained first, and ``erasure`` and ``gradients``, of one prompt."""
+"""By name, in the order in which they are done. After them come ``tuned-lens``, which is trained first, and ``erasure`` and ``gradients``, of one prompt each."""
 
 
 def default_measures(plan: DepthPlan, block: int) -> list[str]:
@@ -79,132 +84,143 @@ def default_measures(plan: DepthPlan, block: int) -> list[str]:
     return [name for name in MEASURES if name not in without]
 
 
-@dataclass(frozen=True)
-class PromptSource:
-    """Where prompts come from.
-
-    Attributes:
-        path: a data set or a jsonl file; None: held-out samples of the run's first data set.
-        count: at most so many.
-        field: of a jsonl line, that has the text.
-    """
-
-    path: Path | None = None
-    count: int = 64
-    field: str = "text"
-
-    def read(self, checkpoint: Checkpoint, document_masking: bool) -> Prompts:
-        """The prompts.
-
-        Raises:
-            MegaloopError: there are none, or they are of another tokenizer.
-        """
-        path = self.path or _own_data(checkpoint, "name prompts with --prompts")
-        if path.is_dir():
-            return held_out_prompts(open_as_trained(checkpoint, path), self.count, document_masking)
-        return read_prompts(path, checkpoint.open_tokenizer("prompts are text"), self.count, self.field)
-
-
-@dataclass(frozen=True)
-class TaskSource:
-    """Primitives that interventions are also scored by.
-
-    Attributes:
-        names: as ``megaloop eval --tasks`` takes them.
-        shots: solved examples before each question.
-        examples: questions of each.
-    """
-
-    names: Sequence[str] = ()
-    shots: int = 5
-    examples: int = 250
-
-
-def _own_data(checkpoint: Checkpoint, otherwise: str) -> Path:
-    data = checkpoint.manifest.data
-    if not data.paths:
-        raise MegaloopError(f"diagnose: the checkpoint does not know its data; {otherwise}")
-    if data.is_fine_tuned:
-        raise MegaloopError(
-            f"diagnose: the run was fine-tuned on prompts and answers, which have no held-out samples; {otherwise}"
-        )
-    return data.paths[0]
-
-
 def diagnose(
-    path: Path,
-    *,
-    measures: Sequence[str] | None = None,
-    prompts: PromptSource = PromptSource(),
-    tasks: TaskSource = TaskSource(),
-    block: int | None = None,
-    lens_steps: int = 200,
-    prompt: int = 1,
-    seed: int = 123,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    again: bool = False,
-    out: Path | None = None,
-    on_part: OnPart | None = None,
-) -> list[DiagnosisRecord]:
-    """Measure a checkpoint (or a run's newest), or take what was measured before; the last record has the signatures.
+    models: Sequence[Path], request: Request = Request(), on_part: OnPart | None = None
+) -> list[list[DiagnosisRecord]]:
+    """Measure models (a run's newest checkpoint), or take what was measured before; the last record of each has its signatures.
 
-    Args:
-        measures: names of :data:`MEASURES`, ``tuned-lens``, ``erasure``, ``gradients``; None: :func:`default_measures`.
-        tasks: with them interventions are measured a second time, by the accuracy of primitives.
-        block: layers of a block; None: of the loop, else 4.
-        lens_steps: of a tuned lens' training.
-        prompt: which prompt, from 1 on, ``erasure`` and ``gradients`` are of.
-        again: measure anew what ``out`` holds already.
-        out: the file that remembers; None: RUN/diagnosis.jsonl for a run and for its checkpoints, no file otherwise.
+    All are found and checked before the first is measured; one at a time is in memory.
 
     Raises:
-        MegaloopError: an unknown measure or task, a damaged checkpoint, prompts that are missing or too short, a block that does not fit, a
-            lens of another checkpoint.
+        MegaloopError: an unknown measure or task, a model that is not there or damaged, prompts that are missing or too short, a block
+            that does not fit, a lens of another checkpoint or of other data.
     """
+    _check_names(request)
+    several = len(models) > 1
+    examinees: list[_Examinee] = []
+    found: list[list[DiagnosisRecord]] = []
+    with ExitStack() as stack:
+        for model in models:
+            named = stack.enter_context(open_named(model))
+            with raise_on_all_ranks(), named.errors(several):
+                examinees.append(_checked(named, request))
+        for examinee in examinees:
+            with examinee.named.errors(several):
+                found.append(_measured(examinee, request, on_part or _silent))
+    return found
+
+
+def _check_names(request: Request) -> None:
+    """MegaloopError: a measure or a task that is not known."""
     known = (*MEASURES, TUNED_LENS, *ATTRIBUTIONS)
-    if unknown := [name for name in measures or () if name not in known]:
+    if unknown := [name for name in request.measures or () if name not in known]:
         raise MegaloopError(f"--measures: {printable(unknown[0], 60)} is none of {', '.join(known)}")
-    asked = tasks_named(tasks.names) if tasks.names else []
-    model, checkpoint = load_decoder(path, precision=precision)
-    found = prompts.read(checkpoint, model.config.document_masking)
-    size = _block(checkpoint.manifest.plan, block)
-    chosen = default_measures(model.plan, size) if measures is None else measures
-    tokenizer = checkpoint.open_tokenizer("questions are text") if asked else None
-    if asked and not set(KINDS) & set(chosen):
+    request.tasks.chosen()
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class _Examinee:
+    """A model that can be measured as was asked.
+
+    Attributes:
+        block: layers of a block.
+        measures: names of those that were asked for, or that the model allows.
+        vocab_size: the tokenizer's tokens, or all rows of the head.
+        tokenizer: None: the checkpoint holds none, and none is needed.
+        lens: None: no tuned lens was asked for.
+    """
+
+    named: NamedModel
+    prompts: Prompts
+    block: int
+    measures: Sequence[str]
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    lens: RunLens | None
+
+    def questioning(self, model: Decoder, request: Request, on_part: OnPart) -> Questioning | None:
+        """How primitives are asked; None: they are not."""
+        tasks = request.tasks
+        if not tasks.chosen() or self.tokenizer is None:
+            return None
+        return Questioning(model, self.tokenizer, tasks.shots, tasks.examples, request.seed, on_part)
+
+
+def _checked(named: NamedModel, request: Request) -> _Examinee:
+    """What is measured of a model; MegaloopError where something that was asked for cannot be. Its numbers are not read."""
+    checkpoint, manifest, tasks = named.checkpoint, named.checkpoint.manifest, request.tasks.chosen()
+    prompts = request.prompts.read(checkpoint, manifest.model.document_masking)
+    block = block_layers(manifest, request.block)
+    chosen = default_measures(manifest.plan, block) if request.measures is None else request.measures
+    if tasks and not set(KINDS) & set(chosen):
         raise MegaloopError(
             f"--tasks: scores interventions, and none is among the measures; add one of {', '.join(KINDS)}"
         )
-    vocab_size = model.vocab_size if checkpoint.manifest.tokenizer is None else checkpoint.open_tokenizer("").vocab_size
-    subject = Subject(model, found, size, seed, vocab_size, on_part or (lambda label, done, total: None))
-    questioning = None
-    if tokenizer is not None:
-        questioning = Questioning(model, tokenizer, tasks.shots, tasks.examples, seed, subject.on_part)
-        questioning.check(asked)
-    work = _Diagnosis(subject, checkpoint, precision, out or _beside(checkpoint), again)
-    records = [work.done(name, MEASURES[name]) for name in MEASURES if name in chosen]
-    if TUNED_LENS in chosen:
-        records.append(work.tuned_lens(lens_steps))
-    for name in ATTRIBUTIONS:
-        if name in chosen:
-            records.append(work.attribution(name, prompt))
-    if questioning is not None:
-        how = f"{tasks.shots} shots, {tasks.examples} questions, version {TASKS_VERSION}"
-        for kind in KINDS:
-            records += [
-                work.done(kind, lambda s, k=kind, t=task: task_curves(s, k, t, questioning), f"{task.name}, {how}")  # type: ignore[misc]
-                for task in asked
-                if kind in chosen
-            ]
-    by_name = {record.examination.measure: record.result for record in records if not record.examination.options}
-    return [*records, work.record(SIGNATURES, Result(signatures=signature_table(by_name, size)), 0.0)]
+    tokenizer = None
+    if manifest.tokenizer is not None or tasks or set(ATTRIBUTIONS) & set(chosen):
+        tokenizer = checkpoint.open_tokenizer("questions are text" if tasks else "tokens are shown as text")
+    lens = RunLens.of(checkpoint, request.out or own_results(checkpoint)) if TUNED_LENS in chosen else None
+    vocab_size = manifest.vocab_size if tokenizer is None else tokenizer.vocab_size
+    examinee = _Examinee(named, prompts, block, chosen, vocab_size, tokenizer, lens)
+    _rehearse(examinee, request, Rehearsal.of(manifest.plan, prompts, block, request.seed))
+    return examinee
+
+
+def _rehearse(examinee: _Examinee, request: Request, subject: Rehearsal) -> None:
+    """MegaloopError where a measure refuses the model or its prompts."""
+    for name in MEASURES:
+        if name in examinee.measures:
+            subject.check(MEASURES[name])
+    if "loops" in examinee.measures:
+        subject.check(lambda s: next(loop_states(s.model, s.prompts.batch([0], torch.device("cpu")))))
+    if (tokenizer := examinee.tokenizer) is not None:
+        for name, number in _attributions(examinee, request):
+            subject.check(partial(attribution, name=name, number=number, tokenizer=tokenizer))
+    if (questioning := examinee.questioning(subject.model, request, _silent)) is not None:
+        questioning.check(request.tasks.chosen())
+
+
+def _attributions(examinee: _Examinee, request: Request) -> list[tuple[Attribution, int]]:
+    """Which, and of which prompt."""
+    numbers = dict.fromkeys(request.attributed)
+    return [(name, number) for name in ATTRIBUTIONS if name in examinee.measures for number in numbers]
+
+
+def _measured(examinee: _Examinee, request: Request, on_part: OnPart) -> list[DiagnosisRecord]:
+    """The records of one model, which is in memory as long as that takes."""
+    chosen, tokenizer = examinee.measures, examinee.tokenizer
+    with examinee.named.complete() as path:
+        model, checkpoint = load_decoder(path, precision=request.precision)
+        subject = Subject(model, examinee.prompts, examinee.block, request.seed, examinee.vocab_size, on_part)
+        work = _Diagnosis(subject, checkpoint, request)
+        records = [work.done(name, MEASURES[name]) for name in MEASURES if name in chosen]
+        if examinee.lens is not None:
+            records.append(work.tuned_lens(examinee.lens, request.lens_steps))
+        if tokenizer is not None:
+            records += [work.attribution(name, number, tokenizer) for name, number in _attributions(examinee, request)]
+        if (questioning := examinee.questioning(model, request, on_part)) is not None:
+            how = request.tasks.how
+            for kind in KINDS:
+                records += [
+                    work.done(kind, lambda s, k=kind, t=task: task_curves(s, k, t, questioning), f"{task.name}, {how}")  # type: ignore[misc]
+                    for task in request.tasks.chosen()
+                    if kind in chosen
+                ]
+        by_name = {record.examination.measure: record.result for record in records if not record.examination.options}
+        return [*records, work.record(SIGNATURES, Result(signatures=signature_table(by_name, examinee.block)), 0.0)]
 
 
 class _Diagnosis:
     """Measures one thing at a time, or remembers it."""
 
-    def __init__(self, subject: Subject, checkpoint: Checkpoint, precision: str, file: Path | None, again: bool):
-        self._subject, self._checkpoint, self._precision, self._file = subject, checkpoint, precision, file
-        self._known = {} if again or file is None else broadcast_object(read_results(file))
+    def __init__(self, subject: Subject, checkpoint: Checkpoint, request: Request):
+        self._subject, self._manifest, self._precision = subject, checkpoint.manifest, request.precision
+        self._file = file = request.out or own_results(checkpoint)
+        self._known = {} if request.again or file is None else broadcast_object(read_results(file))
         self._sha256 = subject.prompts.sha256
 
     def record(self, measure: str, result: Result, seconds: float, options: str = "") -> DiagnosisRecord:
@@ -228,49 +244,27 @@ class _Diagnosis:
             append_result(self._file, record)
         return record
 
-    def tuned_lens(self, steps: int) -> DiagnosisRecord:
+    def tuned_lens(self, lens: RunLens, steps: int) -> DiagnosisRecord:
         """The lens, trained on samples of the run's own data; it is kept beside the results."""
 
         def measure(subject: Subject) -> Result:
-            tuned = self._trained(steps)
-            return lens_curves(subject, tuned)
+            return lens_curves(subject, lens.trained(subject.model, steps, subject.on_part))
 
-        return self.done(TUNED_LENS, measure, f"{steps} steps")
+        return self.done(TUNED_LENS, measure, f"{steps} steps on {lens.source}")
 
-    def attribution(self, name: Literal["erasure", "gradients"], prompt: int) -> DiagnosisRecord:
-        tokenizer = self._checkpoint.open_tokenizer("tokens are shown as text")
-        return self.done(name, lambda subject: attribution(subject, name, prompt, tokenizer), f"prompt {prompt}")
+    def attribution(self, name: Attribution, number: int, tokenizer: Tokenizer) -> DiagnosisRecord:
+        """Of one prompt, which the progress names."""
+        which = f"prompt {number}"
 
-    def _trained(self, steps: int) -> TunedLens:
-        model, manifest = self._subject.model, self._checkpoint.manifest
-        path = _own_data(self._checkpoint, "a tuned lens is trained on a run's own")
-        samples = training_prompts(
-            open_as_trained(self._checkpoint, path), _LENS_SAMPLES, model.config.document_masking
-        )
-        name = f"step-{manifest.step:08}"
-        if self._file != _beside(self._checkpoint):  # which several models may share
-            name += f"-{manifest.checksum[:12]}"
-        file = self._file.parent / "lenses" / f"{name}.safetensors" if self._file else None
-        shape = model.plan.depth, model.config.hidden_size, manifest.checksum
-        tuned, optimizer = TunedLens(*shape).to(model.device), None
-        if file is not None and file.is_file():
-            tuned, optimizer, planned = load_lens(file, *shape, device=model.device)
-            if planned != steps:
-                tuned, optimizer = TunedLens(*shape).to(model.device), None
-        on_part = self._subject.on_part
-        train_lens(
-            model,
-            tuned,
-            samples,
-            steps=steps,
-            file=file if rank() == 0 else None,
-            optimizer=optimizer,
-            on_step=lambda step, loss: on_part("training the tuned lens", step, steps),
-        )
-        return tuned.requires_grad_(False)
+        def measure(subject: Subject) -> Result:
+            on_part = subject.on_part
+            told = replace(subject, on_part=lambda what, done, total: on_part(f"{what}, {which}", done, total))
+            return attribution(told, name, number, tokenizer)
+
+        return self.done(name, measure, which)
 
     def _examination(self, measure: str, options: str) -> Examination:
-        manifest, subject = self._checkpoint.manifest, self._subject
+        manifest, subject = self._manifest, self._subject
         return Examination(
             measure=measure,
             prompts=subject.prompts.source,
@@ -294,15 +288,3 @@ def _identity(manifest: Manifest) -> str:
     files = sorted((file.path, file.bytes, file.checksum) for file in manifest.files)
     content = json.dumps([files, manifest.plan.to_json(), manifest.model.to_json()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def _block(plan: DepthPlan, block: int | None) -> int:
-    size = block or (plan.loop.block if plan.loop else min(_BLOCK, plan.depth))
-    if not 1 <= size <= plan.depth:
-        raise MegaloopError(f"--block {size}: the model executes {plan.depth} layers; choose 1 to {plan.depth}")
-    return size
-
-
-def _beside(checkpoint: Checkpoint) -> Path | None:
-    folder = checkpoint.path.absolute().parent
-    return folder.parent / DIAGNOSIS if folder.name == "checkpoints" else None

@@ -3,7 +3,8 @@
 arXiv 2303.08112. The maps begin as the identity, so that an untrained tuned lens is the logit lens; the last residual stream has none, which is the
 identity too. Each map's gradient is its own, so that all are trained in one pass over the data, the model frozen.
 
-A lens is kept as safetensors, with the checksum of the checkpoint that it is of; with optimizer state and the step, so that training goes on.
+A lens is kept as safetensors, with the checksums of the checkpoint that it is of and of the data that it learns from; with optimizer state and the step,
+so that training goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +28,7 @@ from megaloop.errors import MegaloopError
 from megaloop.files import replace_file
 from megaloop.model import Decoder
 
-__all__ = ["TunedLens", "load_lens", "save_lens", "train_lens"]
+__all__ = ["LensSource", "TunedLens", "check_lens", "load_lens", "save_lens", "train_lens"]
 
 _ROWS = 512
 """Positions whose distributions are in memory at once."""
@@ -34,21 +37,43 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of Adam, with the parameters; its count of steps stays on the CPU."""
 
 
+@dataclass(frozen=True)
+class LensSource:
+    """What a lens is of.
+
+    Attributes:
+        checkpoint: checksum of the checkpoint that it is trained for.
+        data: of the training samples that it learns from: what tells them apart from others', their length aside.
+        samples: the first so many of them.
+        tokens: of each.
+        seed: of the order in which they are read.
+    """
+
+    checkpoint: str
+    data: str
+    samples: int
+    tokens: int
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.samples} samples of {self.tokens} tokens of data {self.data[:12]}, seed {self.seed}"
+
+
 class TunedLens(nn.Module):
     """One affine map of the residual stream for each place.
 
     Args:
         places: executions of layers.
         size: of the residual stream.
-        checkpoint: checksum of what it is trained for.
+        source: what it is trained for, and on.
 
     Attributes:
         step: of its training.
     """
 
-    def __init__(self, places: int, size: int, checkpoint: str):
+    def __init__(self, places: int, size: int, source: LensSource):
         super().__init__()
-        self.checkpoint, self.step = checkpoint, 0
+        self.source, self.step = source, 0
         self.weight_LDD = nn.Parameter(torch.zeros(places, size, size))
         self.bias_LD = nn.Parameter(torch.zeros(places, size))
 
@@ -67,12 +92,11 @@ def train_lens(
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 1e-3,
     batch_tokens: int = 2048,
-    seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> torch.optim.Optimizer:
     """Train the maps on KL(p_L || p_l), summed over places, from ``tuned.step`` to ``steps``; Adam, the rate falling to 0 in a straight line.
 
-    What a step reads follows from the seed and its number alone, so that a training that was interrupted goes on as if it had not been.
+    What a step reads follows from the source's seed and its number alone, so that a training that was interrupted goes on as if it had not been.
 
     Args:
         file: where to keep it on the way.
@@ -85,7 +109,7 @@ def train_lens(
         while tuned.step < steps:
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - tuned.step / steps)
-            batch = _batch(prompts, tuned.step, batch_tokens, seed, model.device)
+            batch = _batch(prompts, tuned.step, batch_tokens, tuned.source.seed, model.device)
             traced = trace(model, batch.tokens_BS, batch.documents_BS)
             row_M, position_M = batch.valid_BS.nonzero(as_tuple=True)
             loss = 0.0
@@ -137,35 +161,57 @@ def save_lens(file: Path, tuned: TunedLens, optimizer: torch.optim.Optimizer, st
     for name, parameter in (("weight", tuned.weight_LDD), ("bias", tuned.bias_LD)):
         for moment, value in optimizer.state[parameter].items():
             tensors[f"{name}.{moment}"] = value.cpu()
-    about = {"checkpoint": tuned.checkpoint, "step": str(tuned.step), "steps": str(steps)}
+    about = asdict(tuned.source) | {"step": str(tuned.step), "steps": str(steps)}
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, save(tensors, {"megaloop": json.dumps(about)}))
 
 
 def load_lens(
-    file: Path, places: int, size: int, checkpoint: str, device: torch.device = torch.device("cpu")
+    file: Path, places: int, size: int, source: LensSource, device: torch.device = torch.device("cpu")
 ) -> tuple[TunedLens, torch.optim.Optimizer, int]:
     """A lens that was kept, its optimizer, and how many steps it was to have.
 
     Raises:
-        MegaloopError: it cannot be read, or is of another checkpoint.
+        MegaloopError: it cannot be read, or is of another checkpoint or of other data.
     """
-    tuned = TunedLens(places, size, checkpoint).to(device)
+    tuned = TunedLens(places, size, source).to(device)
     optimizer = torch.optim.Adam(tuned.parameters())
+    with _opened(file) as (opened, about):
+        _check_source(file, about, source)
+        tuned.step = int(about["step"])
+        with torch.no_grad():
+            for name, parameter in (("weight", tuned.weight_LDD), ("bias", tuned.bias_LD)):
+                parameter.copy_(opened.get_tensor(name))
+                moments = {moment: opened.get_tensor(f"{name}.{moment}").to(device) for moment in _MOMENTS}
+                optimizer.state[parameter] = {"step": opened.get_tensor(f"{name}.step"), **moments}
+        return tuned, optimizer, int(about["steps"])
+
+
+def check_lens(file: Path, source: LensSource) -> None:
+    """Raise MegaloopError if a lens that was kept is of another checkpoint or of other data, or cannot be read."""
+    with _opened(file) as (_, about):
+        _check_source(file, about, source)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file of a lens, and what it says of it; what is wrong with it in there is told in one line."""
     try:
         with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("megaloop", "{}"))
-            if about.get("checkpoint") != checkpoint:
-                raise MegaloopError(
-                    f"lens {file} is of checkpoint {str(about.get('checkpoint'))[:12]}, this is {checkpoint[:12]}; "
-                    "remove the file to train another"
-                )
-            tuned.step = int(about["step"])
-            with torch.no_grad():
-                for name, parameter in (("weight", tuned.weight_LDD), ("bias", tuned.bias_LD)):
-                    parameter.copy_(opened.get_tensor(name))
-                    moments = {moment: opened.get_tensor(f"{name}.{moment}").to(device) for moment in _MOMENTS}
-                    optimizer.state[parameter] = {"step": opened.get_tensor(f"{name}.step"), **moments}
-            return tuned, optimizer, int(about["steps"])
+            yield opened, json.loads((opened.metadata() or {}).get("megaloop", "{}"))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise MegaloopError(f"lens {file}: cannot be read ({error}); remove the file to train another") from None
+
+
+def _check_source(file: Path, about: dict[str, Any], source: LensSource) -> None:
+    found = {name: about.get(name) for name in asdict(source)}
+    if found["checkpoint"] != source.checkpoint:
+        raise MegaloopError(
+            f"lens {file} is of checkpoint {str(found['checkpoint'])[:12]}, this is {source.checkpoint[:12]}; "
+            "remove the file to train another"
+        )
+    if found != asdict(source):
+        learnt = "data that it does not name" if found["data"] is None else str(LensSource(**found))
+        raise MegaloopError(
+            f"lens {file} was trained on {learnt}, this one is to learn from {source}; remove the file to train another"
+        )

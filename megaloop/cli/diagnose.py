@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launchers.rank import started_by_launcher
+from megaloop.cli.evaluation import numbers
 from megaloop.cli.options import Json
 from megaloop.cli.output import echo
 from megaloop.cli.ranks import is_first_rank, joined_ranks, launch_again, part_progress
@@ -37,7 +36,7 @@ def diagnose(
         str | None,
         typer.Option(
             help="Names, separated by commas: contributions, effects, depth-score, lens, symmetry, loops, skip, swap, reverse, exit, repeat, "
-            "tuned-lens (which is trained first), erasure and gradients (of one prompt); default: all but the last three."
+            "tuned-lens (which is trained first), erasure and gradients (of one prompt each); default: all but the last three."
         ),
     ] = None,
     prompts: Annotated[
@@ -53,10 +52,13 @@ def diagnose(
     shots: Annotated[int, typer.Option(min=0, help="Solved examples before each question of --tasks.")] = 5,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each primitive.")] = 250,
     lens_steps: Annotated[int, typer.Option(min=1, help="Training steps of a tuned lens.")] = 200,
-    prompt: Annotated[int, typer.Option(min=1, help="Which prompt erasure and gradients are of.")] = 1,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N", help="Which prompts erasure and gradients are of: 2, or 1,3; again for more; default: the first."),
+    ] = None,
     block: Annotated[
         int | None,
-        typer.Option(min=1, help="Layers of a block: the period that is looked for, and what is repeated; default: the loop's, or 4."),
+        typer.Option(min=1, help="Layers of a block: the period that is looked for, and what is repeated; default: the loop's, else that of growth, else 4."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the boundaries between skipped and measured positions, and of the questions of --tasks.")] = 123,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic.")] = "fp32",
@@ -71,33 +73,28 @@ def diagnose(
 
     Results are remembered; 'megaloop report' shows those of several runs side by side.
     """
+    attributed = numbers("--prompt", ",".join(prompt) if prompt else "1", 1)
     if ranks > 1 and not started_by_launcher():
         launch_again(ranks)
         return
     with joined_ranks():
-        from megaloop.analysis.diagnose import PromptSource, TaskSource
         from megaloop.analysis.diagnose import diagnose as measure
+        from megaloop.analysis.request import PromptSource, Request, TaskSource
 
-        names = _names(measures)
-        found: list[tuple[Path, list[DiagnosisRecord]]] = []
+        request = Request(
+            measures=_names(measures) or None,
+            prompts=PromptSource(prompts, count, field),
+            tasks=TaskSource(_names(tasks), shots, examples),
+            block=block,
+            lens_steps=lens_steps,
+            attributed=attributed,
+            seed=seed,
+            precision=precision,
+            again=again,
+            out=out,
+        )
         with part_progress() as show:
-            for model in models:
-                with _as_checkpoint(model) as checkpoint:
-                    records = measure(
-                        checkpoint,
-                        measures=names or None,
-                        prompts=PromptSource(prompts, count, field),
-                        tasks=TaskSource(_names(tasks), shots, examples),
-                        lens_steps=lens_steps,
-                        prompt=prompt,
-                        block=block,
-                        seed=seed,
-                        precision=precision,
-                        again=again,
-                        out=out,
-                        on_part=show,
-                    )
-                found.append((model, records))
+            found = list(zip(models, measure(models, request, show), strict=True))
         if not is_first_rank():
             return
         if json:
@@ -111,28 +108,6 @@ def diagnose(
 
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-@contextmanager
-def _as_checkpoint(model: Path) -> Iterator[Path]:
-    """The checkpoint of a model; of a Hugging Face directory one that the first rank reads from it, for as long as it is looked at."""
-    if not (model / "config.json").is_file() or (model / "manifest.json").is_file():
-        yield model
-        return
-    import torch.distributed as dist
-
-    from megaloop.huggingface.weights import import_huggingface
-    from megaloop.runtime.collectives import broadcast_object, gather_objects, raise_on_all_ranks
-
-    first = is_first_rank()
-    alone = dist.new_group([0], backend="gloo") if dist.is_initialized() else None
-    with tempfile.TemporaryDirectory(prefix="megaloop-diagnose-") if first else nullcontext("") as folder:
-        checkpoint = Path(broadcast_object(folder)) / "imported"
-        with raise_on_all_ranks():
-            if first:
-                import_huggingface(model, checkpoint, group=alone)
-        yield checkpoint
-        gather_objects(None)  # the others have read what they need: now it may go
 
 
 def _print_signatures(found: Sequence[tuple[Path, Sequence[DiagnosisRecord]]]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+from megaloop.analysis import diagnose
 from megaloop.analysis.prompts import PromptBatch, Prompts
 from megaloop.analysis.trace import Trace, trace
 from megaloop.depth import LoopStyle
@@ -36,6 +39,16 @@ class Pair:
     prompts: Prompts
     batch: PromptBatch
     traced: Trace
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is loaded: what is wrong is found before."""
+
+    def load(path: Path, **_: Any) -> NoReturn:
+        pytest.fail(f"{path} was loaded")
+
+    monkeypatch.setattr(diagnose, "load_decoder", load)
 
 
 @pytest.fixture(scope="session", params=list(KINDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megaloop.analysis.diagnose import MEASURES, PromptSource, TaskSource, diagnose
+from megaloop.analysis.diagnose import MEASURES
 from megaloop.analysis.interventions import Intervention
+from megaloop.analysis.request import PromptSource, TaskSource
 from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, read_results
 from megaloop.checkpoint.depth import loop_checkpoint
+from megaloop.data import DataSet
 from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import evaluate
 from megaloop.evaluation.loops import Block
 from megaloop.huggingface.weights import export_huggingface
 from megaloop.inference.load import load_decoder
+from tests.analysis.diagnosing import diagnose
 from tests.cli.test_cli import megaloop
 from tests.data.targeted import write_targeted
 from tests.distributed import RankPool
@@ -137,17 +141,21 @@ def test_primitives_score_interventions_too(run: Path, tmp_path: Path) -> None:
     assert of_task.curves["repeat 2 +2: accuracy"].values[1] == evaluated[0].values["accuracy"]
 
 
-def test_one_prompt_is_attributed(run: Path, tmp_path: Path) -> None:
-    """By layer and token, with the tokens as text; what comes after the answer has no part in it."""
-    found = diagnose(
-        run, measures=["erasure", "gradients"], prompt=2, prompts=PromptSource(count=4), out=tmp_path / "d.jsonl"
-    )
-    for record in found[:2]:
+def test_prompts_are_attributed_one_by_one(run: Path, tmp_path: Path) -> None:
+    """By layer and token, with the tokens as text, a record for each; the progress says which is under way."""
+    result = megaloop("diagnose", run, "--measures", "erasure,gradients", "--prompt", "3,1", "--prompt", 3, "--count", 4, "--out", tmp_path / "d.jsonl", "--json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = [record for key, record in read_results(tmp_path / "d.jsonl").items()]
+    asked = [(record.examination.measure, record.examination.options) for record in found]
+    assert asked == [(name, f"prompt {number}") for name in ("erasure", "gradients") for number in (3, 1)]
+    for name, number in asked:
+        assert f"{name}, {number}\n" in result.stderr
+    for record in found:
         (matrix,) = record.result.matrices.values()
         assert np.shape(matrix) == (6, len(record.result.labels["tokens"]))
-        assert record.examination.options == "prompt 2"
         assert 0 < (record.result.numbers["probability"] or 0) < 1
-    gap = found[1].result.numbers["largest gap of completeness"]
+    assert found[0].result.labels != found[1].result.labels
+    gap = found[2].result.numbers["largest gap of completeness"]
     assert gap is not None
     assert gap < 1e-5
 
@@ -161,6 +169,10 @@ def test_a_loop_is_watched_and_a_lens_is_tuned(run: Path, tmp_path: Path) -> Non
     assert len(by_name["loops"].curves["state_norm"].values) == 6  # up to twice as many as in training
     kept = tmp_path / "run" / "lenses" / "step-00000020.safetensors"
     assert kept.is_file()
+    manifest = load_decoder(run)[1].manifest
+    sha256 = DataSet.open(manifest.data.paths[0]).sha256("train")
+    (options,) = [record.examination.options for record in found if record.examination.measure == "tuned-lens"]
+    assert re.fullmatch(rf"20 steps on \d+ samples of 32 tokens of data {sha256[:12]}, seed 0", options)
     plain, tuned = (by_name[name].curves["kl"].values for name in ("lens", "tuned-lens"))
     assert sum(tuned) < sum(plain)  # type: ignore[arg-type]
     assert tuned[-1] == plain[-1] == 0.0
@@ -178,6 +190,7 @@ def test_a_hugging_face_directory_and_a_run_stand_side_by_side(
     assert [record["result"] for record in ours["records"]] == [record["result"] for record in theirs["records"]]
     shown = megaloop("diagnose", run, tmp_path / "llama", *arguments)
     assert "late layers indispensable" in shown.stdout
+    assert "megaloop-diagnose" not in result.stdout + result.stderr + shown.stdout + shown.stderr
     assert not [path for path in tmp_path.iterdir() if path.name != "llama"]
 
 
@@ -205,18 +218,18 @@ def test_interventions_have_a_name_for_their_curve() -> None:
     [
         ({"measures": ["depth"]}, "--measures: depth is none of contributions, effects"),
         (
-            {"measures": ["erasure"], "prompt": 65, "prompts": PromptSource(count=4)},
+            {"measures": ["erasure"], "attributed": [1, 65], "prompts": PromptSource(count=4)},
             "--prompt 65: there are 4 prompts; choose 1 to 4",
         ),
         ({"block": 7}, "--block 7: the model executes 6 layers; choose 1 to 6"),
         ({"measures": ["loops"]}, "has no loop"),
         ({"measures": ["symmetry"], "block": 4}, "at least two must fit"),
-        ({"tasks": TaskSource(["copying"])}, "copying"),
+        ({"tasks": TaskSource(["copying"])}, "^--tasks: unknown task 'copying'; choose from"),
         ({"prompts": PromptSource(Path("/nowhere.jsonl"))}, "cannot be read"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(
-    run: Path, options: dict[str, Any], message: str, tmp_path: Path
+    run: Path, options: dict[str, Any], message: str, tmp_path: Path, unloaded: None
 ) -> None:
     with pytest.raises(MegaloopError, match=message):
         diagnose(run, out=tmp_path / "d.jsonl", **options)
@@ -225,6 +238,7 @@ def test_what_cannot_be_measured_is_one_clear_error(
 @pytest.mark.parametrize(
     ("line", "measure", "message"),
     [
+        ('{"text": "of the"}', "depth-score", "prompt 1 of .* has . tokens; at least 12 are needed"),
         ('{"text": "of the"}', "effects", "prompt 1 of .* has . tokens; at least 12 are needed"),
         ('{"words": "of the"}', "lens", "line 1: no text in field 'text'"),
         ("", "lens", "no line with a prompt"),
@@ -232,7 +246,9 @@ def test_what_cannot_be_measured_is_one_clear_error(
         ('{"tokens": [5, 6], "targets": [5]}', "lens", "line 1: .*two lists of one length"),
     ],
 )
-def test_prompts_that_are_none_are_named(run: Path, line: str, measure: str, message: str, tmp_path: Path) -> None:
+def test_prompts_that_are_none_are_named(
+    run: Path, line: str, measure: str, message: str, tmp_path: Path, unloaded: None
+) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(MegaloopError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ import torch
 from data_prep.ladders import write_word_tokenizer
 from megaloop.analysis import prompts as prompts_module
 from megaloop.analysis.contributions import cosine, relative_change
-from megaloop.analysis.diagnose import PromptSource, TaskSource, _identity, diagnose
+from megaloop.analysis.diagnose import _identity
+from megaloop.analysis.diagnose import diagnose as diagnose_all
 from megaloop.analysis.prompts import held_out_prompts
+from megaloop.analysis.request import PromptSource, Request, TaskSource, block_layers
 from megaloop.analysis.results import DiagnosisRecord, read_results
-from megaloop.checkpoint import Checkpoint, CheckpointInfo, RunState, save_checkpoint
+from megaloop.checkpoint import Checkpoint, CheckpointInfo, GrowthEntry, RunState, save_checkpoint
 from megaloop.checkpoint.manifest import encode_manifest
 from megaloop.data import DataSet, held_out_batch
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, grow, untie
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
 from megaloop.model import Decoder
+from tests.analysis.diagnosing import diagnose
 from tests.analysis.models import CONFIG
 from tests.cli.test_cli import megaloop
 from tests.data.targeted import write_targeted
@@ -37,10 +41,10 @@ def _saved(
     tokenizer: Path | None = None,
     seed: int = 0,
     gain: float | None = None,
+    plan: DepthPlan = DepthPlan.plain(4),
     **data: Any,
 ) -> Path:
-    """A checkpoint of a random model of 4 layers, with what its configuration says of data."""
-    plan = DepthPlan.plain(4)
+    """A checkpoint of a random model, with what its configuration says of data."""
     model = Decoder(CONFIG.model_copy(update={"vocab_size": rows}), rows, plan)
     model.initialise(seed)
     if gain is not None:
@@ -135,6 +139,8 @@ def test_prompts_of_one_token_have_no_target(asked: tuple[Path, Path], tmp_path:
     file.write_text('{"text": "a"}\n')
     with pytest.raises(MegaloopError, match=r"skip: no prompt of .*short\.jsonl has a target"):
         diagnose(asked[0], measures=["skip"], prompts=PromptSource(file))
+    with pytest.raises(MegaloopError, match="the prompt has no target"):
+        diagnose(asked[0], measures=["gradients"], prompts=PromptSource(file))
     found = diagnose(asked[0], measures=["lens"], prompts=PromptSource(file))
     assert "loss" not in found[0].result.curves
 
@@ -145,6 +151,67 @@ def test_tasks_need_a_measure_that_they_score(asked: tuple[Path, Path]) -> None:
 
 
 # --- several models
+
+
+@pytest.mark.parametrize(
+    ("third", "options", "message"),
+    [
+        ("nowhere", {}, "checkpoint .*nowhere: no such directory"),
+        ("mute", {}, "mute holds no tokenizer, and prompts are text"),
+        ("small", {"block": 3}, "small: --block 3: the model executes 2 layers; choose 1 to 2"),
+        ("small", {"measures": ["lens", "symmetry"], "block": 2}, "small: weight symmetry: blocks of 2 layers in a model of 2"),
+        ("words", {"tasks": TaskSource(["copy-real"])}, "^tokenizer .*words/tokenizer/tokenizer.json: it cannot encode"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_third_model_is_told_before_the_first_is_measured(
+    asked: tuple[Path, Path],
+    words: Path,
+    corpus: Path,
+    third: str,
+    options: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    unloaded: None,
+) -> None:
+    tokenizer = DataSet.open(corpus).tokenizer
+    models = [_saved(tmp_path / f"model-{seed}", 400, tokenizer=tokenizer, seed=seed) for seed in range(2)]
+    _saved(tmp_path / "mute", 400)
+    _saved(tmp_path / "small", 400, tokenizer=tokenizer, plan=DepthPlan.plain(2))
+    _saved(tmp_path / "words", 400, tokenizer=words)
+    with pytest.raises(MegaloopError, match=message):
+        diagnose_all([*models, tmp_path / third], Request(prompts=PromptSource(asked[1]), **options))
+
+
+def test_a_model_of_others_without_a_tokenizer_is_named_as_it_was_given(
+    asked: tuple[Path, Path], tmp_path: Path, unloaded: None
+) -> None:
+    export_huggingface(_saved(tmp_path / "mute", 400), tmp_path / "llama", dtype="fp32")
+    with pytest.raises(MegaloopError) as raised:
+        diagnose(tmp_path / "llama", prompts=PromptSource(asked[1]))
+    assert str(raised.value) == (
+        f"{tmp_path / 'llama'} holds no tokenizer, and prompts are text; import the model with one: "
+        "megaloop import MODEL --out CKPT --tokenizer PATH"
+    )
+
+
+def test_a_model_of_others_with_another_tokenizer_is_named_as_it_was_given(
+    asked: tuple[Path, Path], corpus: Path, tmp_path: Path, unloaded: None
+) -> None:
+    export_huggingface(asked[0], tmp_path / "llama", dtype="fp32")
+    with pytest.raises(MegaloopError) as raised:
+        diagnose(tmp_path / "llama", prompts=PromptSource(corpus))
+    assert f"than {tmp_path / 'llama'} (" in str(raised.value)
+    assert str(raised.value).endswith(f"--tokenizer {tmp_path / 'llama' / 'tokenizer.json'}")
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "."])
+def test_a_gguf_file_is_told_to_be_imported(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    path = tmp_path / name
+    with pytest.raises(
+        MegaloopError, match=f"{path}: it is .*GGUF file; import it first: megaloop import {path} --out CKPT"
+    ):
+        diagnose(path)
 
 
 def test_a_model_of_others_is_remembered_though_it_is_imported_anew(asked: tuple[Path, Path], tmp_path: Path) -> None:
@@ -189,6 +256,56 @@ def test_lenses_of_two_models_may_lie_beside_one_file_of_results(corpus: Path, t
         path = _saved(tmp_path / f"m{seed}", 400, tokenizer=tokenizer, seed=seed, sources=[{"path": str(corpus)}])
         diagnose(path, measures=["tuned-lens"], lens_steps=1, prompts=PromptSource(count=2), out=tmp_path / "d.jsonl")
     assert len(list((tmp_path / "lenses").iterdir())) == 2
+
+
+def test_a_lens_that_was_trained_on_other_data_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_targeted(tmp_path / "data", corpus)
+    tokenizer = DataSet.open(corpus).tokenizer
+    path = _saved(tmp_path / "m", 400, tokenizer=tokenizer, sources=[{"path": str(data)}])
+    asked: dict[str, Any] = {"measures": ["tuned-lens"], "lens_steps": 1, "prompts": PromptSource(count=2)}
+    (first, _) = diagnose(path, out=tmp_path / "d.jsonl", **asked)
+    shutil.rmtree(data)
+    write_targeted(tmp_path / "data", corpus, seed=1)
+    with pytest.raises(
+        MegaloopError, match=r"lens .* was trained on \d+ samples .*, this one is to learn from .*; remove"
+    ):
+        diagnose(path, out=tmp_path / "d.jsonl", **asked)
+    (lens,) = (tmp_path / "lenses").iterdir()
+    lens.unlink()
+    (other, _) = diagnose(path, out=tmp_path / "d.jsonl", **asked)
+    assert other.examination.options != first.examination.options
+
+
+# --- the block
+
+
+def test_the_block_is_that_of_the_loop_or_of_growth(asked: tuple[Path, Path]) -> None:
+    manifest = Checkpoint.open(asked[0]).manifest
+    grown = GrowthEntry(operator="lidas", stage=1, stages=2)
+    fresh = {"growth": {"block": 3}}
+    for plan, changes, block in (
+        (DepthPlan.plain(24), {}, 4),
+        (DepthPlan.plain(3), {}, 3),
+        (DepthPlan.parse("2-2x3-1"), {}, 2),
+        (grow(DepthPlan.plain(4), "lidas", 24, 2).plan, {"growth": grown}, 2),
+        (grow(DepthPlan.plain(3), "midas", 12, 3).plan, {"growth": GrowthEntry(operator="midas")}, 3),
+        (untie(DepthPlan.parse("2-2x3-1")).plan, {}, 2),
+        (grow(DepthPlan.plain(3), "random", 12, 3).plan, {"growth": grown, "config": fresh}, 3),
+        (DepthPlan.plain(12), {"config": fresh}, 4),
+        (DepthPlan.plain(2), {"growth": grown, "config": fresh}, 2),
+        (DepthPlan.plain(12), {"growth": grown, "config": {"growth": {"block": "3"}}}, 4),
+    ):
+        of_plan = manifest.model_copy(update={"plan": plan, **changes})
+        assert block_layers(of_plan) == block, (str(plan), changes)
+        assert block_layers(of_plan, 1) == 1
+
+
+def test_a_grown_model_is_measured_by_its_block(asked: tuple[Path, Path], words: Path, tmp_path: Path) -> None:
+    path = _saved(tmp_path / "m", 400, tokenizer=words, plan=grow(DepthPlan.plain(2), "midas", 6, 2).plan)
+    (found, *_) = diagnose(path, measures=["contributions"], prompts=PromptSource(asked[1]))
+    assert found.examination.block == 2
 
 
 # --- numbers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +13,18 @@ from torch import Tensor
 from megaloop.analysis import tuned_lens
 from megaloop.analysis.lens import lens, log_distribution, settling_layers
 from megaloop.analysis.trace import trace
-from megaloop.analysis.tuned_lens import TunedLens, load_lens, train_lens
+from megaloop.analysis.tuned_lens import LensSource, TunedLens, check_lens, load_lens, save_lens, train_lens
 from megaloop.errors import MegaloopError
 from tests.analysis.models import CONFIG, decoder, random_prompts, whole_batch
 
 PROMPTS = random_prompts((13, 30, 21, 17))
 SIZE = CONFIG.hidden_size
+A = LensSource("a" * 64, "d" * 64, samples=4, tokens=30)
 
 
 def test_untrained_it_is_the_logit_lens_and_the_end_has_none() -> None:
     model, batch = decoder("2-2x3-1"), whole_batch(PROMPTS)
-    traced, tuned, asked = trace(model, batch.tokens_BS), TunedLens(9, SIZE, "a"), set()
+    traced, tuned, asked = trace(model, batch.tokens_BS), TunedLens(9, SIZE, A), set()
 
     def translate(place: int, h_MD: Tensor) -> Tensor:
         asked.add(place)
@@ -35,7 +38,7 @@ def test_untrained_it_is_the_logit_lens_and_the_end_has_none() -> None:
 
 def test_trained_it_is_nearer_to_the_end_at_every_place() -> None:
     model, batch = decoder("2-2x2-1"), whole_batch(PROMPTS)
-    traced, tuned = trace(model, batch.tokens_BS), TunedLens(7, SIZE, "a")
+    traced, tuned = trace(model, batch.tokens_BS), TunedLens(7, SIZE, A)
     weights, losses = {name: value.clone() for name, value in model.state_dict().items()}, dict[int, float]()
     train_lens(model, tuned, PROMPTS, steps=40, lr=1e-2, on_step=losses.__setitem__)
     assert list(losses) == list(range(1, 41))
@@ -58,7 +61,7 @@ def test_interrupted_and_gone_on_with_it_is_the_same_to_the_bit(
 ) -> None:
     monkeypatch.setattr(tuned_lens, "_SAVE_EVERY", 2)
     model, file = decoder("3"), tmp_path / "lens.safetensors"
-    whole = TunedLens(3, SIZE, "a")
+    whole = TunedLens(3, SIZE, A)
     expected = train_lens(model, whole, PROMPTS, steps=6, batch_tokens=40)
 
     def stop(step: int, loss: float) -> None:
@@ -66,12 +69,12 @@ def test_interrupted_and_gone_on_with_it_is_the_same_to_the_bit(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_lens(model, TunedLens(3, SIZE, "a"), PROMPTS, steps=6, batch_tokens=40, file=file, on_step=stop)
-    tuned, optimizer, steps = load_lens(file, 3, SIZE, "a")
+        train_lens(model, TunedLens(3, SIZE, A), PROMPTS, steps=6, batch_tokens=40, file=file, on_step=stop)
+    tuned, optimizer, steps = load_lens(file, 3, SIZE, A)
     assert (tuned.step, steps) == (4, 6)
     assert not torch.equal(tuned.weight_LDD, whole.weight_LDD)
     train_lens(model, tuned, PROMPTS, steps=6, batch_tokens=40, file=file, optimizer=optimizer)
-    again, kept, steps = load_lens(file, 3, SIZE, "a")
+    again, kept, steps = load_lens(file, 3, SIZE, A)
     assert (again.step, steps) == (6, 6)
     for found, moments in ((tuned, optimizer), (again, kept)):
         for one, other in zip(found.parameters(), whole.parameters(), strict=True):
@@ -82,19 +85,35 @@ def test_interrupted_and_gone_on_with_it_is_the_same_to_the_bit(
 
 def test_a_lens_of_another_checkpoint_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     model, file = decoder("3"), tmp_path / "lens.safetensors"
-    train_lens(model, TunedLens(3, SIZE, "a" * 64), PROMPTS, steps=1, file=file)
-    assert load_lens(file, 3, SIZE, "a" * 64)[0].step == 1
+    train_lens(model, TunedLens(3, SIZE, A), PROMPTS, steps=1, file=file)
+    assert load_lens(file, 3, SIZE, A)[0].step == 1
     with pytest.raises(MegaloopError, match=f"is of checkpoint {'a' * 12}, this is {'b' * 12}; remove the file"):
-        load_lens(file, 3, SIZE, "b" * 64)
+        load_lens(file, 3, SIZE, replace(A, checkpoint="b" * 64))
     with pytest.raises(MegaloopError, match="cannot be read"):
-        load_lens(file, 4, SIZE, "a" * 64)
+        load_lens(file, 4, SIZE, A)
     data = file.read_bytes()
     for damaged in (b"", data[:-1], data[:20], b"no tensors at all", data[:8] + b"\0" * 100 + data[108:]):
         file.write_bytes(damaged)
         with pytest.raises(MegaloopError, match=r"lens .*cannot be read .*; remove the file to train another"):
-            load_lens(file, 3, SIZE, "a" * 64)
+            load_lens(file, 3, SIZE, A)
     with pytest.raises(MegaloopError, match="cannot be read"):
-        load_lens(tmp_path / "none.safetensors", 3, SIZE, "a" * 64)
+        load_lens(tmp_path / "none.safetensors", 3, SIZE, A)
+
+
+@pytest.mark.parametrize("change", [{"data": "e" * 64}, {"samples": 3}, {"tokens": 29}, {"seed": 1}])
+def test_a_lens_of_other_data_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    file, other = tmp_path / "lens.safetensors", replace(A, **change)
+    optimizer = train_lens(decoder("3"), TunedLens(3, SIZE, A), PROMPTS, steps=1, file=file)
+    assert load_lens(file, 3, SIZE, A)[0].source == A
+    check_lens(file, A)
+    learnt = "was trained on 4 samples of 30 tokens of data dddddddddddd, seed 0, this one is to learn from "
+    for read in (lambda: load_lens(file, 3, SIZE, other), lambda: check_lens(file, other)):
+        with pytest.raises(MegaloopError, match=f"{learnt}{other}; remove the file to train another"):
+            read()
+    earlier = TunedLens(3, SIZE, replace(A, data=None))  # type: ignore[arg-type]
+    save_lens(file, earlier, optimizer, 0)
+    with pytest.raises(MegaloopError, match="was trained on data that it does not name, this one is"):
+        check_lens(file, A)
 
 
 def test_a_token_settles_at_the_first_layer_that_comes_near_enough_to_the_end() -> None:

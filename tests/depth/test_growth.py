@@ -153,7 +153,12 @@ def test_the_block_is_told_from_what_was_copied_last(operator: Operator, block: 
     for insert_at in get_args(InsertAt):
         plan, depths = DepthPlan.plain(2 * block), [block * count for count in range(3, 9)]
         assert copied_block(plan) is None
-        for growth in _steps(plan, operator, [4 * block, 8 * block] if operator == "stack" else depths, {"block": block, "insert_at": insert_at}):
+        for growth in _steps(
+            plan,
+            operator,
+            [4 * block, 8 * block] if operator == "stack" else depths,
+            {"block": block, "insert_at": insert_at},
+        ):
             copied = growth.plan.layers // 2 if operator == "stack" else block
             assert copied_block(growth.plan) == (None if operator == "random" else copied)
 

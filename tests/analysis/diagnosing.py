@@ -1,0 +1,18 @@
+"""``megaloop diagnose`` of one model, with its options by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megaloop.analysis import diagnose as command
+from megaloop.analysis.request import Request
+from megaloop.analysis.results import DiagnosisRecord
+
+__all__ = ["diagnose"]
+
+
+def diagnose(path: Path, **options: Any) -> list[DiagnosisRecord]:
+    """The records of a model; the last has its signatures. Options are those of :class:`Request`."""
+    (records,) = command.diagnose([path], Request(**options))
+    return records
