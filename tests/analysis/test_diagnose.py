@@ -143,13 +143,15 @@ def test_primitives_score_interventions_too(run: Path, tmp_path: Path) -> None:
 
 def test_prompts_are_attributed_one_by_one(run: Path, tmp_path: Path) -> None:
     """By layer and token, with the tokens as text, a record for each; the progress says which is under way."""
-    result = megaloop("diagnose", run, "--measures", "erasure,gradients", "--prompt", "3,1", "--prompt", 3, "--count", 4, "--out", tmp_path / "d.jsonl", "--json")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    found = [record for key, record in read_results(tmp_path / "d.jsonl").items()]
+    told: dict[str, None] = {}
+    prompts = PromptSource(count=4)
+    *found, _ = diagnose(
+        run, lambda what, done, total: told.update({what: None}),
+        measures=["erasure", "gradients"], attributed=[3, 1, 3], prompts=prompts, out=tmp_path / "d.jsonl",
+    )  # fmt: skip
     asked = [(record.examination.measure, record.examination.options) for record in found]
     assert asked == [(name, f"prompt {number}") for name in ("erasure", "gradients") for number in (3, 1)]
-    for name, number in asked:
-        assert f"{name}, {number}\n" in result.stderr
+    assert [what for what in told if "erasure" in what or "gradients" in what] == [", ".join(one) for one in asked]
     for record in found:
         (matrix,) = record.result.matrices.values()
         assert np.shape(matrix) == (6, len(record.result.labels["tokens"]))
@@ -254,6 +256,12 @@ def test_prompts_that_are_none_are_named(
     with pytest.raises(MegaloopError, match=message):
         diagnose(run, measures=[measure], prompts=PromptSource(file), out=tmp_path / "d.jsonl")
     assert not (tmp_path / "d.jsonl").exists()
+
+
+def test_prompts_are_numbered_in_a_list_or_one_by_one(run: Path) -> None:
+    result = megaloop("diagnose", run, "--measures", "erasure", "--count", 4, "--prompt", 2, "--prompt", "1,9")
+    assert result.returncode == 2
+    assert "--prompt 9: there are 4 prompts; choose 1 to 4" in result.stderr
 
 
 def test_a_mistake_ends_the_command_with_exit_code_2(run: Path) -> None:
