@@ -94,7 +94,7 @@ def _apart(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
 EFFECTS = Matrix("effects", "future effect on later layers", "later layer", "skipped layer", "relative change", _later)
 LOCAL = Matrix("effects", "future local effect", "later layer", "layer whose part is taken", "relative change", _later)
 SYMMETRY = Matrix("symmetry", "cosine of the weights of blocks", "block", "block", "cosine", _apart, signed=True)
-ERASURE = Matrix("erasure", "erasure", "token", "layer", "drop of the answer's probability", _all, True, "tokens")
+ERASURE = Matrix("erasure", "erasure", "token", "layer", "distance of the distributions", _all, columns="tokens")
 GRADIENTS = Matrix("gradients", "gradients", "token", "layer", "integrated gradient", _all, True, "tokens")
 _AROUND_ZERO = LinearSegmentedColormap.from_list(
     "around zero", [(0.0, "#0072b2ff"), (0.5, "#0072b200"), (0.5, "#d55e0000"), (1.0, "#d55e00ff")]

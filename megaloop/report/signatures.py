@@ -115,7 +115,7 @@ def _attributions(found: Sequence[DepthUse]) -> list[tuple[str, plots.Matrix, st
     """Title, matrix and note for each prompt that was asked about."""
     made = []
     for kind, what, of in (
-        (plots.ERASURE, "erasure", "Drop of the probability of {}, when the residual stream at a token is replaced by its mean over tokens."),
+        (plots.ERASURE, "erasure", "How far what is predicted for {} moves, when the residual stream at a token is replaced by its mean over the tokens of several prompts."),
         (plots.GRADIENTS, "integrated gradients", "Of the probability of {}."),
     ):  # fmt: skip
         asked = [name for name in _names(found, kind.measure) if name.partition(" of ")[0] == kind.measure]
