@@ -204,7 +204,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def _check_source(file: Path, about: dict[str, Any], source: LensSource) -> None:
-    found = {name: about.get(name) for name in asdict(source)}
+    found: dict[str, Any] = {name: about.get(name) for name in asdict(source)}
     if found["checkpoint"] != source.checkpoint:
         raise MegaloopError(
             f"lens {file} is of checkpoint {str(found['checkpoint'])[:12]}, this is {source.checkpoint[:12]}; "
