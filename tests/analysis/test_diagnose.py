@@ -240,8 +240,8 @@ def test_what_cannot_be_measured_is_one_clear_error(
 @pytest.mark.parametrize(
     ("line", "measure", "message"),
     [
-        ('{"text": "of the"}', "depth-score", "prompt 1 of .* has . tokens; at least 12 are needed"),
-        ('{"text": "of the"}', "effects", "prompt 1 of .* has . tokens; at least 12 are needed"),
+        ('{"text": "of the"}', "depth-score", "prompt 1 of .* has . tokens; at least 13 are needed"),
+        ('{"text": "of the"}', "effects", "prompt 1 of .* has . tokens; at least 13 are needed"),
         ('{"words": "of the"}', "lens", "line 1: no text in field 'text'"),
         ("", "lens", "no line with a prompt"),
         ("{", "lens", "line 1: not JSON"),

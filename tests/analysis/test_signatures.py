@@ -197,7 +197,7 @@ def test_numbers_without_a_side_have_no_verdict() -> None:
     assert score.verdict == "-"
     assert score.low is not None
     assert score.high is not None
-    assert score.low < 4.5 < score.high
+    assert score.low < 3.5 < score.high
     overlap = mean_of("overlap", np.full(10, 30.0), np.full(10, 40.0))
     assert (overlap.value, overlap.low, overlap.high) == (0.75, 0.75, 0.75)
 
