@@ -117,6 +117,11 @@ class _Results:
     loops: Mapping[Loop, Found]
     beside: Mapping[int, Found]
 
+    def beside_loop(self, loop: Loop, rungs: Sequence[Rung]) -> Found:
+        """As trained, on the samples that a loop was asked with; nothing where it was not, or with several numbers of them."""
+        asked = {record.subject.examples for rung, record in self.loops.get(loop, {}).items() if rung in rungs}
+        return self.beside.get(asked.pop(), {}) if len(asked) == 1 else {}
+
     @property
     def newest(self) -> Found:
         return self.trained[max(self.trained)] if self.trained else {}
@@ -190,6 +195,13 @@ class Board:
         """As :meth:`level`, with a loop at inference."""
         return _level([self.results[run.path].loops.get(loop, {}) for run in group.runs], rungs, ACCURACY)
 
+    def beside_loops(self, group: Group, rungs: Sequence[Rung]) -> Level | None:
+        """As trained, on the samples that loops at inference were asked with, which may be fewer than those of :meth:`level`."""
+        wanted = self.loops(group)[:1]
+        return _level(
+            [self.results[run.path].beside_loop(loop, rungs) for run in group.runs for loop in wanted], rungs, ACCURACY
+        )
+
     def gains(self, group: Group, rungs: Sequence[Rung]) -> dict[int, dict[Loop, float]]:
         """What each loop at inference adds to the model as trained, by seed, on the same samples; of complete runs."""
         found: dict[int, dict[Loop, float]] = {}
@@ -198,9 +210,7 @@ class Board:
             results = self.results[run.path]
             for loop in wanted:
                 looped = results.loops.get(loop, {})
-                asked = {record.subject.examples for rung, record in looped.items() if rung in rungs}
-                beside = results.beside.get(asked.pop(), {}) if len(asked) == 1 else {}
-                base, value = _mean(beside, rungs, ACCURACY), _mean(looped, rungs, ACCURACY)
+                base, value = _mean(results.beside_loop(loop, rungs), rungs, ACCURACY), _mean(looped, rungs, ACCURACY)
                 if base is not None and value is not None and run.seed is not None:
                     found.setdefault(run.seed, {})[loop] = value[0] - base[0]
         return found

@@ -156,7 +156,7 @@ def over_flops_plot(board: Board) -> str:
 def loops_plot(board: Board, rungs: Sequence[Rung], name: str) -> str | None:
     """The paper's figure 6: accuracy with a block of layers looped at inference against where the block begins, by extra times.
 
-    One panel per group that has such results; dotted: as trained. None where no group has any.
+    One panel per group that has such results; dotted: as trained, on the same samples. None where no group has any.
     """
     shown = [(group, found) for group in board.groups if (found := _curves(board, group, rungs))]
     if not shown:
@@ -176,7 +176,7 @@ def loops_plot(board: Board, rungs: Sequence[Rung], name: str) -> str | None:
                 x, y = [start for start, _ in points], [level.mean for _, level in points]
                 label = f"{extra} extra time{'s' if extra > 1 else ''}"
                 axes.plot(x, y, marker="o", markersize=3, label=label, linewidth=1.3, **style)
-            trained = board.level(group, rungs)
+            trained = board.beside_loops(group, rungs)
             if trained is not None:
                 axes.axhline(trained.mean, **_DOTTED)
             axes.set_title(group.label[:60], fontsize=10)

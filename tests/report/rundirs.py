@@ -165,10 +165,11 @@ def grade(
     last: float | None = None,
     floor: float | None = 0.5,
     error: float | None = 0.01,
+    examples: int = 512,
 ) -> Record:
     """The result of one difficulty."""
     subject = Subject(
-        task=DIFFICULTY, data=data, shots=0, loops=loops, depth=depth, block=block, examples=512, seed=0, precision="fp32",
+        task=DIFFICULTY, data=data, shots=0, loops=loops, depth=depth, block=block, examples=examples, seed=0, precision="fp32",
         version=1, step=step, checkpoint="c", difficulty=difficulty,
     )  # fmt: skip
     values = {

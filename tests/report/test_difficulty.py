@@ -152,6 +152,26 @@ def test_blocks_of_the_most_frequent_size_are_shown_at_the_newest_step(tmp_path:
     }
 
 
+def test_loops_are_compared_on_the_samples_that_they_were_asked_with(tmp_path: Path) -> None:
+    """They are asked with fewer; what the model scores on all is another number."""
+    runs = [write_run(tmp_path / f"r-seed{seed}", f"r-seed{seed}", seed=seed, data=ON_HOPS) for seed in (0, 1)]
+    for run, few in zip(runs, (0.6, 0.8), strict=True):
+        graded(run, 8, 0.9, examples=256)
+        graded(run, 8, few, examples=16)
+        for start in (0, 3):
+            graded(run, 8, 0.5, examples=16, loops=2, depth=f"{start}-2x2-{6 - start}", block=f"{start}:{start + 2}")
+    (board,) = _boards(*runs)
+    (group,) = board.groups
+    level, beside = board.level(group, board.ladder.hardest), board.beside_loops(group, board.ladder.hardest)
+    assert level is not None
+    assert beside is not None
+    assert (level.mean, beside.mean) == pytest.approx((0.9, 0.7))
+    assert board.gains(group, board.ladder.hardest)[1] == {
+        Loop(1, 0, 2): pytest.approx(-0.3),
+        Loop(1, 3, 5): pytest.approx(-0.3),
+    }
+
+
 # --- levels
 
 
