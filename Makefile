@@ -50,8 +50,8 @@ soak: $(STAMP)  ## 2,000 steps and 40 changes of depth and topology instead of 6
 demo: $(STAMP)  ## text to shards to a trained model, resumed, exported and generating: under 5 minutes
 	@VENV=$(abspath $(VENV)) tools/demo.sh
 
-demo-reasoning: $(STAMP)  ## what loops are for: 8 layers, 2 layers, and 2 layers looped 4 times, and a page; under 15 minutes
-	$(BIN)/megaloop bench savings --preset reasoning --contenders baseline,iso-params,looped-full --out runs/demo-reasoning
+demo-reasoning: $(STAMP)  ## what loops are for: 8 layers, 4 layers, and 4 of which 2 run three times, and a page; under 15 minutes
+	$(BIN)/megaloop bench savings --preset reasoning --contenders baseline,iso-params-middle,looped --out runs/demo-reasoning
 	@echo "open runs/demo-reasoning/report.html"
 
 clean:  ## remove what make and the demo wrote
