@@ -16,11 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import ValidationError
 
 from megaloop.analysis.interventions import KINDS, Kind
-from megaloop.analysis.loop_monitors import loop_states
 from megaloop.analysis.measures import (
     Subject,
     attribution,
@@ -175,8 +173,6 @@ def _rehearse(examinee: _Examinee, request: Request, subject: Rehearsal) -> None
     for name in MEASURES:
         if name in examinee.measures:
             subject.check(MEASURES[name])
-    if "loops" in examinee.measures:
-        subject.check(lambda s: next(loop_states(s.model, s.prompts.batch([0], torch.device("cpu")))))
     if (tokenizer := examinee.tokenizer) is not None:
         for name, number in _attributions(examinee, request):
             subject.check(partial(attribution, name=name, number=number, tokenizer=tokenizer))

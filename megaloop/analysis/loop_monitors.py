@@ -20,11 +20,11 @@ from torch import Tensor
 
 from megaloop.analysis.contributions import SMALLEST, cosine, relative_change
 from megaloop.analysis.prompts import PromptBatch
-from megaloop.depth import LayerCall
+from megaloop.depth import DepthPlan, LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.model import Decoder, LoopInput
 
-__all__ = ["MONITORS", "loop_monitors", "loop_states"]
+__all__ = ["MONITORS", "loop_calls", "loop_monitors", "loop_states"]
 
 MONITORS = ("state_norm", "change", "relative_change", "cosine", "token_cosine")
 
@@ -72,7 +72,7 @@ def loop_states(model: Decoder, batch: PromptBatch, iterations: int | None = Non
         MegaloopError: the model has not exactly one loop, or is to run it less than once.
     """
     tokens_BS = batch.tokens_BS
-    prelude, times = _calls(model, iterations)
+    prelude, times = loop_calls(model.plan, iterations)
     context = model.attention_context(tokens_BS.shape[1], 0, batch.documents_BS, tokens_BS.device)
     entry = LoopInput()
     x_BSD = model.run(tokens_BS, prelude, first=True, last=False, context=context)
@@ -82,15 +82,19 @@ def loop_states(model: Decoder, batch: PromptBatch, iterations: int | None = Non
         yield x_BSD
 
 
-def _calls(model: Decoder, iterations: int | None) -> tuple[list[LayerCall], list[list[LayerCall]]]:
-    """What runs before the loop, and in each iteration of it."""
-    loop = model.plan.loop
+def loop_calls(plan: DepthPlan, iterations: int | None) -> tuple[list[LayerCall], list[list[LayerCall]]]:
+    """What runs before the loop, and in each iteration of it.
+
+    Raises:
+        MegaloopError: as :func:`loop_states`.
+    """
+    loop = plan.loop
     if loop is None:
         raise MegaloopError(
-            f"loop monitors: a model of depth {model.plan} has no loop (or several); "
+            f"loop monitors: a model of depth {plan} has no loop (or several); "
             "give it one: megaloop loop CKPT --out CKPT2 --depth PRELUDE-BLOCKxITERATIONS-CODA"
         )
-    calls = model.plan.calls(iterations)
+    calls = plan.calls(iterations)
     times = [
         list(calls[start : start + loop.block])
         for start in range(loop.start, loop.start + loop.block * (calls[loop.start].iterations or 1), loop.block)

@@ -20,7 +20,7 @@ from megaloop.analysis.effective_depth import depth_score, first_below_half, fir
 from megaloop.analysis.effects import SHORTEST, Setting, answer_starts, boundaries, local_effects, skip_effects
 from megaloop.analysis.interventions import Intervention, Kind, score_targets, sweep
 from megaloop.analysis.lens import AT_TARGETS, AT_TOKENS, Translate, lens
-from megaloop.analysis.loop_monitors import MONITORS, loop_monitors
+from megaloop.analysis.loop_monitors import MONITORS, loop_calls, loop_monitors
 from megaloop.analysis.prompts import PromptBatch, Prompts
 from megaloop.analysis.results import Curve, Result, curve
 from megaloop.analysis.symmetry import mean_symmetry, weight_symmetry
@@ -273,6 +273,7 @@ def monitors(subject: Subject) -> Result:
     """
     plan = subject.model.plan
     iterations = 2 * plan.loop.iterations if plan.loop is not None and plan.style.residual_scale != "1/k" else None
+    loop_calls(plan, iterations)  # refuses a model without a loop before anything runs
 
     def measure(batch: PromptBatch) -> tuple[Tensor, Tensor]:
         return loop_monitors(subject.model, batch, iterations), batch.valid_BS.sum(1)

@@ -66,7 +66,8 @@ def test_erasure_is_how_far_the_distribution_moves_when_a_token_is_replaced_by_t
             is_erased = (torch.arange(LENGTH) == token)[None, :, None]
             changed = entering(model, place, lambda h, on=is_erased, mean=mean_D: torch.where(on, mean, h), tokens_BS)  # type: ignore[misc]
             distance_A = (untouched_SV - changed[0]).norm(dim=1)[[2, 4]]
-            assert abs(found_LS[place, token] - distance_A.max()) < 1.2e-7
+            # measured: 2.3e-8
+            assert abs(found_LS[place, token] - distance_A.max()) < 4.6e-8
     assert (found_LS[:, :5] > 1e-4).any(1).all()
     assert (found_LS[:, 5] == 0).all(), "a token after the answer is read by nothing that predicts it"
 

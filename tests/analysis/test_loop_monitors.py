@@ -107,4 +107,5 @@ def test_a_loop_that_adds_1_over_k_is_watched_as_it_was_trained(style: LoopStyle
     found = monitors(Subject(model, prompts, 2, 0, None, lambda *_: None)).curves["state_norm"].values
     assert len(found) == iterations
     expected_BRK = loop_monitors(model, prompts.batch([1, 0], torch.device("cpu")), iterations)
+    # what is kept has six digits, so differs by up to 5e-6
     assert found == pytest.approx((expected_BRK[..., 0].sum(0) / 12).tolist(), rel=1e-5)
