@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megaloop.checkpoint import RunState
+from megaloop.config.changes import ChangedSetting
 from megaloop.depth import DepthPlan, Growth, GrowthStage
 from megaloop.errors import MegaloopError
 from megaloop.layout.topology import Topology
@@ -53,6 +54,7 @@ ALL: list[tuple[events.Event, list[str]]] = [
     (events.CheckpointPassedOver(4, 8, "damaged"), ["step_before", "reason"]),
     (events.RolledBack(4, 8, "a spike", (16, 24)), ["step_before", "reason", "samples"]),
     (events.ConfigChanged(4, Allow.seed, "it was 1, and is 2"), ["what", "text"]),
+    (events.SettingsChanged(4, (ChangedSetting("optimizer.beta2", 0.95, 0.9),)), ["changes"]),
     (events.ScheduleChanged(4, 1e-3, 2e-3, 4, 8), ["lr_before", "lr", "steps_before", "steps"]),
     (events.Signalled(4, "SIGTERM"), ["name"]),
     (events.RunStopped(4, 9.5, "finished"), ["reason"]),
