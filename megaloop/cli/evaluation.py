@@ -81,7 +81,7 @@ def evaluate_command(
         launch_again(ranks)
         return
     with joined_ranks():
-        from megaloop.evaluation.loops import EveryBlock
+        from megaloop.inference.loops import EveryBlock
 
         blocks = [EveryBlock.parse(text) for text in block or []]
         if harness is not None:
@@ -125,7 +125,7 @@ def evaluate_command(
 def _measured(paths: Sequence[Path], **options: Any) -> list[Record]:
     """The records of all checkpoints; of several, those that are too shallow for a block are left out, and that is said."""
     from megaloop.evaluation.evaluate import evaluate
-    from megaloop.evaluation.loops import TooShallow
+    from megaloop.inference.loops import TooShallow
 
     records: list[Record] = []
     for path in paths:

@@ -16,11 +16,11 @@ from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, bits_per_byte, held_out_batch, held_out_places
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.held_out import Scored, difficulties, open_as_trained, score_held_out, summary
-from megaloop.evaluation.loops import Block, EveryBlock, InferenceDepth, inference_depth
 from megaloop.evaluation.primitives import Questioning
 from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, read_records
 from megaloop.evaluation.tasks import TASKS_VERSION, Task, tasks_named
 from megaloop.inference.load import load_decoder
+from megaloop.inference.loops import Block, EveryBlock, InferenceDepth, inference_depth
 from megaloop.model import Decoder
 from megaloop.runtime.collectives import broadcast_object
 from megaloop.runtime.share import OnPart, rank, share_over_ranks
@@ -57,7 +57,7 @@ def evaluate(
         tasks: names of primitives, ``primitives`` for all of them, ``validation``; nothing: all of it, but no primitives if the
             tokenizer has no words for them.
         shots: numbers of solved examples before each question.
-        loops, blocks: see :func:`megaloop.evaluation.loops.with_loops`; each number with each block.
+        loops, blocks: see :func:`megaloop.inference.loops.with_loops`; each number with each block.
         examples: questions of each primitive.
         seed: of the questions.
         data: data sets whose held-out samples validation takes; None: those that the run was trained on.

@@ -15,11 +15,11 @@ import torch
 from megaloop.checkpoint import Checkpoint
 from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
-from megaloop.evaluation.loops import Block, with_loops
 from megaloop.evaluation.prompts import encode_text
 from megaloop.evaluation.scoring import Question, score
 from megaloop.inference.generate import generate_tokens
 from megaloop.inference.load import load_decoder
+from megaloop.inference.loops import Block, with_loops
 from megaloop.model import Decoder
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class HarnessModel(TemplateLM):
         block: Block | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> HarnessModel:
-        """The model of a checkpoint, or of a run's newest; loops as :func:`megaloop.evaluation.loops.with_loops`."""
+        """The model of a checkpoint, or of a run's newest; loops as :func:`megaloop.inference.loops.with_loops`."""
         model, checkpoint = load_decoder(path, precision=precision)
         calls = with_loops(model.plan, loops, block).calls
         tokenizer = checkpoint.open_tokenizer("lm-eval asks in text")

@@ -20,9 +20,9 @@ from megaloop.data import DataSet
 from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import evaluate
-from megaloop.evaluation.loops import Block
 from megaloop.huggingface.weights import export_huggingface
 from megaloop.inference.load import load_decoder
+from megaloop.inference.loops import Block
 from tests.analysis.diagnosing import diagnose
 from tests.cli.test_cli import megaloop
 from tests.data.targeted import write_targeted

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from megaloop.data import DataSet
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.evaluate import evaluate
-from megaloop.evaluation.loops import Block, EveryBlock, with_loops
 from megaloop.evaluation.records import Record, clustered, read_records
 from megaloop.inference.load import load_decoder
+from megaloop.inference.loops import Block, EveryBlock, with_loops
 from tests.cli.test_cli import megaloop
 from tests.train.runs import metrics
 

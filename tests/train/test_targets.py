@@ -15,9 +15,9 @@ from megaloop.config import Config
 from megaloop.data import DataSet, open_sources
 from megaloop.depth import DepthSpec
 from megaloop.evaluation.evaluate import evaluate
-from megaloop.evaluation.loops import EveryBlock
 from megaloop.evaluation.records import DIFFICULTY, Record, read_records
 from megaloop.inference.load import load_decoder
+from megaloop.inference.loops import EveryBlock
 from megaloop.model import Decoder
 from megaloop.model.parameters import parameter_specs
 from tests.data.targeted import LENGTH, write_targeted
