@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from megaloop.checkpoint import Checkpoint
 from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.prompts import encode_text
 from megaloop.evaluation.scoring import Question, score
-from megaloop.inference.generate import generate_tokens
+from megaloop.inference.generate import Generation, continue_texts
 from megaloop.inference.load import load_decoder
 from megaloop.inference.loops import Block, with_loops
+from megaloop.inference.passes import Passes
+from megaloop.inference.sampling import Sampling
 from megaloop.model import Decoder
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, max_length: int, calls: Sequence[LayerCall] | None = None):
         super().__init__()
-        self._uses = calls
+        self._passes = Passes(model, calls, vocab_size=tokenizer.vocab_size)
         self._decoder, self._tokens, self.max_length = model, tokenizer, max_length
         self.batch_sizes: dict[str, int] = {}
 
@@ -90,7 +90,7 @@ class HarnessModel(TemplateLM):
         questions = [Question(list(seen), [part for _, part in own]) for seen, own in rows.items()]
         results = [(0.0, True)] * len(requests)  # of an empty continuation
         if questions:
-            scores = score(self._decoder, [], questions, calls=self._uses, vocab_size=self._tokens.vocab_size)
+            scores = score(self._decoder, [], questions, calls=self._passes.calls, vocab_size=self._tokens.vocab_size)
             for scored, own in zip(scores, rows.values(), strict=True):
                 for (index, _part), likelihood, greedy in zip(own, scored.log_likelihoods, scored.greedy, strict=True):
                     before, all_greedy = results[index]
@@ -132,28 +132,26 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Greedy (or sampled, where the task asks) continuations, one after another, up to a stop string."""
-        return [self._generate(text, dict(options)) for text, options in (request.args for request in requests)]
+        """Greedy (or sampled, where the task asks) continuations up to a stop string; those with equal options together."""
+        made: list[str] = [""] * len(requests)
+        groups: dict[Generation, list[int]] = {}
+        for number, (_, options) in enumerate(request.args for request in requests):
+            groups.setdefault(_generation(options), []).append(number)
+        for how, numbers in groups.items():
+            kept = -max(self.max_length - how.max_tokens, 1)
+            contexts = [self.tok_encode(requests[number].args[0])[kept:] for number in numbers]
+            results = continue_texts(self._passes, self._tokens, contexts, how)
+            for number, context, result in zip(numbers, contexts, results, strict=True):
+                made[number] = result.text[len(self._tokens.decode(context)) :]
+        return made
 
-    def _generate(self, text: str, options: dict[str, Any]) -> str:
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        limit = int(options.get("max_gen_toks", _GENERATED))
-        context = self.tok_encode(text)[-max(self.max_length - limit, 1) :]
-        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-        generator = torch.Generator(device=self._decoder.device).manual_seed(0)
-        produced: list[int] = []
-        made = ""
-        arguments = (limit, temperature, 0, 1.0, generator, self._tokens.vocab_size)
-        for token in generate_tokens(self._decoder, context, *arguments, end_id=self.eot_token_id, calls=self._uses):
-            if token == self._tokens.eos_id:
-                break
-            produced.append(token)
-            made = self._tokens.decode(produced)
-            if any(stop in made for stop in stops):
-                break
-        ends = [made.index(stop) for stop in stops if stop in made]
-        return made[: min(ends)] if ends else made
+
+def _generation(options: dict[str, Any]) -> Generation:
+    """What a task of lm-eval asks of a generation."""
+    until = options.get("until") or []
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+    return Generation(int(options.get("max_gen_toks", _GENERATED)), Sampling(temperature), tuple(filter(None, stops)))
 
 
 def _context_length(checkpoint: Checkpoint) -> int:

@@ -1,23 +1,40 @@
-"""Text generation with a key-value cache, greedy or sampled, on one process."""
+"""Text from a checkpoint: one prompt or many, token by token as they come."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from megaloop.depth import DepthSpec, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
+from megaloop.inference.engine import Engine, Request, Stopped
 from megaloop.inference.load import load_decoder
+from megaloop.inference.passes import Passes
+from megaloop.inference.sampling import Sampling, sequence_seed
 from megaloop.model import Decoder
+from megaloop.tokenizer import Tokenizer
 
-__all__ = ["GenerationResult", "generate_text", "generate_tokens"]
+__all__ = ["Generation", "GenerationResult", "continue_texts", "generate_text", "generate_tokens"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How texts are continued.
+
+    Attributes:
+        stop: texts that end a continuation, and are no part of it.
+        seed: of what is drawn; each prompt draws by itself, by its number.
+        rows: prompts that are continued at a time.
+    """
+
+    max_tokens: int = 64
+    sampling: Sampling = field(default_factory=lambda: Sampling(0.8))
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    rows: int = 16
 
 
 @dataclass(frozen=True)
@@ -27,14 +44,108 @@ class GenerationResult:
     Attributes:
         text: prompt and continuation.
         tokens: tokens generated, the end-of-text token included.
-        seconds: time from the prompt to the last token.
-        stopped: ``end`` (the model ended the text) or ``length`` (``max_tokens`` were generated).
+        seconds: time from the first prompt's beginning to this one's last token.
+        stopped: ``end`` (the model ended the text), ``stop`` (a text that ends it came) or ``length`` (``max_tokens`` were generated).
+        loops: iterations of the loop that each token's prediction took; 1 without one.
     """
 
     text: str
     tokens: int
     seconds: float
-    stopped: Literal["end", "length"]
+    stopped: Stopped
+    loops: list[int]
+
+
+@dataclass
+class _Text:
+    """A text as it comes."""
+
+    prompt: list[int]
+    tokenizer: Tokenizer
+    stop: tuple[str, ...]
+    on_text: Callable[[str], None]
+    loops: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._beginning = self._shown = self.tokenizer.decode(self.prompt)
+
+    def decoded(self, produced: Sequence[int]) -> str:
+        """Prompt and continuation, without what ended it."""
+        kept = [token for token in produced if token != self.tokenizer.eos_id]
+        text = self.tokenizer.decode(self.prompt + kept)
+        ends = [text.index(stop, len(self._beginning)) for stop in self.stop if stop in text[len(self._beginning) :]]
+        return text[: min(ends)] if ends else text
+
+    def should_stop(self, produced: Sequence[int]) -> bool:
+        made = self.tokenizer.decode([*self.prompt, *produced])[len(self._beginning) :]
+        return any(stop in made for stop in self.stop)
+
+    def show(self, produced: Sequence[int], *, ended: bool) -> None:
+        """What is new, as far as it is sure to stay."""
+        text = self.decoded(produced)
+        if not ended:
+            # a character of several bytes is shown when its last byte token has come, a text that may end it not before that is clear
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                return
+            held = (size for stop in self.stop for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
+            text = text[: len(text) - max(held, default=0)]
+        if len(text) > len(self._shown):
+            self.on_text(text[len(self._shown) :])
+            self._shown = text
+
+
+def continue_texts(
+    passes: Passes,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    how: Generation,
+    *,
+    numbers: Sequence[int] | None = None,
+    on_text: Callable[[str], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> list[GenerationResult]:
+    """Continue prompts, given as tokens, many at a time; in their order.
+
+    Args:
+        prompts: an empty one makes a new document.
+        numbers: of the prompts, by which they draw; default: from 0 on.
+        on_text: called with each piece of text of the first prompt as it comes.
+        on_done: called with the number of texts that are complete.
+
+    Raises:
+        MegaloopError: an empty prompt, and a tokenizer without an end-of-text token.
+    """
+    if tokenizer.eos_id < 0 and any(not prompt for prompt in prompts):
+        raise MegaloopError(
+            f"tokenizer {tokenizer.path} has no end-of-text token, after which a document could begin; give a prompt"
+        )
+    show = [on_text if on_text is not None and not place else _silent for place in range(len(prompts))]
+    texts = [_Text(prompt, tokenizer, how.stop, each) for prompt, each in zip(prompts, show, strict=True)]
+    numbers = range(len(prompts)) if numbers is None else numbers
+    requests = [
+        Request(text.prompt, how.max_tokens, sequence_seed(how.seed, number), text.should_stop if how.stop else None)
+        for text, number in zip(texts, numbers, strict=True)
+    ]
+    engine = Engine(passes, how.sampling, rows=how.rows, end_id=tokenizer.eos_id)
+    results: dict[int, GenerationResult] = {}
+    produced: list[list[int]] = [[] for _ in prompts]
+    began = time.perf_counter()
+    for event in engine.run(requests):
+        text, made = texts[event.number], produced[event.number]
+        made.append(event.token)
+        text.loops.append(event.loops)
+        if text.on_text is not _silent:
+            text.show(made, ended=event.stopped is not None)
+        if event.stopped is not None:
+            seconds = time.perf_counter() - began
+            results[event.number] = GenerationResult(text.decoded(made), len(made), seconds, event.stopped, text.loops)
+            if on_done is not None:
+                on_done(len(results))
+    return [results[number] for number in range(len(prompts))]
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def generate_text(
@@ -55,9 +166,7 @@ def generate_text(
     Args:
         checkpoint: a checkpoint, or a run (its newest).
         prompt: taken as it is, as transformers does; without one the model writes a new document.
-        temperature: 0 is greedy.
-        top_k: sample from the k likeliest tokens; 0: all.
-        top_p: sample from the likeliest tokens that together have this probability.
+        temperature, top_k, top_p: see :class:`megaloop.inference.sampling.Sampling`.
         depth: run the layers in this order, such as ``10-4x3-10``; default: as trained.
         on_text: called with each piece of text as it comes.
 
@@ -65,48 +174,26 @@ def generate_text(
         MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without an end-of-text token.
     """
     model, opened = load_decoder(checkpoint, precision=precision)
-    calls = None if depth is None else with_inference_loop(model.plan, depth).calls
     tokenizer = opened.open_tokenizer("generate writes text")
-    ids = tokenizer.encode_prompt(prompt)
-    if not ids and tokenizer.eos_id < 0:
-        raise MegaloopError(
-            f"tokenizer {tokenizer.path} has no end-of-text token, after which a document could begin; give a prompt"
-        )
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    began = time.perf_counter()
-    produced: list[int] = []
-    shown = tokenizer.decode(ids)
-    stopped: Literal["end", "length"] = "length"
-    sampling = (temperature, top_k, top_p, generator, tokenizer.vocab_size)
-    for token in generate_tokens(model, ids, max_tokens, *sampling, end_id=tokenizer.eos_id, calls=calls):
-        produced.append(token)
-        if token == tokenizer.eos_id:
-            stopped = "end"
-            break
-        text = tokenizer.decode(ids + produced)
-        # a character of several bytes is shown when its last byte token has come
-        if on_text is not None and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            on_text(text[len(shown) :])
-            shown = text
-    kept = [token for token in produced if token != tokenizer.eos_id]
-    seconds = time.perf_counter() - began
-    return GenerationResult(tokenizer.decode(ids + kept), len(produced), seconds, stopped)
+    calls = None if depth is None else with_inference_loop(model.plan, depth).calls
+    passes = Passes(model, calls, vocab_size=tokenizer.vocab_size)
+    how = Generation(max_tokens, Sampling(temperature, top_k, top_p), seed=seed)
+    (result,) = continue_texts(passes, tokenizer, [tokenizer.encode_prompt(prompt)], how, on_text=on_text)
+    return result
 
 
 def generate_tokens(
     model: Decoder,
     prompt: list[int],
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator,
-    vocab_size: int | None = None,
+    sampling: Sampling = Sampling(),
     *,
+    seed: int = 0,
+    vocab_size: int | None = None,
     end_id: int = -1,
     calls: Sequence[LayerCall] | None = None,
 ) -> Iterator[int]:
-    """Token ids after ``prompt``, one by one; each new token costs one pass over itself alone.
+    """Token ids after ``prompt``, one by one, up to ``end_id``; each new token costs one pass over itself alone.
 
     Args:
         prompt: may be empty where ``end_id`` is given: a new document begins.
@@ -114,50 +201,6 @@ def generate_tokens(
         end_id: what ends a document, and so stands before the next.
         calls: the executions of layers; default: as trained.
     """
-    choose = partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    if prompt:
-        yield from _continue(model, prompt, max_tokens, vocab_size, choose, calls)
-        return
-    # in training, the first token of a document is what follows the end of another
-    document = _continue(model, [end_id], max_tokens, vocab_size, choose, calls)
-    if not model.config.document_masking:
-        yield from document
-        return
-    # and the tokens after it do not look back to that end
-    token = next(document)
-    yield token
-    yield from _continue(model, [token], max_tokens - 1, vocab_size, choose, calls)
-
-
-@torch.inference_mode()
-def _continue(
-    model: Decoder,
-    prompt: list[int],
-    max_tokens: int,
-    vocab_size: int | None,
-    choose: Callable[[Tensor], int],
-    calls: Sequence[LayerCall] | None,
-) -> Iterator[int]:
-    calls = model.plan.calls() if calls is None else calls
-    caches = model.new_caches(1, len(prompt) + max_tokens, calls)
-    tokens_BS = torch.tensor([prompt], device=model.device)
-    for _ in range(max_tokens):
-        logits_V = model(tokens_BS, caches=caches, calls=calls)[0, -1, :vocab_size].float()
-        token = choose(logits_V)
-        yield token
-        tokens_BS = torch.tensor([[token]], device=model.device)
-
-
-def _choose(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    logits_V = logits_V / temperature
-    if top_k:
-        threshold = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < threshold, float("-inf"))
-    if top_p < 1:
-        sorted_V, order_V = logits_V.softmax(-1).sort(descending=True)
-        before_V = sorted_V.cumsum(-1) - sorted_V
-        outside_V = (before_V >= top_p).index_fill(0, torch.tensor([0], device=logits_V.device), False)
-        logits_V = logits_V.index_fill(0, order_V[outside_V], float("-inf"))
-    return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
+    engine = Engine(Passes(model, calls, vocab_size=vocab_size), sampling, rows=1, end_id=end_id)
+    for event in engine.run([Request(prompt, max_tokens, seed)]):
+        yield event.token

@@ -203,6 +203,11 @@ class Attention(nn.Module):
 
 def _sdpa(q_BNSH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, context: AttentionContext) -> Tensor:
     groups = q_BNSH.shape[1] // k_BKTH.shape[1]
+    if groups > 1 and q_BNSH.shape[2] == 1:
+        # one new token: the queries of a group look at the same keys as so many tokens would, and no key is copied
+        mask_B1ST = None if context.mask_BSS is None else context.mask_BSS.unsqueeze(1)
+        q_BKGH = q_BNSH.squeeze(2).unflatten(1, (-1, groups))
+        return F.scaled_dot_product_attention(q_BKGH, k_BKTH, v_BKTH, attn_mask=mask_B1ST).flatten(1, 2).unsqueeze(2)
     if groups > 1 and q_BNSH.device.type == "cpu":
         # torch's CPU flash kernel has no grouped heads; without this it would fall back to the slow math path
         k_BKTH, v_BKTH = (x.repeat_interleave(groups, dim=1) for x in (k_BKTH, v_BKTH))

@@ -112,7 +112,13 @@ def test_a_model_with_document_masking_is_asked_as_it_was_trained(masked_run: Pa
 
 def _decoder(document_masking: bool) -> Decoder:
     config = ModelConfig(
-        hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=64, document_masking=document_masking, vocab_size=128
+        hidden_size=32,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_size=64,
+        document_masking=document_masking,
+        vocab_size=128,
+        tied_embeddings=False,
     )
     model = Decoder(config, 128, DepthPlan.plain(2))
     model.initialise(0)
@@ -123,11 +129,10 @@ def _decoder(document_masking: bool) -> Decoder:
 def test_a_text_without_prompt_begins_after_the_end_of_another(document_masking: bool) -> None:
     """With document masking, its second token no longer sees that end."""
     model = _decoder(document_masking)
-    generator = torch.Generator()
-    found = list(generate_tokens(model, [], 6, 0.0, 0, 1.0, generator, end_id=2))
-    first = next(generate_tokens(model, [2], 1, 0.0, 0, 1.0, generator))
+    found = list(generate_tokens(model, [], 6, end_id=2))
+    first = next(generate_tokens(model, [2], 1))
     seen = [] if document_masking else [2]
-    rest = list(generate_tokens(model, [*seen, first], 5, 0.0, 0, 1.0, generator))
+    rest = list(generate_tokens(model, [*seen, first], 5))
     assert found == [first, *rest]
 
 
@@ -135,7 +140,7 @@ def test_generation_without_prompt_is_what_follows_a_document(plain_run: Path) -
     model, checkpoint = load_decoder(plain_run)
     assert checkpoint.tokenizer is not None
     tokenizer = load_tokenizer(checkpoint.tokenizer)
-    tokens = list(generate_tokens(model, [tokenizer.eos_id], 8, 0.0, 0, 1.0, torch.Generator(), tokenizer.vocab_size))
+    tokens = list(generate_tokens(model, [tokenizer.eos_id], 8, vocab_size=tokenizer.vocab_size))
     assert tokenizer.eos_id not in tokens
     assert generate_text(plain_run, "", max_tokens=8, temperature=0.0).text == tokenizer.decode(tokens)
 

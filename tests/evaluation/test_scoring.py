@@ -92,9 +92,7 @@ def test_an_answer_is_greedy_where_generation_gives_it() -> None:
     beginning, questions = _questions(12)
     asked = []
     for number, question in enumerate(questions):
-        made = list(
-            generate_tokens(model, beginning + question.query, 3, 0.0, 0, 1.0, torch.Generator(), vocab_size=60)
-        )
+        made = list(generate_tokens(model, beginning + question.query, 3, vocab_size=60))
         other = [*made[:2], (made[2] + 1 + number) % 60]
         asked.append(Question(question.query, [other, made]))
     assert [scores.greedy for scores in score(model, beginning, asked, vocab_size=60)] == [[False, True]] * 12

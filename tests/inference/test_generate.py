@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _greedy(run: Path, prompt: list[int], count: int) -> list[int]:
     model, _ = load_decoder(run)
-    return list(generate_tokens(model, prompt, count, 0.0, 0, 1.0, torch.Generator()))
+    return list(generate_tokens(model, prompt, count))
 
 
 def test_greedy_generation_is_the_argmax_of_whole_passes(run: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_depth_may_be_another_at_inference(run: Path) -> None:
     calls = DepthPlan.parse("1-1x3-1").calls()
     looped = generate_text(run, "The king", max_tokens=8, temperature=0.0, depth=DepthSpec.parse("1-1x3-1"))
     ids = load_tokenizer(load_decoder(run)[1].tokenizer).encode("The king")  # type: ignore[arg-type]
-    tokens = list(generate_tokens(model, ids, 8, 0.0, 0, 1.0, torch.Generator(), calls=calls))
+    tokens = list(generate_tokens(model, ids, 8, calls=calls))
     assert looped.text == load_tokenizer(load_decoder(run)[1].tokenizer).decode(ids + tokens)  # type: ignore[arg-type]
     with pytest.raises(MegaloopError, match="depth 1-2x2-1 has 4 layers of its own, and there are 3"):
         generate_text(run, "The king", depth=DepthSpec.parse("1-2x2-1"))

@@ -1,0 +1,196 @@
+"""Keys and values of many sequences for every use of every layer, in tensors of a fixed size.
+
+R rows, one per sequence; T slots, one per token of it; B rows and S tokens of one pass; K key-value heads, H head size.
+
+A looped layer has keys and values of its own in each iteration. ``shared`` keeps fewer: iteration i reads and writes slot
+i mod k (arXiv 2502.05171, section 6.2); with one, tokens look at what the last iteration made of those before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaloop.depth import LayerCall
+from megaloop.errors import MegaloopError
+from megaloop.model import AttentionContext, Decoder
+from megaloop.model.layers import KeyValueCache
+from megaloop.text import parse_whole, printable
+
+__all__ = ["CachePolicy", "LoopCaches", "Place"]
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """Which iterations of a loop keep keys and values.
+
+    Attributes:
+        shared: iterations that are kept, the last of each i mod ``shared``; None: all, which alone is exact.
+    """
+
+    shared: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> CachePolicy:
+        """``full``, ``last`` or ``shared=2``."""
+        name, separator, number = text.partition("=")
+        if text in ("full", "last"):
+            return cls(None if text == "full" else 1)
+        kept = parse_whole(number)
+        if name != "shared" or not separator or not kept:
+            raise MegaloopError(
+                f"--cache {printable(text, 60)}: expected full, last or shared=N with a number of iterations"
+            )
+        return cls(kept)
+
+    def __str__(self) -> str:
+        return {None: "full", 1: "last"}.get(self.shared, f"shared={self.shared}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens [B, S] of a pass stand.
+
+    Attributes:
+        rows_B: the row of the caches that each belongs to; None: the first B, in order.
+        slots_BS: where their keys and values go.
+        length: slots that are looked at: [0, length).
+        context: their positions, and which slots each sees.
+        start: the first slot, where it is the same in all rows and the others follow it.
+    """
+
+    rows_B: Tensor | None
+    slots_BS: Tensor
+    length: int
+    context: AttentionContext
+    start: int | None = None
+
+    def select(self, rows_b: Tensor, columns_bs: Tensor) -> Place:
+        """Some of the tokens: [b, s], of rows ``rows_b`` of the pass."""
+        rows_b1, context = rows_b.unsqueeze(1), self.context
+        cos, sin = (table[rows_b1, 0, columns_bs].unsqueeze(1) for table in (context.cos_Sh, context.sin_Sh))
+        slots_bs = self.slots_BS[rows_b1, columns_bs]
+        if context.mask_BSS is None:
+            mask = torch.arange(self.length, device=slots_bs.device) <= slots_bs.unsqueeze(-1)
+        else:
+            mask = context.mask_BSS[rows_b1, columns_bs]
+        return Place(
+            rows_b if self.rows_B is None else self.rows_B[rows_b],
+            slots_bs,
+            self.length,
+            AttentionContext(cos, sin, mask),
+        )
+
+    def column(self, column: int) -> Place:
+        """One token of each row."""
+        at, context = slice(column, column + 1), self.context
+        cos, sin = (table[:, :, at] for table in (context.cos_Sh, context.sin_Sh))
+        mask = None if context.mask_BSS is None else context.mask_BSS[:, at]
+        start = None if self.start is None else self.start + column
+        if mask is None:  # plain causal: nothing after it
+            assert start is not None
+            return Place(self.rows_B, self.slots_BS[:, at], start + 1, AttentionContext(cos, sin), start)
+        return Place(self.rows_B, self.slots_BS[:, at], self.length, AttentionContext(cos, sin, mask), start)
+
+    def where(self, who_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and slots of some of the tokens."""
+        rows_N, columns_N = who_BS.nonzero(as_tuple=True)
+        return (rows_N if self.rows_B is None else self.rows_B[rows_N]), self.slots_BS[rows_N, columns_N]
+
+
+class LoopCaches:
+    """Room for ``rows`` sequences of up to ``length`` tokens.
+
+    Args:
+        calls: the executions of layers that will be run.
+    """
+
+    def __init__(
+        self, model: Decoder, calls: Sequence[LayerCall], rows: int, length: int, policy: CachePolicy = CachePolicy()
+    ):
+        self._iterations = max((call.iterations or 1 for call in calls), default=1)
+        self._kept = min(policy.shared or self._iterations, self._iterations)
+        keys = [self._key(call, place) for place, call in enumerate(calls)]
+        stores = dict(zip(dict.fromkeys(keys), model.new_caches(rows, length, list(dict.fromkeys(keys))), strict=True))
+        self._stores = list(stores.values())
+        for store in self._stores:  # rows look at as many slots as the longest; what is masked must not be NaN
+            store.k_BKTH.zero_()
+            store.v_BKTH.zero_()
+        self._of_call = [stores[key] for key in keys]
+        self._loop = {
+            (call.iteration, call.layer_id): store
+            for call, store in zip(calls, self._of_call, strict=True)
+            if call.iteration is not None
+        }
+        self._looped = list(dict.fromkeys(call.layer_id for call in calls if call.iteration is not None))
+
+    @property
+    def is_full(self) -> bool:
+        """Every iteration has its own keys and values."""
+        return self._kept == self._iterations
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for store in self._stores for tensor in (store.k_BKTH, store.v_BKTH))
+
+    def at(self, calls: range, place: Place) -> list[KeyValueCache]:
+        """What those calls (by their number) are given: they write to a place and see what is before it."""
+        return [_Window(self._of_call[number], place) for number in calls]
+
+    def lend(self, rows_M: Tensor, slots_M: Tensor, ran: int) -> None:
+        """Tokens that ran ``ran`` iterations: those that they did not run see their last one (``latest``, arXiv 2502.05171)."""
+        for layer_id in self._looped:
+            last = self._loop[ran - 1, layer_id]
+            for iteration in range(ran, self._kept):  # an iteration that shares its slot with one that ran has that
+                to = self._loop[iteration, layer_id]
+                to.k_BKTH[rows_M, :, slots_M] = last.k_BKTH[rows_M, :, slots_M]
+                to.v_BKTH[rows_M, :, slots_M] = last.v_BKTH[rows_M, :, slots_M]
+
+    def take(self, full: LoopCaches, rows: range, length: int) -> None:
+        """The first ``length`` tokens of the rows of other caches, which keep every iteration, into these rows here.
+
+        What shares a slot gets the last of it.
+        """
+        for source, target in zip(full._of_call, self._of_call, strict=True):
+            for of, to in ((source.k_BKTH, target.k_BKTH), (source.v_BKTH, target.v_BKTH)):
+                to[rows.start : rows.stop, :, :length] = of[: len(rows), :, :length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """A row takes another's place."""
+        for store in self._stores:
+            for tensor in (store.k_BKTH, store.v_BKTH):
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def _key(self, call: LayerCall, place: int) -> tuple[int, int]:
+        """Calls of the same key share their keys and values."""
+        if call.iteration is None:
+            return (-1, place)
+        return (call.iteration % self._kept, call.layer_id)
+
+
+class _Window(KeyValueCache):
+    """The part of a cache that a pass writes to and looks at."""
+
+    def __init__(self, store: KeyValueCache, place: Place):
+        self.k_BKTH, self.v_BKTH = store.k_BKTH, store.v_BKTH
+        self.length = place.length
+        self._place = place
+
+    def append(self, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor]:
+        return self._written(self.k_BKTH, k_BKSH), self._written(self.v_BKTH, v_BKSH)
+
+    def _written(self, kept_RKTH: Tensor, new_BKSH: Tensor) -> Tensor:
+        place, (batch, _, count, _) = self._place, new_BKSH.shape
+        if place.rows_B is None:
+            seen_BKTH = kept_RKTH[:batch, :, : place.length]
+            if place.start is not None:
+                seen_BKTH[:, :, place.start : place.start + count] = new_BKSH
+                return seen_BKTH
+            rows_B1 = torch.arange(batch, device=new_BKSH.device).unsqueeze(1)
+            kept_RKTH[rows_B1, :, place.slots_BS] = new_BKSH.transpose(1, 2)
+            return seen_BKTH
+        kept_RKTH[place.rows_B.unsqueeze(1), :, place.slots_BS] = new_BKSH.transpose(1, 2)
+        return kept_RKTH[place.rows_B, :, : place.length]

@@ -1,0 +1,248 @@
+"""Passes of a model over tokens that stand anywhere in their sequences, each token with as many loops as it needs.
+
+    before ─► iteration 0 ─► iteration 1 ─► … ─► after ─► norm and head
+                   │ those that have settled leave; the others are packed
+
+B rows and S tokens of a pass, b and s of them those that still loop, D model, T slots of the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaloop.depth import LayerCall
+from megaloop.errors import MegaloopError
+from megaloop.inference.caches import CachePolicy, LoopCaches, Place
+from megaloop.inference.halting import Halting, Seen, Watch
+from megaloop.inference.looping import Looping
+from megaloop.model import AttentionContext, Decoder, LoopInput
+from megaloop.model.layers import rotary_tables
+
+__all__ = ["Passes", "Thought"]
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What a pass made of its tokens.
+
+    Attributes:
+        hidden_BSD: the residual stream before the last norm.
+        loops_BS: iterations that each token ran.
+    """
+
+    hidden_BSD: Tensor
+    loops_BS: Tensor
+
+
+class Passes:
+    """A model, in which order its layers run, and when a token leaves its loop.
+
+    Args:
+        calls: the executions of layers; default: as trained.
+        halting: None: every token runs all iterations.
+        policy: which iterations keep keys and values.
+        vocab_size: the tokenizer's tokens; rows of the embedding beyond them are never predicted.
+
+    Raises:
+        MegaloopError: halting, or fewer caches than iterations, of a model without a loop; a gate that it lacks.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        calls: Sequence[LayerCall] | None = None,
+        *,
+        halting: Halting | None = None,
+        policy: CachePolicy = CachePolicy(),
+        vocab_size: int | None = None,
+    ):
+        self.model, self.halting, self.policy, self.vocab_size = model, halting, policy, vocab_size
+        self.calls = model.plan.calls() if calls is None else tuple(calls)
+        looped = [number for number, call in enumerate(self.calls) if call.iteration is not None]
+        self.iterations = (self.calls[looped[0]].iterations or 1) if looped else 1
+        self._check(bool(looped))
+        first, stop = (looped[0], looped[-1] + 1) if looped else (len(self.calls), len(self.calls))
+        block = (stop - first) // self.iterations
+        self._before, self._after = range(first), range(stop, len(self.calls))
+        self._loop = [
+            range(first + i * block, first + (i + 1) * block) for i in range(self.iterations if looped else 0)
+        ]
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def _check(self, looped: bool) -> None:
+        if self.halting is not None and not looped:
+            raise MegaloopError(
+                f"--halt {self.halting}: the model runs without a loop (depth {self.model.plan.notation}); give it one with "
+                "--depth PRELUDE-RECURRENTxITERATIONS-CODA or --loops N, or train it with one"
+            )
+        if self.halting is not None and self.halting.minimum > self.iterations:
+            raise MegaloopError(
+                f"--min-loops {self.halting.minimum}: the loop runs {self.iterations} times at most; choose fewer, or more loops"
+            )
+        if self.policy.shared is not None and not looped:
+            raise MegaloopError(
+                f"--cache {self.policy}: the model runs without a loop, whose caches it could share; use full"
+            )
+        if (
+            self.halting is not None
+            and self.halting.criterion == "gate"
+            and not getattr(self.model.plan.style, "gate", 0)
+        ):
+            raise MegaloopError("--halt gate: the checkpoint has no gate; train one with loop.gate (docs/LOOPS.md)")
+
+    def _is_exact_at_once(self, caches: LoopCaches) -> bool:
+        """Whether tokens of a sequence that may halt can be run together and get what they get one after another.
+
+        Iterations that share their caches overwrite each other's. And the layers after the loop see what they made of the
+        tokens before: where they are asked after every iteration, those tokens have not come to their last one yet. (Tokens that
+        leave together have.)
+        """
+        if not caches.is_full:
+            return False
+        halting = self.halting
+        return halting is None or halting.scope == "sequence" or not (halting.reads_predictions and len(self._after))
+
+    def caches(self, rows: int, length: int, policy: CachePolicy | None = None) -> LoopCaches:
+        return LoopCaches(self.model, self.calls, rows, length, policy or self.policy)
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables of at least that many positions, [T, h]."""
+        if self._table is None or len(self._table[0]) < length:
+            dtype = next(self.model.parameters()).dtype
+            cos_Th, sin_Th = rotary_tables(self.model.config, length, self.model.device)
+            self._table = cos_Th.to(dtype), sin_Th.to(dtype)
+        return self._table
+
+    def place(
+        self, slots_BS: Tensor, length: int, *, positions_BS: Tensor | None = None, mask_BST: Tensor | None = None
+    ) -> Place:
+        """Tokens of the first B rows, in order, at these slots.
+
+        Args:
+            length: slots that are looked at.
+            positions_BS: default: the slots.
+            mask_BST: which slots each token sees; default: those up to its own.
+        """
+        positions_BS = slots_BS if positions_BS is None else positions_BS
+        start = _common_start(slots_BS)
+        if mask_BST is None and (start is None or length != start + slots_BS.shape[1]):
+            mask_BST = torch.arange(length, device=slots_BS.device) <= slots_BS.unsqueeze(-1)
+        cos, sin = (table[positions_BS].unsqueeze(1) for table in self.tables(max(length, int(positions_BS.max()) + 1)))
+        return Place(None, slots_BS, length, AttentionContext(cos, sin, mask_BST), start)
+
+    @torch.inference_mode()
+    def context(self, tokens_BS: Tensor, place: Place, caches: LoopCaches) -> None:
+        """Tokens whose predictions nobody asks for: all iterations, and only the caches remain."""
+        self._run(range(len(self.calls)), tokens_BS, place, caches, first=True)
+
+    @torch.inference_mode()
+    def think(
+        self,
+        tokens_BS: Tensor,
+        place: Place,
+        caches: LoopCaches,
+        asked_BS: Tensor | None = None,
+        thresholds_BS: Tensor | None = None,
+    ) -> Thought:
+        """Tokens that predict, with as many iterations as each needs.
+
+        Args:
+            asked_BS: whose predictions count; the others run all iterations. Default: all.
+            thresholds_BS: where the criterion's threshold depends on the place.
+        """
+        asked_BS = torch.ones_like(tokens_BS, dtype=torch.bool) if asked_BS is None else asked_BS
+        thresholds_BS = None if thresholds_BS is None else thresholds_BS.expand_as(tokens_BS)
+        if self._is_exact_at_once(caches) or tokens_BS.shape[1] == 1:
+            return self._think(tokens_BS, place, caches, asked_BS, thresholds_BS)
+        parts = []
+        for column in range(tokens_BS.shape[1]):
+            at = slice(column, column + 1)
+            limits = None if thresholds_BS is None else thresholds_BS[:, at]
+            parts.append(self._think(tokens_BS[:, at], place.column(column), caches, asked_BS[:, at], limits))
+        hidden, loops = zip(*((part.hidden_BSD, part.loops_BS) for part in parts), strict=True)
+        return Thought(torch.cat(hidden, 1), torch.cat(loops, 1))
+
+    def logits(self, hidden_BSD: Tensor) -> Tensor:
+        return self.model.logits(hidden_BSD)[..., : self.vocab_size]
+
+    def _run(
+        self,
+        part: range,
+        x: Tensor,
+        place: Place,
+        caches: LoopCaches,
+        *,
+        first: bool = False,
+        entry: LoopInput | None = None,
+    ) -> Tensor:
+        calls = self.calls[part.start : part.stop]
+        return self.model.run(
+            x, calls, caches=caches.at(part, place), first=first, last=False, entry=entry, context=place.context
+        )
+
+    def _think(
+        self, tokens_BS: Tensor, place: Place, caches: LoopCaches, asked_BS: Tensor, limits_BS: Tensor | None
+    ) -> Thought:
+        """Iteration after iteration, with fewer and fewer tokens."""
+        loops_BS = torch.full_like(tokens_BS, self.iterations)
+        if self.halting is None:
+            return Thought(self._run(range(len(self.calls)), tokens_BS, place, caches, first=True), loops_BS)
+        x = self._run(self._before, tokens_BS, place, caches, first=True)
+        looping, watch, left_BSD = Looping.all(x, place, asked_BS, limits_BS), Watch(self.halting), torch.empty_like(x)
+        reads = self.halting.reads_predictions
+        for iteration, part in enumerate(self._loop, start=1):
+            x = self._run(part, x, looping.place, caches, entry=LoopInput(looping.entered_bsD))
+            out = self._run(self._after, x, looping.place, caches) if reads else x
+            seen = self._seen(looping, x, out, iteration)
+            if iteration == self.iterations:
+                self._leave(looping.real_bs, looping, out, iteration, left_BSD, loops_BS)
+                loops_BS.view(-1)[looping.index_bs[looping.asked_bs]] = watch.last(seen)
+                break
+            settled_bs = self._settled(watch.settled(seen), looping, iteration)
+            self._leave(settled_bs, looping, out, iteration, left_BSD, loops_BS)
+            caches.lend(*looping.place.where(settled_bs), iteration)
+            watch.keep(~settled_bs[looping.asked_bs])
+            rest = looping.without(settled_bs, x)
+            if rest is None:
+                break
+            looping, x = rest
+        return Thought(left_BSD if reads else self._run(self._after, left_BSD, place, caches), loops_BS)
+
+    def _seen(self, looping: Looping, x_bsD: Tensor, out_bsD: Tensor, iteration: int) -> Seen:
+        """What the criterion looks at: M tokens that are asked for."""
+        assert self.halting is not None
+        x_MD = x_bsD[looping.asked_bs]
+        logits_MV = self.logits(out_bsD[looping.asked_bs].unsqueeze(0))[0] if self.halting.reads_predictions else None
+        gate_M = self.model.gate_logits(x_MD.unsqueeze(0))[0] if self.halting.criterion == "gate" else None
+        threshold = self.halting.threshold if looping.limits_bs is None else looping.limits_bs[looping.asked_bs]
+        return Seen(x_MD, logits_MV, gate_M, iteration, threshold)
+
+    def _settled(self, settled_M: Tensor, looping: Looping, iteration: int) -> Tensor:
+        """Who leaves: [b, s]."""
+        assert self.halting is not None
+        settled_bs = torch.zeros_like(looping.real_bs)
+        if iteration < self.halting.minimum:
+            return settled_bs
+        settled_bs[looping.asked_bs] = settled_M
+        if self.halting.scope == "sequence":
+            together_b1 = (settled_bs | ~looping.asked_bs).all(1, keepdim=True) & looping.asked_bs.any(1, keepdim=True)
+            return looping.real_bs & together_b1
+        return settled_bs
+
+    @staticmethod
+    def _leave(
+        who_bs: Tensor, looping: Looping, out_bsD: Tensor, iteration: int, left_BSD: Tensor, loops_BS: Tensor
+    ) -> None:
+        index_N = looping.index_bs[who_bs]
+        left_BSD.flatten(0, 1)[index_N] = out_bsD[who_bs]
+        loops_BS.view(-1)[index_N] = iteration
+
+
+def _common_start(slots_BS: Tensor) -> int | None:
+    """The first slot, where all rows write to the same ones, one after another."""
+    start = int(slots_BS[0, 0])
+    return start if torch.equal(slots_BS, torch.arange(start, start + slots_BS.shape[1]).expand_as(slots_BS)) else None
