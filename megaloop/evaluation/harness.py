@@ -141,8 +141,8 @@ class HarnessModel(TemplateLM):
             kept = -max(self.max_length - how.max_tokens, 1)
             contexts = [self.tok_encode(requests[number].args[0])[kept:] for number in numbers]
             results = continue_texts(self._passes, self._tokens, contexts, how)
-            for number, context, result in zip(numbers, contexts, results, strict=True):
-                made[number] = result.text[len(self._tokens.decode(context)) :]
+            for number, result in zip(numbers, results, strict=True):
+                made[number] = result.continuation
         return made
 
 

@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from megaloop.depth import DepthSpec, LayerCall, with_inference_loop
+from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.inference.engine import Engine, Request, Stopped
 from megaloop.inference.load import load_decoder
 from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling, sequence_seed
+from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["Generation", "GenerationResult", "continue_texts", "generate_text", "generate_tokens"]
+__all__ = ["Generation", "GenerationResult", "Writer", "continue_texts", "generate_text", "generate_tokens"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class GenerationResult:
 
     Attributes:
         text: prompt and continuation.
+        continuation: what was generated.
         tokens: tokens generated, the end-of-text token included.
         seconds: time from the first prompt's beginning to this one's last token.
         stopped: ``end`` (the model ended the text), ``stop`` (a text that ends it came) or ``length`` (``max_tokens`` were generated).
@@ -50,10 +52,16 @@ class GenerationResult:
     """
 
     text: str
+    continuation: str
     tokens: int
     seconds: float
     stopped: Stopped
     loops: list[int]
+
+    @property
+    def loops_mean(self) -> float:
+        """Iterations per token."""
+        return sum(self.loops) / len(self.loops)
 
 
 @dataclass
@@ -79,6 +87,11 @@ class _Text:
     def should_stop(self, produced: Sequence[int]) -> bool:
         made = self.tokenizer.decode([*self.prompt, *produced])[len(self._beginning) :]
         return any(stop in made for stop in self.stop)
+
+    def result(self, produced: Sequence[int], seconds: float, stopped: Stopped) -> GenerationResult:
+        text = self.decoded(produced)
+        made = text[len(self._beginning) :]
+        return GenerationResult(text, made, len(produced), seconds, stopped, self.loops)
 
     def show(self, produced: Sequence[int], *, ended: bool) -> None:
         """What is new, as far as it is sure to stay."""
@@ -138,7 +151,7 @@ def continue_texts(
             text.show(made, ended=event.stopped is not None)
         if event.stopped is not None:
             seconds = time.perf_counter() - began
-            results[event.number] = GenerationResult(text.decoded(made), len(made), seconds, event.stopped, text.loops)
+            results[event.number] = text.result(made, seconds, event.stopped)
             if on_done is not None:
                 on_done(len(results))
     return [results[number] for number in range(len(prompts))]
@@ -151,35 +164,73 @@ def _silent(text: str) -> None:
 def generate_text(
     checkpoint: Path,
     prompt: str,
+    how: Generation,
+    thinking: Thinking = Thinking(),
     *,
-    max_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
-    depth: DepthSpec | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> GenerationResult:
     """Continue ``prompt`` with the model of a checkpoint.
 
     Args:
         checkpoint: a checkpoint, or a run (its newest).
         prompt: taken as it is, as transformers does; without one the model writes a new document.
-        temperature, top_k, top_p: see :class:`megaloop.inference.sampling.Sampling`.
-        depth: run the layers in this order, such as ``10-4x3-10``; default: as trained.
+        thinking: how deep it runs.
         on_text: called with each piece of text as it comes.
+        on_note: called with what a user should know.
 
     Raises:
         MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without an end-of-text token.
     """
-    model, opened = load_decoder(checkpoint, precision=precision)
-    tokenizer = opened.open_tokenizer("generate writes text")
-    calls = None if depth is None else with_inference_loop(model.plan, depth).calls
-    passes = Passes(model, calls, vocab_size=tokenizer.vocab_size)
-    how = Generation(max_tokens, Sampling(temperature, top_k, top_p), seed=seed)
-    (result,) = continue_texts(passes, tokenizer, [tokenizer.encode_prompt(prompt)], how, on_text=on_text)
+    writer = Writer.open(checkpoint, thinking, precision=precision)
+    (result,) = writer.continue_prompts([prompt], how, on_text=on_text, on_note=on_note)
     return result
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A checkpoint that continues texts.
+
+    Attributes:
+        context: tokens of a sample of its training; None: not known.
+    """
+
+    passes: Passes
+    tokenizer: Tokenizer
+    context: int | None
+
+    @classmethod
+    def open(
+        cls, checkpoint: Path, thinking: Thinking = Thinking(), *, precision: Literal["fp32", "bf16"] = "fp32"
+    ) -> Self:
+        """The model of a checkpoint, or of a run's newest."""
+        model, opened = load_decoder(checkpoint, precision=precision)
+        tokenizer = opened.open_tokenizer("generate writes text")
+        passes = thinking.passes(model, tokenizer.vocab_size)
+        return cls(passes, tokenizer, opened.manifest.data.sequence_length)
+
+    def continue_prompts(
+        self,
+        prompts: Sequence[str],
+        how: Generation,
+        *,
+        numbers: Sequence[int] | None = None,
+        on_text: Callable[[str], None] | None = None,
+        on_done: Callable[[int], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> list[GenerationResult]:
+        """As :func:`continue_texts`; longer contexts than those of training are said."""
+        tokens = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        longest = max(map(len, tokens), default=0) + how.max_tokens
+        if self.context is not None and longest > self.context and on_note is not None:
+            on_note(
+                f"prompt and continuation may come to {longest:,} tokens, and the model was trained on {self.context:,}: "
+                "what it writes beyond them is extrapolated"
+            )
+        return continue_texts(
+            self.passes, self.tokenizer, tokens, how, numbers=numbers, on_text=on_text, on_done=on_done
+        )
 
 
 def generate_tokens(

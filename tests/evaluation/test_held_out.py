@@ -17,8 +17,9 @@ from megaloop.evaluation.evaluate import evaluate
 from megaloop.evaluation.harness import HarnessModel
 from megaloop.evaluation.records import read_records
 from megaloop.evaluation.scoring import Question, score
-from megaloop.inference.generate import generate_text, generate_tokens
+from megaloop.inference.generate import Generation, generate_text, generate_tokens
 from megaloop.inference.load import load_decoder
+from megaloop.inference.sampling import Sampling
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 from megaloop.tokenizer import load_tokenizer
 from tests.train.runs import metrics
@@ -142,7 +143,7 @@ def test_generation_without_prompt_is_what_follows_a_document(plain_run: Path) -
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     tokens = list(generate_tokens(model, [tokenizer.eos_id], 8, vocab_size=tokenizer.vocab_size))
     assert tokenizer.eos_id not in tokens
-    assert generate_text(plain_run, "", max_tokens=8, temperature=0.0).text == tokenizer.decode(tokens)
+    assert generate_text(plain_run, "", Generation(8, Sampling())).text == tokenizer.decode(tokens)
 
 
 @pytest.mark.parametrize("document_masking", [False, True])

@@ -21,8 +21,9 @@ from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.tokenizer import export_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
-from megaloop.inference.generate import generate_text
+from megaloop.inference.generate import Writer
 from megaloop.inference.load import load_decoder
+from megaloop.inference.thinking import Thinking
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
 from megaloop.model import initial_values, parameter_specs, vocab_parallel_cross_entropy
@@ -194,8 +195,8 @@ def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> N
     ):
         export_huggingface(checkpoint, tmp_path / "out")
     with pytest.raises(MegaloopError, match="stays where it is; choose 1-2xTIMES-1"):
-        generate_text(
-            _checkpoint(tmp_path / "same", "1-2x3-1", style=LoopStyle(norm=True)), "", depth=DepthSpec.parse("4")
+        Writer.open(
+            _checkpoint(tmp_path / "same", "1-2x3-1", style=LoopStyle(norm=True)), Thinking(DepthSpec.parse("4"))
         )
 
 

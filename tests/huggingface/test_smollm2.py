@@ -17,8 +17,9 @@ from megaloop.checkpoint import Checkpoint
 from megaloop.config import Config
 from megaloop.data import open_sources
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
-from megaloop.inference.generate import generate_text
+from megaloop.inference.generate import Generation, generate_text
 from megaloop.inference.load import load_decoder
+from megaloop.inference.sampling import Sampling
 from megaloop.tokenizer import load_tokenizer, tokenizer_files
 from tests.data.corpus import documents
 from tests.debian import skip
@@ -110,7 +111,7 @@ def test_greedy_text_is_that_of_transformers(checkpoint: Path, theirs: Any) -> N
     tokenizer = load_tokenizer(checkpoint)
     ids = torch.tensor([tokenizer.encode_prompt(PROMPT)])
     expected = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
-    found = generate_text(checkpoint, PROMPT, max_tokens=12, temperature=0.0)
+    found = generate_text(checkpoint, PROMPT, Generation(12, Sampling()))
     assert found.text == tokenizer.decode(expected)
     assert "Paris" in found.text
 

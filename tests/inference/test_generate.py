@@ -10,8 +10,10 @@ import torch
 from megaloop.depth import DepthPlan, DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.weights import export_huggingface
-from megaloop.inference.generate import generate_text, generate_tokens
+from megaloop.inference.generate import Generation, generate_text, generate_tokens
 from megaloop.inference.load import load_decoder
+from megaloop.inference.sampling import Sampling
+from megaloop.inference.thinking import Thinking
 from megaloop.tokenizer import load_tokenizer
 from tests.data.corpus import write_corpus
 from tests.distributed import run_ranks
@@ -49,24 +51,24 @@ def test_transformers_generates_the_same(run: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = tokenizer("The king said", return_tensors="pt")
     expected = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
-    found = generate_text(run, "The king said", max_tokens=20, temperature=0.0)
+    found = generate_text(run, "The king said", Generation(20, Sampling()))
     assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_the_seed_decides_what_is_sampled(run: Path) -> None:
-    texts = [generate_text(run, "The", max_tokens=20, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
+    texts = [generate_text(run, "The", Generation(20, Sampling(1.0), seed=seed)).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
 def test_the_narrowest_sampling_is_greedy(run: Path, options: dict[str, float]) -> None:
-    greedy = generate_text(run, "The", max_tokens=20, temperature=0.0).text
-    assert generate_text(run, "The", max_tokens=20, temperature=1.0, **options).text == greedy  # type: ignore[arg-type]
+    greedy = generate_text(run, "The", Generation(20, Sampling())).text
+    assert generate_text(run, "The", Generation(20, Sampling(1.0, **options))).text == greedy  # type: ignore[arg-type]
 
 
 def test_text_comes_as_it_is_generated(run: Path) -> None:
     parts: list[str] = []
-    result = generate_text(run, "The", max_tokens=20, temperature=1.0, on_text=parts.append)
+    result = generate_text(run, "The", Generation(20, Sampling(1.0)), on_text=parts.append)
     assert len(parts) > 5
     assert result.text.startswith("The" + "".join(parts))
 
@@ -74,7 +76,7 @@ def test_text_comes_as_it_is_generated(run: Path) -> None:
 @pytest.mark.slow
 def test_generation_ends_with_the_text(run: Path) -> None:
     """Documents end after a few dozen words; one of these samples reaches it."""
-    results = [generate_text(run, "The", max_tokens=400, temperature=1.2, seed=seed) for seed in range(4)]
+    results = [generate_text(run, "The", Generation(400, Sampling(1.2), seed=seed)) for seed in range(4)]
     ended = [result for result in results if result.stopped == "end"]
     assert all(result.tokens < 400 and "</s>" not in result.text for result in ended)
     assert all(result.tokens == 400 for result in results if result.stopped == "length")
@@ -88,23 +90,23 @@ def test_a_checkpoint_without_tokenizer_says_so(run: Path, tmp_path: Path) -> No
         (tmp_path / "out" / name).unlink()
     import_huggingface(tmp_path / "out", tmp_path / "step")
     with pytest.raises(MegaloopError, match=r"holds no tokenizer, and generate writes text"):
-        generate_text(tmp_path / "step", "The")
+        generate_text(tmp_path / "step", "The", Generation())
 
 
 def test_bf16_generation_is_possible(run: Path) -> None:
-    result = generate_text(run, "The", max_tokens=5, temperature=0.0, precision="bf16")
+    result = generate_text(run, "The", Generation(5, Sampling()), precision="bf16")
     assert load_tokenizer(load_decoder(run)[1].tokenizer or run).decode([]) == ""
     assert result.tokens == 5
 
 
 def test_the_depth_may_be_another_at_inference(run: Path) -> None:
-    plain = generate_text(run, "The king", max_tokens=8, temperature=0.0)
-    assert generate_text(run, "The king", max_tokens=8, temperature=0.0, depth=DepthSpec.parse("3")).text == plain.text
+    plain = generate_text(run, "The king", Generation(8, Sampling()))
+    assert generate_text(run, "The king", Generation(8, Sampling()), Thinking(DepthSpec.parse("3"))).text == plain.text
     model, _ = load_decoder(run)
     calls = DepthPlan.parse("1-1x3-1").calls()
-    looped = generate_text(run, "The king", max_tokens=8, temperature=0.0, depth=DepthSpec.parse("1-1x3-1"))
+    looped = generate_text(run, "The king", Generation(8, Sampling()), Thinking(DepthSpec.parse("1-1x3-1")))
     ids = load_tokenizer(load_decoder(run)[1].tokenizer).encode("The king")  # type: ignore[arg-type]
     tokens = list(generate_tokens(model, ids, 8, calls=calls))
     assert looped.text == load_tokenizer(load_decoder(run)[1].tokenizer).decode(ids + tokens)  # type: ignore[arg-type]
     with pytest.raises(MegaloopError, match="depth 1-2x2-1 has 4 layers of its own, and there are 3"):
-        generate_text(run, "The king", depth=DepthSpec.parse("1-2x2-1"))
+        generate_text(run, "The king", Generation(), Thinking(DepthSpec.parse("1-2x2-1")))

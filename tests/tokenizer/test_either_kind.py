@@ -19,7 +19,8 @@ from megaloop.depth import DepthSpec
 from megaloop.errors import DamagedCheckpoint, MegaloopError
 from megaloop.evaluation.evaluate import evaluate
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
-from megaloop.inference.generate import generate_text
+from megaloop.inference.generate import Generation, generate_text
+from megaloop.inference.sampling import Sampling
 from megaloop.tokenizer import file_sha256, load_tokenizer, tokenizer_files
 from tests.data.corpus import documents
 from tests.distributed import RankError, run_ranks
@@ -164,7 +165,7 @@ def test_greedy_text_is_that_of_transformers(run: Path, tmp_path: Path) -> None:
     for prompt in ("The king said", "<|im_start|>user\nThe lord"):
         ids = tokenizer(prompt, return_tensors="pt")
         expected = theirs.generate(**ids, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
-        found = generate_text(run, prompt, max_tokens=20, temperature=0.0)
+        found = generate_text(run, prompt, Generation(20, Sampling()))
         assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
