@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -113,19 +114,17 @@ class LoopCaches:
     ):
         self._iterations = max((call.iterations or 1 for call in calls), default=1)
         self._kept = min(policy.shared or self._iterations, self._iterations)
-        keys = [self._key(call, place) for place, call in enumerate(calls)]
-        stores = dict(zip(dict.fromkeys(keys), model.new_caches(rows, length, list(dict.fromkeys(keys))), strict=True))
-        self._stores = list(stores.values())
-        for store in self._stores:  # rows look at as many slots as the longest; what is masked must not be NaN
-            store.k_BKTH.zero_()
-            store.v_BKTH.zero_()
-        self._of_call = [stores[key] for key in keys]
-        self._loop = {
-            (call.iteration, call.layer_id): store
-            for call, store in zip(calls, self._of_call, strict=True)
-            if call.iteration is not None
-        }
-        self._looped = list(dict.fromkeys(call.layer_id for call in calls if call.iteration is not None))
+        looped = list(dict.fromkeys(call.layer_id for call in calls if call.iteration is not None))
+        # one tensor for all of the loop: what is lent goes from iteration to iteration of all its layers at once
+        self._loop = _Tensors.new(model, (self._kept, len(looped)), rows, length)
+        self._rest = _Tensors.new(model, (len(calls) - self._iterations * len(looped),), rows, length)
+        outside = iter(range(len(calls)))
+        self._of_call = [
+            self._rest.of(next(outside))
+            if call.iteration is None
+            else self._loop.of(call.iteration % self._kept, looped.index(call.layer_id))
+            for call in calls
+        ]
 
     @property
     def is_full(self) -> bool:
@@ -134,7 +133,7 @@ class LoopCaches:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for store in self._stores for tensor in (store.k_BKTH, store.v_BKTH))
+        return sum(tensor.nbytes for tensors in (self._loop, self._rest) for tensor in tensors)
 
     def at(self, calls: range, place: Place) -> list[KeyValueCache]:
         """What those calls (by their number) are given: they write to a place and see what is before it."""
@@ -142,12 +141,10 @@ class LoopCaches:
 
     def lend(self, rows_M: Tensor, slots_M: Tensor, ran: int) -> None:
         """Tokens that ran ``ran`` iterations: those that they did not run see their last one (``latest``, arXiv 2502.05171)."""
-        for layer_id in self._looped:
-            last = self._loop[ran - 1, layer_id]
-            for iteration in range(ran, self._kept):  # an iteration that shares its slot with one that ran has that
-                to = self._loop[iteration, layer_id]
-                to.k_BKTH[rows_M, :, slots_M] = last.k_BKTH[rows_M, :, slots_M]
-                to.v_BKTH[rows_M, :, slots_M] = last.v_BKTH[rows_M, :, slots_M]
+        if ran >= self._kept:  # an iteration that shares its slot with one that ran has what that left there
+            return
+        for tensor in self._loop:
+            tensor[ran:, :, rows_M, :, slots_M] = tensor[ran - 1 : ran, :, rows_M, :, slots_M]
 
     def take(self, full: LoopCaches, rows: range, length: int) -> None:
         """The first ``length`` tokens of the rows of other caches, which keep every iteration, into these rows here.
@@ -155,27 +152,38 @@ class LoopCaches:
         What shares a slot gets the last of it.
         """
         for source, target in zip(full._of_call, self._of_call, strict=True):
-            for of, to in ((source.k_BKTH, target.k_BKTH), (source.v_BKTH, target.v_BKTH)):
+            for of, to in zip(source, target, strict=True):
                 to[rows.start : rows.stop, :, :length] = of[: len(rows), :, :length]
 
     def move(self, source: int, target: int, length: int) -> None:
         """A row takes another's place."""
-        for store in self._stores:
-            for tensor in (store.k_BKTH, store.v_BKTH):
-                tensor[target, :, :length] = tensor[source, :, :length]
+        for tensors in (self._loop, self._rest):
+            for tensor in tensors:
+                tensor[..., target, :, :length, :] = tensor[..., source, :, :length, :]
 
-    def _key(self, call: LayerCall, place: int) -> tuple[int, int]:
-        """Calls of the same key share their keys and values."""
-        if call.iteration is None:
-            return (-1, place)
-        return (call.iteration % self._kept, call.layer_id)
+
+class _Tensors(NamedTuple):
+    """Keys and values [..., R, K, T, H] of several calls, or of one."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def new(cls, model: Decoder, calls: tuple[int, ...], rows: int, length: int) -> Self:
+        parameter = next(model.parameters())
+        shape = (*calls, rows, model.config.num_kv_heads // model.tp.size, length, model.config.head_size)
+        # zeros: rows look at as many slots as the longest, and what is masked must not be NaN
+        return cls(parameter.new_zeros(shape), parameter.new_zeros(shape))
+
+    def of(self, *place: int) -> _Tensors:
+        return _Tensors(self.keys[place], self.values[place])
 
 
 class _Window(KeyValueCache):
     """The part of a cache that a pass writes to and looks at."""
 
-    def __init__(self, store: KeyValueCache, place: Place):
-        self.k_BKTH, self.v_BKTH = store.k_BKTH, store.v_BKTH
+    def __init__(self, store: _Tensors, place: Place):
+        self.k_BKTH, self.v_BKTH = store
         self.length = place.length
         self._place = place
 

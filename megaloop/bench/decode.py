@@ -1,0 +1,199 @@
+"""``megaloop bench decode``: tokens per second of greedy generation, alternated in one run.
+
+    ours       the engine of ``megaloop generate``
+    theirs     transformers' ``generate`` with its static cache, on the exported model: a batch is padded, and runs until its longest
+               sequence is done
+    half       ours, where every token runs half the loops
+    drafted    ours, where tokens are drafted with few loops and verified with all
+
+Prompts are random tokens, or a text's, of mixed lengths; sequences are of mixed lengths too, and none ends early.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaloop.errors import MegaloopError
+from megaloop.huggingface.weights import export_huggingface
+from megaloop.inference.engine import Engine, Request
+from megaloop.inference.halting import Halting
+from megaloop.inference.load import load_decoder
+from megaloop.inference.passes import Passes
+from megaloop.inference.thinking import Thinking
+from megaloop.runtime.hardware import describe_machine
+
+__all__ = ["DecodeBenchmark", "DecodeResult", "bench_decode"]
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """One way to generate, at one size of the batch.
+
+    Attributes:
+        way: ``ours``, ``theirs``, ``half`` or ``drafted``.
+        tokens_per_second: the median over repetitions.
+        ratio: the median over repetitions of ours' seconds / this way's.
+        spread: smallest and largest of those ratios.
+        same: share of the tokens that are ours; of ``half``, which may not be, None.
+        loops: iterations per token.
+    """
+
+    batch: int
+    way: str
+    tokens_per_second: float
+    ratio: float
+    spread: tuple[float, float]
+    same: float | None
+    loops: float
+
+
+@dataclass(frozen=True)
+class DecodeBenchmark:
+    """What the benchmark measured."""
+
+    machine: str
+    depth: str
+    parameters: int
+    tokens: int
+    repeats: int
+    results: list[DecodeResult]
+
+
+def bench_decode(
+    checkpoint: Path,
+    *,
+    thinking: Thinking = Thinking(),
+    batches: Sequence[int] = (1, 16),
+    prompt: int = 32,
+    tokens: int = 64,
+    repeats: int = 3,
+    seed: int = 123,
+    transformers: bool = True,
+    on_way: Callable[[str], None] | None = None,
+) -> DecodeBenchmark:
+    """Time every way on the model of a checkpoint, or of a run's newest.
+
+    Args:
+        thinking: how deep the model runs.
+        batches: sequences at a time.
+        prompt, tokens: of the longest sequence; the shortest has half as many of each.
+        transformers: whether to compare with transformers; only loops of plain composition can be exported for it.
+
+    Raises:
+        MegaloopError: a damaged checkpoint, or a loop that cannot be exported.
+    """
+    model, _ = load_decoder(checkpoint)
+    passes = thinking.passes(model)
+    theirs = _exported(checkpoint, thinking) if transformers else None
+    generator = np.random.default_rng(seed)
+    results: list[DecodeResult] = []
+    for batch in batches:
+        sizes = [(_between(generator, prompt, batch), _between(generator, tokens, batch)) for _ in range(batch)]
+        requests = [Request(generator.integers(0, model.vocab_size, size).tolist(), count) for size, count in sizes]
+        ways = _ways(passes, requests, theirs)
+        results += _measure(batch, ways, sum(request.max_tokens for request in requests), repeats, on_way or _mute)
+    depth = str(thinking.depth or model.plan)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return DecodeBenchmark(describe_machine(), depth, parameters, tokens, repeats, results)
+
+
+def _mute(what: str) -> None:
+    pass
+
+
+def _between(generator: np.random.Generator, most: int, batch: int) -> int:
+    """Half to all; one sequence alone has all."""
+    return most if batch == 1 else int(generator.integers(max(most // 2, 1), most + 1))
+
+
+Way = Callable[[], tuple[list[list[int]], float]]
+"""Generates: tokens of each sequence, and iterations per token."""
+
+
+def _ways(passes: Passes, requests: Sequence[Request], theirs: Any | None) -> dict[str, Way]:
+    ways: dict[str, Way] = {"ours": lambda: _ours(passes, requests)}
+    if theirs is not None:
+        ways["theirs"] = lambda: (_theirs(theirs, requests), float(passes.iterations))
+    if passes.iterations > 1:
+        half = Passes(passes.model, passes.calls, halting=Halting("fixed", passes.iterations // 2))
+        ways["half"] = lambda: _ours(half, requests)
+    return ways
+
+
+def _measure(
+    batch: int, ways: dict[str, Way], tokens: int, repeats: int, on_way: Callable[[str], None]
+) -> list[DecodeResult]:
+    """All ways in turn, so that whatever else the machine does is the same for all."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    made: dict[str, tuple[list[list[int]], float]] = {}
+    for number in range(repeats + 1):  # the first warms up
+        for way, run in ways.items():
+            on_way(f"batch {batch}, {way}, repetition {number} of {repeats}")
+            began = time.perf_counter()
+            made[way] = run()
+            if number:
+                seconds[way].append(time.perf_counter() - began)
+    results = []
+    for way, taken in seconds.items():
+        ratios = [own / other for own, other in zip(seconds["ours"], taken, strict=True)]
+        pairs = [
+            pair
+            for one, other in zip(made["ours"][0], made[way][0], strict=True)
+            for pair in zip(one, other, strict=True)
+        ]
+        results.append(
+            DecodeResult(
+                batch,
+                way,
+                tokens / statistics.median(taken),
+                statistics.median(ratios),
+                (min(ratios), max(ratios)),
+                None if way == "half" else sum(one == other for one, other in pairs) / len(pairs),
+                made[way][1],
+            )
+        )
+    return results
+
+
+def _ours(passes: Passes, requests: Sequence[Request]) -> tuple[list[list[int]], float]:
+    made: list[list[int]] = [[] for _ in requests]
+    loops = 0
+    for event in Engine(passes, rows=len(requests)).run(requests):
+        made[event.number].append(event.token)
+        loops += event.loops
+    return made, loops / sum(map(len, made))
+
+
+def _exported(checkpoint: Path, thinking: Thinking) -> Any:
+    """The model as transformers has it: every use of a layer a layer of its own."""
+    from transformers import LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory(prefix="megaloop-bench-") as folder:
+        if thinking.loops is not None:
+            raise MegaloopError("bench decode: transformers runs what was exported; say the loops with --depth")
+        export_huggingface(checkpoint, Path(folder) / "out", dtype="fp32", depth=thinking.depth)
+        return LlamaForCausalLM.from_pretrained(
+            Path(folder) / "out", dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+
+
+@torch.inference_mode()
+def _theirs(model: Any, requests: Sequence[Request]) -> list[list[int]]:
+    longest, count = (max(len(request.tokens) for request in requests), max(request.max_tokens for request in requests))
+    padding = [longest - len(request.tokens) for request in requests]
+    ids = torch.tensor([[0] * pad + list(request.tokens) for pad, request in zip(padding, requests, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+    made = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False,
+        cache_implementation="static", pad_token_id=0, eos_token_id=None,
+    )[:, longest:]  # fmt: skip
+    return [row[: request.max_tokens] for row, request in zip(made.tolist(), requests, strict=True)]
