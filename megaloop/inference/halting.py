@@ -142,7 +142,7 @@ class Watch:
     """The memory of a criterion over the iterations of the same tokens."""
 
     def __init__(self, halting: Halting):
-        self._halting = halting
+        self._minimum = halting.minimum
         self._measure = _MEASURES[halting.criterion]
         self._before: Tensor | None = None
 
@@ -151,13 +151,11 @@ class Watch:
         settled_M, self._before = self._measure(seen, self._before)
         return settled_M
 
-    def last(self, seen: Seen) -> Tensor | int:
-        """How many iterations tokens count as having run that are there after the last: all, or what the oracle says."""
-        if self._halting.criterion != "oracle":
-            return seen.iteration
+    def first_that_stays(self, seen: Seen) -> Tensor:
+        """Of the oracle, after the last iteration: how many it took until the likeliest token was the last one's."""
         _, tokens_MI = self._measure(seen, self._before)
         first_M = (tokens_MI == tokens_MI[:, -1:]).int().argmax(1) + 1  # argmax: the first of equals
-        return first_M.clamp_min(self._halting.minimum)
+        return first_M.clamp_min(self._minimum)
 
     def keep(self, stay_M: Tensor) -> None:
         """Only these tokens go on."""

@@ -27,6 +27,7 @@ class Looping:
         entered_bsD: what entered the loop.
         place: where they stand.
         limits_bs: their thresholds; None: the criterion's own.
+        is_dense: all are asked for, and none is a repetition.
     """
 
     index_bs: Tensor
@@ -35,12 +36,25 @@ class Looping:
     entered_bsD: Tensor
     place: Place
     limits_bs: Tensor | None
+    is_dense: bool
 
     @classmethod
     def all(cls, entered_BSD: Tensor, place: Place, asked_BS: Tensor, limits_BS: Tensor | None) -> Looping:
         """All tokens of a pass."""
         index_BS = torch.arange(asked_BS.numel(), device=asked_BS.device).view_as(asked_BS)
-        return cls(index_BS, torch.ones_like(asked_BS), asked_BS, entered_BSD, place, limits_BS)
+        return cls(index_BS, torch.ones_like(asked_BS), asked_BS, entered_BSD, place, limits_BS, bool(asked_BS.all()))
+
+    def asked(self, values_bs: Tensor) -> Tensor:
+        """[M, ...] of [b, s, ...]."""
+        return values_bs.flatten(0, 1) if self.is_dense else values_bs[self.asked_bs]
+
+    def spread(self, values_M: Tensor) -> Tensor:
+        """Booleans [b, s] of [M]; false where none is asked for."""
+        if self.is_dense:
+            return values_M.view_as(self.asked_bs)
+        values_bs = torch.zeros_like(self.asked_bs)
+        values_bs[self.asked_bs] = values_M
+        return values_bs
 
     def without(self, left_bs: Tensor, x_bsD: Tensor) -> tuple[Looping, Tensor] | None:
         """The tokens that have not left, and their states; None: there are none."""
@@ -49,8 +63,6 @@ class Looping:
         rows_b = counts_b.nonzero().flatten()
         if not len(rows_b):
             return None
-        if int(counts_b.sum()) == stay_bs.numel():
-            return self, x_bsD
         counts_b = counts_b[rows_b].unsqueeze(1)
         order_bs = (
             (~stay_bs[rows_b]).to(torch.int8).argsort(dim=1, stable=True)
@@ -59,12 +71,14 @@ class Looping:
         real_bs = number_s < counts_b
         columns_bs = order_bs.gather(1, number_s.expand(len(rows_b), -1).minimum(counts_b - 1))
         at = rows_b.unsqueeze(1), columns_bs
+        asked_bs = self.asked_bs[at] & real_bs
         rest = Looping(
             self.index_bs[at],
             real_bs,
-            self.asked_bs[at] & real_bs,
+            asked_bs,
             self.entered_bsD[at],
             self.place.select(rows_b, columns_bs),
             None if self.limits_bs is None else self.limits_bs[at],
+            bool(asked_bs.all()),
         )
         return rest, x_bsD[at]

@@ -197,41 +197,40 @@ class Passes:
         for iteration, part in enumerate(self._loop, start=1):
             x = self._run(part, x, looping.place, caches, entry=LoopInput(looping.entered_bsD))
             out = self._run(self._after, x, looping.place, caches) if reads else x
-            seen = self._seen(looping, x, out, iteration)
             if iteration == self.iterations:
                 self._leave(looping.real_bs, looping, out, iteration, left_BSD, loops_BS)
-                loops_BS.view(-1)[looping.index_bs[looping.asked_bs]] = watch.last(seen)
+                if self.halting.criterion == "oracle":
+                    said_M = watch.first_that_stays(self._seen(looping, x, out, iteration))
+                    loops_BS.view(-1)[looping.asked(looping.index_bs)] = said_M
                 break
-            settled_bs = self._settled(watch.settled(seen), looping, iteration)
+            settled_bs = self._settled(watch.settled(self._seen(looping, x, out, iteration)), looping)
+            if iteration < self.halting.minimum or not settled_bs.any():
+                continue
             self._leave(settled_bs, looping, out, iteration, left_BSD, loops_BS)
             caches.lend(*looping.place.where(settled_bs), iteration)
-            watch.keep(~settled_bs[looping.asked_bs])
             rest = looping.without(settled_bs, x)
             if rest is None:
                 break
+            watch.keep(~looping.asked(settled_bs))
             looping, x = rest
         return Thought(left_BSD if reads else self._run(self._after, left_BSD, place, caches), loops_BS)
 
     def _seen(self, looping: Looping, x_bsD: Tensor, out_bsD: Tensor, iteration: int) -> Seen:
         """What the criterion looks at: M tokens that are asked for."""
         assert self.halting is not None
-        x_MD = x_bsD[looping.asked_bs]
-        logits_MV = self.logits(out_bsD[looping.asked_bs].unsqueeze(0))[0] if self.halting.reads_predictions else None
+        x_MD = looping.asked(x_bsD)
+        logits_MV = self.logits(looping.asked(out_bsD).unsqueeze(0))[0] if self.halting.reads_predictions else None
         gate_M = self.model.gate_logits(x_MD.unsqueeze(0))[0] if self.halting.criterion == "gate" else None
-        threshold = self.halting.threshold if looping.limits_bs is None else looping.limits_bs[looping.asked_bs]
+        threshold = self.halting.threshold if looping.limits_bs is None else looping.asked(looping.limits_bs)
         return Seen(x_MD, logits_MV, gate_M, iteration, threshold)
 
-    def _settled(self, settled_M: Tensor, looping: Looping, iteration: int) -> Tensor:
-        """Who leaves: [b, s]."""
-        assert self.halting is not None
-        settled_bs = torch.zeros_like(looping.real_bs)
-        if iteration < self.halting.minimum:
+    def _settled(self, settled_M: Tensor, looping: Looping) -> Tensor:
+        """Who may leave: [b, s]."""
+        settled_bs = looping.spread(settled_M)
+        if self.halting is None or self.halting.scope == "token":
             return settled_bs
-        settled_bs[looping.asked_bs] = settled_M
-        if self.halting.scope == "sequence":
-            together_b1 = (settled_bs | ~looping.asked_bs).all(1, keepdim=True) & looping.asked_bs.any(1, keepdim=True)
-            return looping.real_bs & together_b1
-        return settled_bs
+        together_b1 = (settled_bs | ~looping.asked_bs).all(1, keepdim=True) & looping.asked_bs.any(1, keepdim=True)
+        return looping.real_bs & together_b1
 
     @staticmethod
     def _leave(
