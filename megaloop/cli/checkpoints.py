@@ -95,6 +95,13 @@ def export(
     depth: Annotated[
         str | None, typer.Option(help="Order of the layers, such as 10-4x3-10; default: as trained.")
     ] = None,
+    keep_loop: Annotated[
+        bool,
+        typer.Option(
+            "--keep-loop",
+            help="Write each layer once, with code that loops them (trust_remote_code); default: unrolled, a Llama.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a checkpoint in Hugging Face format."""
@@ -102,7 +109,12 @@ def export(
 
     with byte_progress() as show:
         result = export_huggingface(
-            checkpoint, out, dtype=dtype.value if dtype else None, depth=read_depth(depth), on_bytes=show
+            checkpoint,
+            out,
+            dtype=dtype.value if dtype else None,
+            depth=read_depth(depth),
+            keep_loop=keep_loop,
+            on_bytes=show,
         )
     show_result(result if result is not None else {"written": str(out)}, json)
 

@@ -10,6 +10,7 @@ from typing import Any
 from megaloop.config import ModelConfig, RopeScaling
 from megaloop.depth import DepthPlan, DepthSpec, LayerCall
 from megaloop.errors import MegaloopError
+from megaloop.huggingface.looped import MODEL_TYPE, looped_plan
 from megaloop.runtime.dtype import training_dtype
 from megaloop.text import printable, quoted
 
@@ -103,13 +104,15 @@ def llama_settings(model: ModelConfig, layers: int, length: int, dtype: str = "f
 
 
 def model_of_settings(source: Path, settings: dict[str, Any]) -> LlamaModel:
-    """The decoder that a ``config.json`` describes.
+    """The decoder that a ``config.json`` describes: a Llama, or one that was exported with its loop.
 
     Raises:
         MegaloopError: another architecture, or a feature that our decoder lacks, by its name; settings that make no sense.
     """
-    if settings.get("model_type") != "llama":
+    is_looped = settings.get("model_type") == MODEL_TYPE
+    if not is_looped and settings.get("model_type") != "llama":
         raise MegaloopError(f"{source}: model_type {quoted(settings.get('model_type'))}; only llama can be imported")
+    plan = looped_plan(source, settings) if is_looped else None
     expected = {
         "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None,
         "partial_rotary_factor": 1.0,
@@ -137,11 +140,14 @@ def model_of_settings(source: Path, settings: dict[str, Any]) -> LlamaModel:
             init_std=settings.get("initializer_range", 0.02),
             tied_embeddings=settings.get("tie_word_embeddings", False),
         )
-        lengths = [settings["num_hidden_layers"], settings.get("max_position_embeddings", DEFAULT_LENGTH)]
+        lengths = [
+            plan.layers if plan else settings["num_hidden_layers"],
+            settings.get("max_position_embeddings", DEFAULT_LENGTH),
+        ]
         if model.vocab_size is None or any(type(length) is not int or length < 1 for length in lengths):
             raise ValueError("vocab_size, num_hidden_layers and max_position_embeddings are whole numbers")
         model.check()
-        return LlamaModel(model, plain_plan(lengths[0]), lengths[1])
+        return LlamaModel(model, plan or plain_plan(lengths[0]), lengths[1])
     except KeyError as error:
         raise MegaloopError(f"{source}: config.json lacks {error.args[0]!r}") from None
     except (ValueError, TypeError, ArithmeticError, MegaloopError) as error:

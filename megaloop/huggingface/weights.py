@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,7 +22,7 @@ from megaloop.checkpoint.run_state import RunState
 from megaloop.checkpoint.tensor_file import LazyTensor, Tell, counted
 from megaloop.checkpoint.writer import CheckpointInfo, LazyPiece, save_checkpoint
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, DepthSpec, LayerCall, with_inference_loop
+from megaloop.depth import DepthPlan, DepthSpec, LayerCall, Loop, unloop, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.files import OutputDirectory, open_weights, read_json, write_json, write_weights
 from megaloop.huggingface.gguf import GgufModel, find_gguf, gguf_metadata
@@ -34,6 +35,7 @@ from megaloop.huggingface.llama import (
     model_of_settings,
     tensor_names,
 )
+from megaloop.huggingface.looped import MODELING, loop_tensor_names, looped_settings
 from megaloop.huggingface.tokenizer import export_tokenizer, find_model_tokenizer
 from megaloop.layout.pieces import Box, Piece
 from megaloop.layout.topology import Topology
@@ -46,14 +48,21 @@ __all__ = ["ExportSummary", "ImportSummary", "export_huggingface", "import_huggi
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What was written."""
+    """What was written.
+
+    Attributes:
+        depth: layers, or layers and the loop that was kept (10-4x3-10).
+        left_out: parameters of the checkpoint that are no part of it.
+    """
 
     path: str
     step: int
+    depth: str
     parameters: int
     bytes: int
     dtype: str
     files: int
+    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -72,12 +81,14 @@ def export_huggingface(
     *,
     dtype: str | None = None,
     depth: DepthSpec | None = None,
+    keep_loop: bool = False,
     on_bytes: Tell | None = None,
 ) -> ExportSummary:
     """Write a directory that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
-    A looped plan is written unrolled: each use of a layer becomes a layer; residuals scaled by 1/k become smaller matrices,
-    and the factors of LN-scaling (``norm_scaling``) smaller norm weights.
+    A looped plan is written unrolled, as a Llama: each use of a layer becomes a layer; residuals scaled by 1/k become smaller
+    matrices. Or it keeps its loop: each layer is written once, and :mod:`megaloop.huggingface.modeling_megaloop`, which runs
+    them, goes along. Either way the factors of LN-scaling (``norm_scaling``) become smaller norm weights.
     Takes the memory of one tensor.
 
     Args:
@@ -85,20 +96,17 @@ def export_huggingface(
         out: must not exist, or be empty.
         dtype: ``fp32`` (the masters) or ``bf16``; default: the dtype it was trained in.
         depth: run the layers in this order, such as ``10-4x3-10``; default: as trained.
+        keep_loop: write the loop as one.
         on_bytes: told (what is done, bytes done, bytes in all) as it goes on.
 
     Raises:
-        MegaloopError: a damaged checkpoint (the file is named), a loop that is more than layers in a row, an output that is not empty, a full disk.
+        MegaloopError: a damaged checkpoint (the file is named), a parameter that has no place in the output, to be unrolled a
+            loop that is more than layers in a row, no loop to keep, an output that is not empty, a full disk.
     """
     with Checkpoint.open(resolve_checkpoint(checkpoint), verify="checksums") as source, OutputDirectory(out) as folder:
         manifest = source.manifest
         model, plan = manifest.model, manifest.plan
-        if plan.style.injection != "none" or plan.style.norm:
-            raise MegaloopError(
-                f"checkpoint {source.path}: its loop has an injection or a norm, which a Llama decoder has no place for; "
-                "only loops of plain composition (and residual_scale) can be exported"
-            )
-        calls = plan.calls() if depth is None else with_inference_loop(plan, depth).calls
+        form = _looped(source.path, plan, depth) if keep_loop else _unrolled(source.path, plan, depth)
         name = dtype or manifest.precision
         state_name = "master" if name == "fp32" and source.names("master") else "model"
         length = manifest.data.sequence_length or DEFAULT_LENGTH
@@ -107,7 +115,9 @@ def export_huggingface(
                 raise MegaloopError(
                     f"checkpoint {source.path}: {state_name} of {ours} is {found}, its model makes it {spec.shape}"
                 )
-        folds = _folds(model, plan, calls)
+        names = [*tensor_names(form.calls, model.tied_embeddings), *form.loop_names]
+        left_out = _left_out(source, state_name, {ours for _, ours in names})
+        folds = _folds(model, plan, form.calls)
         tensors = [
             LazyTensor(
                 theirs,
@@ -115,16 +125,78 @@ def export_huggingface(
                 training_dtype(name),
                 partial(_read, source, state_name, ours, name, folds.get(theirs)),
             )
-            for theirs, ours in tensor_names(calls, model.tied_embeddings)
+            for theirs, ours in names
         ]
         files, size = write_weights(counted(tensors, on_bytes), folder)
         tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
         if source.tokenizer is not None:
             tokens = export_tokenizer(source.tokenizer, folder, length)
-        write_json(folder / "config.json", llama_settings(model, len(calls), length, name) | tokens)
+        settings = llama_settings(model, len(form.calls), length, name) | form.loop_settings
+        write_json(folder / "config.json", settings | tokens)
         write_json(folder / "generation_config.json", tokens)
+        if keep_loop:
+            shutil.copyfile(MODELING, folder / MODELING.name)
     count = sum(prod(tensor.shape) for tensor in tensors)
-    return ExportSummary(str(out), manifest.step, count, size, name, files)
+    return ExportSummary(str(out), manifest.step, form.depth, count, size, name, files, left_out)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the layers of a checkpoint are written.
+
+    Attributes:
+        depth: of the model that is written.
+        calls: by place in the file, the call that each of its layers stands for.
+        loop_names, loop_settings: what a loop that is kept has besides.
+    """
+
+    depth: str
+    calls: tuple[LayerCall, ...]
+    loop_names: tuple[tuple[str, str], ...] = ()
+    loop_settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _unrolled(path: Path, plan: DepthPlan, depth: DepthSpec | None) -> _Form:
+    """One layer for each call."""
+    if plan.style.injection != "none" or plan.style.norm:
+        raise MegaloopError(
+            f"checkpoint {path}: its loop has an injection or a norm, which a Llama decoder has no place for; "
+            "only loops of plain composition (and residual_scale) can be unrolled; use --keep-loop"
+        )
+    calls = plan.calls() if depth is None else with_inference_loop(plan, depth).calls
+    return _Form(str(len(calls)), calls)
+
+
+def _looped(path: Path, plan: DepthPlan, depth: DepthSpec | None) -> _Form:
+    """Each layer once, and how they loop; a depth that is asked for may have a loop that runs once."""
+    if depth is not None:
+        with_inference_loop(plan, depth)  # refuses what does not fit
+    loop: Loop | None = plan.loop if depth is None else depth.loop
+    if loop is None:
+        before, after = (plan.layers - 1) // 2, plan.layers // 2
+        raise MegaloopError(
+            f"checkpoint {path}: {plan.notation if depth is None else depth} is not one loop, which --keep-loop could keep; "
+            f"give it one, for example with --depth {before}-1x2-{after}, or leave --keep-loop out"
+        )
+    settings = looped_settings(plan.layers, loop, plan.style)
+    notation = f"{loop.start}-{loop.block}x{loop.iterations}-{plan.layers - loop.start - loop.block}"
+    return _Form(notation, unloop(plan).calls(), tuple(loop_tensor_names(plan.style)), settings)
+
+
+_GATE = "loop.gate."
+"""Parameters of a loop's halting gate, which neither a Llama nor the looped form runs."""
+
+
+def _left_out(source: Checkpoint, state_name: str, written: set[str]) -> tuple[str, ...]:
+    """The checkpoint's parameters that are not written; MegaloopError where one is among them that the model would miss."""
+    others = [name for name in source.names(state_name) if name not in written]
+    unknown = [name for name in others if not name.startswith(_GATE)]
+    if unknown:
+        raise MegaloopError(
+            f"checkpoint {source.path}: {printable(unknown[0])} has no place in a Hugging Face model; "
+            "expected the parameters of its plan alone"
+        )
+    return tuple(map(printable, others))
 
 
 _Fold = Callable[[Tensor], Tensor]
@@ -162,7 +234,7 @@ def import_huggingface(
     on_bytes: Tell | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> ImportSummary:
-    """Read a model of the Llama architecture into a checkpoint of step 0.
+    """Read a model of the Llama architecture, with a loop if it was exported with one, into a checkpoint of step 0.
 
     The checkpoint holds weights and fp32 masters, and no moments: a run that starts from it (``init:``) begins with
     fresh ones. Takes the memory of one tensor.
@@ -273,7 +345,8 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 def _safetensors(source: Path, stored: dict[str, Any], llama: LlamaModel) -> dict[str, _Weight]:
     """Every parameter, mapped from the files; refuses what does not fit by name."""
     specs = parameter_specs(llama.model, llama.plan, llama.model.vocab_size or 0)
-    wanted = dict(tensor_names(llama.plan.calls(), llama.model.tied_embeddings))
+    wanted = dict(tensor_names(unloop(llama.plan).calls(), llama.model.tied_embeddings))
+    wanted |= loop_tensor_names(llama.plan.style)
     ignored = {"lm_head.weight"} if llama.model.tied_embeddings else set()
     unknown = [name for name in sorted(stored.keys() - wanted.keys() - ignored) if not name.endswith(".inv_freq")]
     if unknown:

@@ -18,7 +18,7 @@ from megaloop.layout.topology import Topology
 from megaloop.model import Decoder
 from tests.analysis.reference import HookedLlama
 
-__all__ = ["CONFIG", "CPU", "VOCAB", "decoder", "exported", "random_prompts", "whole_batch"]
+__all__ = ["CONFIG", "CPU", "VOCAB", "decoder", "exported", "random_prompts", "saved", "whole_batch"]
 
 VOCAB = 64
 CPU = torch.device("cpu")
@@ -56,10 +56,8 @@ def whole_batch(prompts: Prompts) -> PromptBatch:
     return prompts.batch(range(len(prompts)), CPU)
 
 
-def exported(model: Decoder, folder: Path) -> HookedLlama:
-    """The model as ``megaloop export`` writes it and transformers reads it, one layer for each execution."""
-    from transformers import AutoModelForCausalLM
-
+def saved(model: Decoder, folder: Path, tokenizer: Path | None = None) -> Path:
+    """The model as a checkpoint in fp32."""
     pieces = []
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
@@ -68,6 +66,13 @@ def exported(model: Decoder, folder: Path) -> HookedLlama:
         run=RunState.fresh(), plan=model.plan, model=model.config,
         topology=Topology(), precision="fp32", config={}, growth=None,
     )  # fmt: skip
-    save_checkpoint(folder / "checkpoint", pieces, info)
-    export_huggingface(folder / "checkpoint", folder / "llama", dtype="fp32")
+    save_checkpoint(folder, pieces, info, tokenizer=tokenizer)
+    return folder
+
+
+def exported(model: Decoder, folder: Path) -> HookedLlama:
+    """The model as ``megaloop export`` writes it and transformers reads it, one layer for each execution."""
+    from transformers import AutoModelForCausalLM
+
+    export_huggingface(saved(model, folder / "checkpoint"), folder / "llama", dtype="fp32")
     return HookedLlama(AutoModelForCausalLM.from_pretrained(folder / "llama"))
