@@ -23,6 +23,7 @@ from megaloop.inference.generate import generate_text, generate_tokens
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
 from megaloop.model import Decoder, parameter_specs, vocab_parallel_cross_entropy
+from megaloop.tokenizer import load_tokenizer
 from tests.analysis.models import CONFIG, VOCAB, decoder, saved
 from tests.data.corpus import documents
 from tests.loop_styles import STYLES
@@ -44,9 +45,9 @@ each_model = pytest.mark.parametrize(
     ("depth", "style", "config"), MODELS, ids=[f"{depth} {number}" for number, (depth, *_) in enumerate(MODELS)]
 )
 PROMPT = [3, 1, 4, 1, 5, 9]
-TOLERANCE = 2e-6
+TOLERANCE = 4.5e-6
 """Of logits, as a part of the largest."""
-GRADIENT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 2.5e-6
 
 
 class Exports:
@@ -312,9 +313,8 @@ def test_text_is_ours_with_the_tokenizer_that_goes_along(exports: Exports, tmp_p
     from transformers import AutoTokenizer
 
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(documents(40), 330))
-    config = CONFIG.model_copy(update={"vocab_size": 384})
-    plan = DepthPlan(DepthPlan.parse("1-2x3-1").order, style=EVERYTHING)
-    model = Decoder(config, 384, plan)
+    config = CONFIG.model_copy(update={"vocab_size": 330, "init_std": 0.3})
+    model = Decoder(config, 330, DepthPlan(DepthPlan.parse("1-2x3-1").order, style=EVERYTHING))
     model.initialise(0)
     checkpoint = saved(model, tmp_path / "checkpoint", tokenizer=tmp_path / "tokenizer.model")
     export_huggingface(checkpoint, tmp_path / "out", keep_loop=True)
@@ -322,4 +322,5 @@ def test_text_is_ours_with_the_tokenizer_that_goes_along(exports: Exports, tmp_p
     prompt = tokenizer("The king said", return_tensors="pt")
     done = theirs.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
     found = generate_text(checkpoint, "The king said", max_tokens=12, temperature=0.0)
-    assert found.text == tokenizer.decode(done, skip_special_tokens=True)
+    # by our tokenizer: theirs shows bytes that are no UTF-8, such as a random model's, another way
+    assert found.text == load_tokenizer(tmp_path / "tokenizer.model").decode(done.tolist())
