@@ -20,8 +20,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
+from transformers.utils.versions import require_version
 
 __all__ = ["MegaloopConfig", "MegaloopForCausalLM", "MegaloopModel"]
+
+# what a Llama's parts are given changes between versions: transformers 5 calls the cache by another name
+require_version(
+    "transformers>=4.57,<5", "Install such a version to run this model: pip install 'transformers>=4.57,<5'"
+)
 
 
 class MegaloopConfig(LlamaConfig):
