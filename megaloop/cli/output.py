@@ -48,7 +48,7 @@ def show_result(result: Any, as_json: bool) -> None:
 
 def _text(value: Any) -> str:
     if isinstance(value, tuple | list):
-        return ", ".join(map(_text, value))
+        return ", ".join(map(_text, value)) or "-"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_text(element)}" for key, element in value.items())
     if value is None:
