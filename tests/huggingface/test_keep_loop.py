@@ -19,7 +19,8 @@ from megaloop.config import ModelConfig, RopeScaling
 from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
-from megaloop.inference.generate import generate_text, generate_tokens
+from megaloop.inference.generate import Generation, generate_text, generate_tokens
+from megaloop.inference.sampling import Sampling
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
 from megaloop.model import Decoder, parameter_specs, vocab_parallel_cross_entropy
@@ -88,7 +89,7 @@ def _tokens(batch: int = 2, length: int = 20) -> torch.Tensor:
 
 def _ours(model: Decoder, depth: str | None = None, prompt: list[int] = PROMPT) -> list[int]:
     calls = None if depth is None else with_inference_loop(model.plan, DepthSpec.parse(depth)).calls
-    return list(generate_tokens(model, prompt, 12, 0.0, 0, 1.0, torch.Generator(), calls=calls))
+    return list(generate_tokens(model, prompt, 12, Sampling(temperature=0.0), calls=calls))
 
 
 def _theirs(model: Any, prompt: list[int] = PROMPT, **options: Any) -> list[int]:
@@ -321,6 +322,6 @@ def test_text_is_ours_with_the_tokenizer_that_goes_along(exports: Exports, tmp_p
     tokenizer, theirs = AutoTokenizer.from_pretrained(tmp_path / "out"), load(tmp_path / "out")
     prompt = tokenizer("The king said", return_tensors="pt")
     done = theirs.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
-    found = generate_text(checkpoint, "The king said", max_tokens=12, temperature=0.0)
+    found = generate_text(checkpoint, "The king said", Generation(max_tokens=12, sampling=Sampling(temperature=0.0)))
     # by our tokenizer: theirs shows bytes that are no UTF-8, such as a random model's, another way
     assert found.text == load_tokenizer(tmp_path / "tokenizer.model").decode(done.tolist())
