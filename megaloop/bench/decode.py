@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.weights import export_huggingface
@@ -28,10 +29,11 @@ from megaloop.inference.engine import Engine, Request
 from megaloop.inference.halting import Halting
 from megaloop.inference.load import load_decoder
 from megaloop.inference.passes import Passes
+from megaloop.inference.speculation import Speculation
 from megaloop.inference.thinking import Thinking
 from megaloop.runtime.hardware import describe_machine
 
-__all__ = ["DecodeBenchmark", "DecodeResult", "bench_decode"]
+__all__ = ["DecodeBenchmark", "DecodeResult", "bench_decode", "table"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,21 @@ class DecodeResult:
     Attributes:
         way: ``ours``, ``theirs``, ``half`` or ``drafted``.
         tokens_per_second: the median over repetitions.
-        ratio: the median over repetitions of ours' seconds / this way's.
-        spread: smallest and largest of those ratios.
-        same: share of the tokens that are ours; of ``half``, which may not be, None.
+        speed: relative to ours: the median over repetitions of ours' seconds / this way's.
+        spread: smallest and largest of those.
+        same: share of the tokens that are ours; of ``half``, which is another model, None.
         loops: iterations per token.
+        accepted: share of the drafted tokens that were right; None: nothing was drafted.
     """
 
     batch: int
     way: str
     tokens_per_second: float
-    ratio: float
+    speed: float
     spread: tuple[float, float]
     same: float | None
     loops: float
+    accepted: float | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def bench_decode(
     repeats: int = 3,
     seed: int = 123,
     transformers: bool = True,
+    speculate: Speculation | None = None,
     on_way: Callable[[str], None] | None = None,
 ) -> DecodeBenchmark:
     """Time every way on the model of a checkpoint, or of a run's newest.
@@ -86,7 +91,8 @@ def bench_decode(
         thinking: how deep the model runs.
         batches: sequences at a time.
         prompt, tokens: of the longest sequence; the shortest has half as many of each.
-        transformers: whether to compare with transformers; only loops of plain composition can be exported for it.
+        transformers: whether to compare with transformers; loops with an injection or a norm cannot be exported for its cache.
+        speculate: how tokens are drafted; None: they are not.
 
     Raises:
         MegaloopError: a damaged checkpoint, or a loop that cannot be exported.
@@ -99,11 +105,24 @@ def bench_decode(
     for batch in batches:
         sizes = [(_between(generator, prompt, batch), _between(generator, tokens, batch)) for _ in range(batch)]
         requests = [Request(generator.integers(0, model.vocab_size, size).tolist(), count) for size, count in sizes]
-        ways = _ways(passes, requests, theirs)
+        ways = _ways(passes, requests, theirs, speculate)
         results += _measure(batch, ways, sum(request.max_tokens for request in requests), repeats, on_way or _mute)
     depth = str(thinking.depth or model.plan)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return DecodeBenchmark(describe_machine(), depth, parameters, tokens, repeats, results)
+
+
+def table(benchmark: DecodeBenchmark) -> Table:
+    """A row for each way."""
+    title = f"depth {benchmark.depth}, {benchmark.parameters:,} parameters; {benchmark.machine}"
+    found = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
+    for name in ("batch", "way", "tokens/s", "speed", "from", "to", "loops", "same tokens", "drafts accepted"):
+        found.add_column(name, justify="left" if name == "way" else "right")
+    for row in benchmark.results:
+        shares = ("-" if share is None else f"{share:.1%}" for share in (row.same, row.accepted))
+        numbers = (f"{value:.2f}x" for value in (row.speed, *row.spread))
+        found.add_row(str(row.batch), row.way, f"{row.tokens_per_second:.1f}", *numbers, f"{row.loops:.2f}", *shares)
+    return found
 
 
 def _mute(what: str) -> None:
@@ -115,17 +134,29 @@ def _between(generator: np.random.Generator, most: int, batch: int) -> int:
     return most if batch == 1 else int(generator.integers(max(most // 2, 1), most + 1))
 
 
-Way = Callable[[], tuple[list[list[int]], float]]
-"""Generates: tokens of each sequence, and iterations per token."""
+@dataclass(frozen=True)
+class _Made:
+    """Tokens of each sequence, iterations per token, and the share of drafted tokens that were right."""
+
+    tokens: list[list[int]]
+    loops: float
+    accepted: float | None = None
 
 
-def _ways(passes: Passes, requests: Sequence[Request], theirs: Any | None) -> dict[str, Way]:
+Way = Callable[[], _Made]
+
+
+def _ways(
+    passes: Passes, requests: Sequence[Request], theirs: Any | None, speculate: Speculation | None
+) -> dict[str, Way]:
     ways: dict[str, Way] = {"ours": lambda: _ours(passes, requests)}
     if theirs is not None:
-        ways["theirs"] = lambda: (_theirs(theirs, requests), float(passes.iterations))
+        ways["theirs"] = lambda: _Made(_theirs(theirs, requests), float(passes.iterations))
     if passes.iterations > 1:
         half = Passes(passes.model, passes.calls, halting=Halting("fixed", passes.iterations // 2))
         ways["half"] = lambda: _ours(half, requests)
+    if speculate is not None:
+        ways["drafted"] = lambda: _ours(passes, requests, speculate)
     return ways
 
 
@@ -134,7 +165,7 @@ def _measure(
 ) -> list[DecodeResult]:
     """All ways in turn, so that whatever else the machine does is the same for all."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    made: dict[str, tuple[list[list[int]], float]] = {}
+    made: dict[str, _Made] = {}
     for number in range(repeats + 1):  # the first warms up
         for way, run in ways.items():
             on_way(f"batch {batch}, {way}, repetition {number} of {repeats}")
@@ -147,7 +178,7 @@ def _measure(
         ratios = [own / other for own, other in zip(seconds["ours"], taken, strict=True)]
         pairs = [
             pair
-            for one, other in zip(made["ours"][0], made[way][0], strict=True)
+            for one, other in zip(made["ours"].tokens, made[way].tokens, strict=True)
             for pair in zip(one, other, strict=True)
         ]
         results.append(
@@ -158,19 +189,22 @@ def _measure(
                 statistics.median(ratios),
                 (min(ratios), max(ratios)),
                 None if way == "half" else sum(one == other for one, other in pairs) / len(pairs),
-                made[way][1],
+                made[way].loops,
+                made[way].accepted,
             )
         )
     return results
 
 
-def _ours(passes: Passes, requests: Sequence[Request]) -> tuple[list[list[int]], float]:
+def _ours(passes: Passes, requests: Sequence[Request], speculate: Speculation | None = None) -> _Made:
     made: list[list[int]] = [[] for _ in requests]
-    loops = 0
-    for event in Engine(passes, rows=len(requests)).run(requests):
+    loops = drafted = accepted = 0
+    for event in Engine(passes, rows=len(requests), speculate=speculate).run(requests):
         made[event.number].append(event.token)
         loops += event.loops
-    return made, loops / sum(map(len, made))
+        if event.stopped is not None:
+            drafted, accepted = drafted + event.drafted, accepted + event.accepted
+    return _Made(made, loops / sum(map(len, made)), accepted / drafted if drafted else None)
 
 
 def _exported(checkpoint: Path, thinking: Thinking) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megaloop.cli.options import Json, Overrides, Precision, Recompute
+from megaloop.cli.options import Json, Overrides, Precision, Recompute, read_depth
 from megaloop.cli.output import echo, show_result
 from megaloop.cli.ranks import launch_ranks, rank_store
 from megaloop.cli.savings import bench_savings
@@ -267,6 +267,48 @@ def bench_diagnose_command(
     show_result(result, json)
 
 
+def bench_decode_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run (its latest).")],
+    depth: Annotated[
+        str | None, typer.Option(help="Order of the layers, such as 4-4x4-4; default: as trained.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences at a time; again for more; default: 1 and 16.")
+    ] = None,
+    prompt: Annotated[
+        int, typer.Option(min=2, help="Tokens of the longest prompt, random ones; the shortest has half.")
+    ] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate of the longest; the shortest has half.")] = 64,
+    speculate: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Also: draft so many tokens, and check them at once.")
+    ] = None,
+    draft_loops: Annotated[int, typer.Option(min=1, help="Loops of a draft.")] = 1,
+    transformers: Annotated[bool, typer.Option(help="Compare with transformers on the exported model.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions; each times every way.")] = 3,
+    json: Json = False,
+) -> None:
+    """Time greedy generation against transformers' own with its static cache, with half the loops, and with drafts."""
+    from megaloop.bench.decode import bench_decode, table
+    from megaloop.inference.speculation import Speculation
+    from megaloop.inference.thinking import Thinking
+
+    result = bench_decode(
+        checkpoint,
+        thinking=Thinking(read_depth(depth)),
+        batches=batch or [1, 16],
+        prompt=prompt,
+        tokens=tokens,
+        repeats=repeats,
+        transformers=transformers,
+        speculate=None if speculate is None else Speculation(speculate, draft_loops),
+        on_way=lambda what: echo(what, err=True),
+    )
+    if json:
+        show_result(result, json)
+        return
+    SafeConsole().print(table(result))
+
+
 def bench_reshard_rank(role: str, directory: Path, stage: int) -> None:
     """One rank of ``bench reshard``."""
     with rank_store():
@@ -285,6 +327,7 @@ bench.command("rounds")(bench_rounds_command)
 bench.command("schedule")(bench_schedule_command)
 bench.command("checkpoint")(bench_checkpoint_command)
 bench.command("diagnose")(bench_diagnose_command)
+bench.command("decode")(bench_decode_command)
 bench.command("reshard-rank", hidden=True)(bench_reshard_rank)
 bench.command("rounds-rank", hidden=True)(bench_rounds_rank)
 bench.command("schedule-rank", hidden=True)(bench_schedule_rank)

@@ -81,6 +81,13 @@ def generate(
     cache: Annotated[
         str, typer.Option(help="Keys and values that the loop keeps: full (exact), last, or shared=N iterations.")
     ] = "full",
+    speculate: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=64, help="Tokens that the model drafts with few loops and then checks at once, with all."
+        ),
+    ] = None,
+    draft_loops: Annotated[int, typer.Option(min=1, help="Loops of a draft of --speculate.")] = 1,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Prompts that are continued at a time.")] = 16,
     ranks: Annotated[int, typer.Option(min=1, help="Local ranks that share the prompts.")] = 1,
     json: Json = False,
@@ -101,8 +108,11 @@ def generate(
     from megaloop.inference.halting import Halting
     from megaloop.inference.loops import Block
     from megaloop.inference.sampling import Sampling
+    from megaloop.inference.speculation import Speculation
     from megaloop.inference.thinking import Thinking
 
+    if speculate is None and draft_loops != 1:
+        raise MegaloopError("generate: --draft-loops is of --speculate; say how many tokens to draft")
     if halt is None and (min_loops, halt_scope, halt_decay) != (1, "token", None):
         raise MegaloopError(
             "generate: --min-loops, --halt-scope and --halt-decay are of --halt; say when tokens leave the loop"
@@ -111,7 +121,8 @@ def generate(
     chosen = None if block is None else Block.parse(block)
     thinking = Thinking(read_depth(depth), max_loops, chosen, halting, CachePolicy.parse(cache))
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p)
-    how = Generation(max_tokens, sampling, tuple(text for text in stop or [] if text), seed, batch)
+    drafts = None if speculate is None else Speculation(speculate, draft_loops)
+    how = Generation(max_tokens, sampling, tuple(text for text in stop or [] if text), seed, batch, drafts)
     if prompt is not None:
         _one(checkpoint, prompt, how, thinking, precision.value, json)
         return
@@ -177,7 +188,7 @@ def _one(
         show_result(_values(result) | {"text": result.text}, json)
         return
     echo("" if shown else result.text)
-    echo(_summary([result], thinking), err=True)
+    echo(_summary(result, thinking), err=True)
 
 
 def _many(
@@ -221,16 +232,17 @@ def _write(prompts: Sequence[str], results: Sequence[GenerationResult], out: Pat
 
 
 def _values(result: GenerationResult) -> dict[str, Any]:
+    drafts = {"drafted": result.drafted, "accepted": result.accepted} if result.drafted else {}
     return {
         "tokens": result.tokens,
         "seconds": round(result.seconds, 3),
         "stopped": result.stopped,
         "loops_mean": result.loops_mean,
-    }
+    } | drafts
 
 
-def _summary(results: Sequence[GenerationResult], thinking: Thinking) -> str:
-    (result,) = results
+def _summary(result: GenerationResult, thinking: Thinking) -> str:
     rate = result.tokens / max(result.seconds, 1e-9)
     loops = f", {result.loops_mean:.2f} loops a token" if thinking.halting is not None else ""
-    return f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.0f} tokens/s{loops}"
+    drafts = f", {result.accepted} of {result.drafted} drafted tokens accepted" if result.drafted else ""
+    return f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.0f} tokens/s{loops}{drafts}"

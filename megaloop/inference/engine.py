@@ -1,5 +1,7 @@
 """Many sequences generated together: each step is one pass over one token of each, and who has ended makes room for the next.
 
+Where the model drafts for itself (:mod:`megaloop.inference.speculation`), a step brings each sequence one token or several.
+
 A sequence's tokens do not depend on what runs beside it: every row has its own positions, caches, number of loops and generator.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from megaloop.inference.caches import CachePolicy, LoopCaches
 from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling
+from megaloop.inference.speculation import Draft, Speculation, Speculator
 
 __all__ = ["Engine", "Event", "Request", "Stopped"]
 
@@ -47,12 +50,16 @@ class Event:
         number: of the request.
         loops: iterations that its prediction took.
         stopped: why it is the last one: ``end`` (the model ended the text), ``stop`` (``should_stop``), ``length``; None: it is not.
+        drafted: tokens that the model has drafted for the request so far.
+        accepted: those of them that came into the text.
     """
 
     number: int
     token: int
     loops: int
     stopped: Stopped | None
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass
@@ -63,6 +70,7 @@ class _Row:
         token: the next that goes through the model.
         cached: tokens in the caches.
         next: logits [V] of the token after ``token``, and the iterations that they took; None: not computed yet.
+        drafted, accepted: as in :class:`Event`.
     """
 
     number: int
@@ -72,6 +80,8 @@ class _Row:
     cached: int = 0
     produced: list[int] = field(default_factory=list)
     next: tuple[Tensor, int] | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Engine:
@@ -81,13 +91,26 @@ class Engine:
         rows: sequences at a time, at most.
         chunk: tokens of a prompt that go through the model together.
         end_id: what ends a document, and so stands before the next; -1: there is none.
+        speculate: how the model drafts for itself; None: it does not.
+
+    Raises:
+        MegaloopError: the model cannot draft so, or not with its halting or caches.
     """
 
     def __init__(
-        self, passes: Passes, sampling: Sampling = Sampling(), *, rows: int = 16, chunk: int = 512, end_id: int = -1
+        self,
+        passes: Passes,
+        sampling: Sampling = Sampling(),
+        *,
+        rows: int = 16,
+        chunk: int = 512,
+        end_id: int = -1,
+        speculate: Speculation | None = None,
     ):
         self._passes, self._sampling, self._chunk, self._end_id = passes, sampling, chunk, end_id
         self._most_rows = rows
+        self._drafts = speculate.tokens if speculate is not None else 0
+        self._speculator = Speculator(passes, speculate, sampling) if speculate is not None else None
         self._device = passes.model.device
         self._prompt_halts = passes.halting is not None and passes.halting.scope == "sequence"
 
@@ -98,18 +121,23 @@ class Engine:
         if not waiting:
             return
         longest = max(max(len(request.tokens), 1) + request.max_tokens for _, request in waiting)
-        caches = self._passes.caches(min(self._most_rows, len(waiting)), longest)
+        caches = self._passes.caches(min(self._most_rows, len(waiting)), longest + self._drafts)
         rows: list[_Row] = []
         while waiting or rows:
             admitted = [self._row(*waiting.popleft()) for _ in range(min(self._most_rows - len(rows), len(waiting)))]
             admitted.sort(key=lambda row: len(row.request.tokens), reverse=True)
             self._prefill(admitted, caches, len(rows))
-            self._step(rows + [row for row in admitted if row.next is None], caches)
-            rows += admitted
-            events = self._accept(rows)
+            if self._speculator is None:
+                self._step(rows + [row for row in admitted if row.next is None], caches)
+                rows += admitted
+                events = self._choose(rows)
+            else:
+                rows += admitted
+                events = self._speculate(self._speculator, rows, caches)
             yield from events
+            ended = {event.number for event in events if event.stopped is not None}
             for place in reversed(range(len(rows))):
-                if events[place].stopped is not None:
+                if rows[place].number in ended:
                     if place != len(rows) - 1:
                         caches.move(len(rows) - 1, place, rows[-1].cached)
                     rows[place] = rows[-1]
@@ -162,7 +190,7 @@ class Engine:
             row.next = logits_V, loops
             row.cached += 1
 
-    def _accept(self, rows: Sequence[_Row]) -> list[Event]:
+    def _choose(self, rows: Sequence[_Row]) -> list[Event]:
         """The next token of each."""
         ready = [row.next for row in rows if row.next is not None]
         tokens = self._sampling.choose(
@@ -170,12 +198,40 @@ class Engine:
         )
         events = []
         for row, token, (_, loops) in zip(rows, tokens, ready, strict=True):
-            row.produced.append(token)
-            row.token, row.next = token, None
-            if not row.request.tokens and len(row.produced) == 1 and self._passes.model.config.document_masking:
-                row.cached = 0  # as in training, the tokens of a document do not look back to the end of the one before
-            events.append(Event(row.number, token, loops, self._stopped(row)))
+            row.next = None
+            events.append(self._event(row, token, loops))
         return events
+
+    def _speculate(self, speculator: Speculator, rows: Sequence[_Row], caches: LoopCaches) -> list[Event]:
+        """The next tokens of each, up to the one that ends it."""
+        drafts = [Draft(row.token, row.cached, self._most_drafts(row), row.generator) for row in rows]
+        events = []
+        for row, draft, tokens in zip(rows, drafts, speculator.step(drafts, caches), strict=True):
+            row.cached += len(tokens)
+            row.drafted += draft.most
+            for place, token in enumerate(tokens):
+                row.accepted += place < len(tokens) - 1
+                events.append(self._event(row, token, self._passes.iterations))
+                if events[-1].stopped is not None:
+                    break
+        return events
+
+    def _most_drafts(self, row: _Row) -> int:
+        """None before a document's first token: those after it do not see what that one sees (:meth:`_event`)."""
+        if self._begins_document(row, 0):
+            return 0
+        return min(self._drafts, max(row.request.max_tokens - len(row.produced) - 1, 0))
+
+    def _begins_document(self, row: _Row, produced: int) -> bool:
+        """Whether that many tokens have come, and the first attends to the end of another document, as in training."""
+        return not row.request.tokens and len(row.produced) == produced and self._passes.model.config.document_masking
+
+    def _event(self, row: _Row, token: int, loops: int) -> Event:
+        row.produced.append(token)
+        row.token = token
+        if self._begins_document(row, 1):
+            row.cached = 0  # as in training, the tokens of a document do not look back to the end of the one before
+        return Event(row.number, token, loops, self._stopped(row), row.drafted, row.accepted)
 
     def _stopped(self, row: _Row) -> Stopped | None:
         if row.produced[-1] == self._end_id:

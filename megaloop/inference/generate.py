@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,6 +14,7 @@ from megaloop.inference.engine import Engine, Request, Stopped
 from megaloop.inference.load import load_decoder
 from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling, sequence_seed
+from megaloop.inference.speculation import Speculation
 from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 from megaloop.tokenizer import Tokenizer
@@ -29,6 +30,8 @@ class Generation:
         stop: texts that end a continuation, and are no part of it.
         seed: of what is drawn; each prompt draws by itself, by its number.
         rows: prompts that are continued at a time.
+        speculate: how the model drafts for itself; None: it does not. The text is that of plain generation: greedily the same
+            tokens, as far as fp32 rounds, and what is drawn from the same distribution, though not the same of a seed.
     """
 
     max_tokens: int = 64
@@ -36,6 +39,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     seed: int = 0
     rows: int = 16
+    speculate: Speculation | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class GenerationResult:
         seconds: time from the first prompt's beginning to this one's last token.
         stopped: ``end`` (the model ended the text), ``stop`` (a text that ends it came) or ``length`` (``max_tokens`` were generated).
         loops: iterations of the loop that each token's prediction took; 1 without one.
+        drafted: tokens that the model drafted for it.
+        accepted: those of them that came into the text.
     """
 
     text: str
@@ -57,6 +63,8 @@ class GenerationResult:
     seconds: float
     stopped: Stopped
     loops: list[int]
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def loops_mean(self) -> float:
@@ -126,7 +134,7 @@ def continue_texts(
         on_done: called with the number of texts that are complete.
 
     Raises:
-        MegaloopError: an empty prompt, and a tokenizer without an end-of-text token.
+        MegaloopError: an empty prompt, and a tokenizer without an end-of-text token; a model that cannot draft as asked.
     """
     if tokenizer.eos_id < 0 and any(not prompt for prompt in prompts):
         raise MegaloopError(
@@ -139,7 +147,7 @@ def continue_texts(
         Request(text.prompt, how.max_tokens, sequence_seed(how.seed, number), text.should_stop if how.stop else None)
         for text, number in zip(texts, numbers, strict=True)
     ]
-    engine = Engine(passes, how.sampling, rows=how.rows, end_id=tokenizer.eos_id)
+    engine = Engine(passes, how.sampling, rows=how.rows, end_id=tokenizer.eos_id, speculate=how.speculate)
     results: dict[int, GenerationResult] = {}
     produced: list[list[int]] = [[] for _ in prompts]
     began = time.perf_counter()
@@ -151,7 +159,9 @@ def continue_texts(
             text.show(made, ended=event.stopped is not None)
         if event.stopped is not None:
             seconds = time.perf_counter() - began
-            results[event.number] = text.result(made, seconds, event.stopped)
+            results[event.number] = replace(
+                text.result(made, seconds, event.stopped), drafted=event.drafted, accepted=event.accepted
+            )
             if on_done is not None:
                 on_done(len(results))
     return [results[number] for number in range(len(prompts))]

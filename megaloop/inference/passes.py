@@ -22,7 +22,7 @@ from megaloop.inference.looping import Looping
 from megaloop.model import AttentionContext, Decoder, LoopInput
 from megaloop.model.layers import rotary_tables
 
-__all__ = ["Passes", "Thought"]
+__all__ = ["Begun", "Passes", "Thought"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,28 @@ class Thought:
 
     hidden_BSD: Tensor
     loops_BS: Tensor
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Tokens that have run the first calls of a model, which the rest can be run of.
+
+    Attributes:
+        x_BSD: the residual stream after them.
+        entered_BSD: what entered the loop; None: nothing that is injected has.
+        calls: how many.
+    """
+
+    x_BSD: Tensor
+    entered_BSD: Tensor | None
+    calls: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[Begun]) -> Begun:
+        """Tokens that were begun one after another, as if at once."""
+        entered = [part.entered_BSD for part in parts if part.entered_BSD is not None]
+        x_BSD = torch.cat([part.x_BSD for part in parts], 1)
+        return cls(x_BSD, torch.cat(entered, 1) if entered else None, parts[0].calls)
 
 
 class Passes:
@@ -165,6 +187,32 @@ class Passes:
             parts.append(self._think(tokens_BS[:, at], place.column(column), caches, asked_BS[:, at], limits))
         hidden, loops = zip(*((part.hidden_BSD, part.loops_BS) for part in parts), strict=True)
         return Thought(torch.cat(hidden, 1), torch.cat(loops, 1))
+
+    @property
+    def is_looped(self) -> bool:
+        return bool(self._loop)
+
+    def calls_of(self, iterations: int) -> int:
+        """How many calls come before the loop and in so many iterations of it."""
+        return self._loop[iterations - 1].stop
+
+    @torch.inference_mode()
+    def begin(self, tokens_BS: Tensor, place: Place, caches: LoopCaches, calls: int) -> Begun:
+        """The first ``calls`` calls alone."""
+        entry = LoopInput()
+        x_BSD = self._run(range(calls), tokens_BS, place, caches, first=True, entry=entry)
+        return Begun(x_BSD, entry.state, calls)
+
+    @torch.inference_mode()
+    def finish(self, begun: Begun, place: Place, caches: LoopCaches) -> Tensor:
+        """The calls that are left, to the residual stream before the last norm: with them, what all at once give."""
+        entry = LoopInput(begun.entered_BSD)
+        return self._run(range(begun.calls, len(self.calls)), begun.x_BSD, place, caches, entry=entry)
+
+    @torch.inference_mode()
+    def leave(self, begun: Begun, place: Place, caches: LoopCaches) -> Tensor:
+        """What comes after the loop, as if it had ended where it is; its caches are then those of these states."""
+        return self._run(self._after, begun.x_BSD, place, caches)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         return self.model.logits(hidden_BSD)[..., : self.vocab_size]

@@ -46,10 +46,14 @@ class Sampling:
 
     def choose(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
         """A token for each sequence; a draw depends on its own generator alone."""
+        return self.pick(logits_BV if self.temperature == 0 else self.probabilities(logits_BV), generators)
+
+    def pick(self, weights_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+        """A token for each sequence by weights, such as :meth:`probabilities`, that need not add up to 1."""
         if self.temperature == 0:
-            chosen: list[int] = logits_BV.argmax(-1).tolist()
+            chosen: list[int] = weights_BV.argmax(-1).tolist()
             return chosen
-        return draw(self.probabilities(logits_BV), generators)
+        return draw(weights_BV, generators)
 
 
 def draw(probabilities_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
