@@ -46,6 +46,7 @@ def test_version() -> None:
         "diagnose",
         "bench",
         "bench diagnose",
+        "bench decode",
         "bench step",
         "bench rounds",
     ],

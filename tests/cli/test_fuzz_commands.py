@@ -403,6 +403,7 @@ def _needed(world: World, out: Path) -> dict[tuple[str, ...], list[object]]:
         ("bench", "schedule"): ["--shape", "none"],
         ("bench", "checkpoint"): [world.root / "none"],
         ("bench", "diagnose"): [world.root / "none"],
+        ("bench", "decode"): [world.root / "none"],
         ("bench", "savings"): ["--preset", world.root / "none"],
     }
 
