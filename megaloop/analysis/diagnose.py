@@ -35,7 +35,7 @@ from megaloop.analysis.named_model import NamedModel, open_named
 from megaloop.analysis.prompts import Prompts
 from megaloop.analysis.rehearsal import Rehearsal
 from megaloop.analysis.request import Request, block_layers, own_results
-from megaloop.analysis.results import DiagnosisRecord, Examination, Result, append_result, read_results
+from megaloop.analysis.results import DiagnosisRecord, Examination, Result, append_result, check_results, read_results
 from megaloop.analysis.run_lens import RunLens
 from megaloop.analysis.signature_table import signature_table
 from megaloop.checkpoint import Checkpoint, Manifest
@@ -228,6 +228,9 @@ class _Diagnosis:
         """Measure, and write it down."""
         if (known := self._known.get(self._examination(name, options))) is not None:
             return known
+        with raise_on_all_ranks():
+            if self._file is not None and rank() == 0:
+                check_results(self._file)
         began = time.perf_counter()
         try:
             result = measure(self._subject)

@@ -5,6 +5,7 @@ What a measure computes of one batch of prompts is in the module of its name; he
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -117,7 +118,7 @@ def contribution_curves(subject: Subject) -> Result:
 
 def effect_matrices(subject: Subject) -> Result:
     """Effects of skipping each layer on later ones and on the output; see :mod:`megaloop.analysis.effects`."""
-    prompts = Prompts(subject.prompts.source, subject.prompts.prompts[:_EFFECT_PROMPTS])
+    prompts = subject.prompts.chosen(range(min(_EFFECT_PROMPTS, len(subject.prompts))))
     prompts.require(SHORTEST, "effects")
     at = boundaries([len(prompt) for prompt in prompts.prompts], _BOUNDARIES, subject.seed)
     matrices, curves = {}, {}
@@ -145,8 +146,13 @@ def depth_scores(subject: Subject) -> Result:
 
     The boundary of a question is where its answer begins, as in the authors' code; of other prompts there are four at random.
     """
-    prompts = _few_of_each(subject.prompts)
-    at, where = _score_boundaries(prompts, subject.seed)
+    numbers_P = _few_of_each(subject.prompts)
+    prompts = subject.prompts.chosen(numbers_P)
+    if (starts := answer_starts(prompts.prompts)) is not None:
+        at, where = [[start] for start in starts], "at the answer"
+    else:
+        subject.prompts.require(SHORTEST, "depth-score", numbers_P)
+        at, where = boundaries([len(prompt) for prompt in prompts.prompts], _BOUNDARIES, subject.seed), "at random"
 
     def measure(batch: PromptBatch) -> tuple[Tensor]:
         own = [at[number] for number in batch.numbers]
@@ -163,22 +169,15 @@ def depth_scores(subject: Subject) -> Result:
     return Result(curves=curves, numbers=numbers, by_prompt=by_prompt, labels={"boundaries": [where]})
 
 
-def _score_boundaries(prompts: Prompts, seed: int) -> tuple[list[list[int]], str]:
-    """Of each prompt, and what they are."""
-    if (starts := answer_starts(prompts.prompts)) is not None:
-        return [[start] for start in starts], "at the answer"
-    prompts.require(SHORTEST, "depth-score")
-    return boundaries([len(prompt) for prompt in prompts.prompts], _BOUNDARIES, seed), "at random"
-
-
-def _few_of_each(prompts: Prompts) -> Prompts:
-    taken: dict[int, int] = {}
+def _few_of_each(prompts: Prompts) -> list[int]:
+    """Numbers of the first 20 prompts of each difficulty, ascending."""
+    taken: Counter[int] = Counter()
     chosen = []
-    for prompt in prompts.prompts:
-        taken[prompt.difficulty] = taken.get(prompt.difficulty, 0) + 1
+    for number, prompt in enumerate(prompts.prompts):
+        taken[prompt.difficulty] += 1
         if taken[prompt.difficulty] <= _SCORED_PROMPTS:
-            chosen.append(prompt)
-    return Prompts(prompts.source, chosen)
+            chosen.append(number)
+    return chosen
 
 
 def lens_curves(subject: Subject, translate: Translate | None = None) -> Result:
@@ -319,7 +318,7 @@ def attribution(subject: Subject, name: Literal["erasure", "gradients"], number:
 
 def _mean_residuals(subject: Subject) -> Tensor:
     """h_l over the tokens of the first 10 prompts; fp32 [L, D]."""
-    prompts = Prompts(subject.prompts.source, subject.prompts.prompts[:_EFFECT_PROMPTS])
+    prompts = subject.prompts.chosen(range(min(_EFFECT_PROMPTS, len(subject.prompts))))
 
     def measure(batch: PromptBatch) -> tuple[Tensor, Tensor]:
         valid_BS1 = batch.valid_BS.unsqueeze(2)

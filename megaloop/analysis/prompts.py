@@ -101,13 +101,21 @@ class Prompts:
         """Those that some prompt has, ascending."""
         return sorted({prompt.difficulty for prompt in self.prompts} - {-1})
 
-    def require(self, tokens: int, what: str) -> None:
-        """Raise MegaloopError if a prompt has fewer tokens than a measure needs."""
-        short = [number for number, prompt in enumerate(self.prompts, start=1) if len(prompt) < tokens]
-        if short:
-            raise MegaloopError(
-                f"{what}: prompt {short[0]} of {self.source} has {len(self.prompts[short[0] - 1])} tokens; at least {tokens} are needed"
-            )
+    def chosen(self, numbers: Sequence[int]) -> Prompts:
+        """Some of them."""
+        return Prompts(self.source, [self.prompts[number] for number in numbers])
+
+    def require(self, tokens: int, what: str, numbers: Sequence[int] | None = None) -> None:
+        """Raise MegaloopError if a prompt has fewer tokens than a measure needs.
+
+        Args:
+            numbers: of the prompts that it takes; default: all.
+        """
+        for number in range(len(self)) if numbers is None else numbers:
+            if (found := len(self.prompts[number])) < tokens:
+                raise MegaloopError(
+                    f"{what}: prompt {number + 1} of {self.source} has {found} tokens; at least {tokens} are needed"
+                )
 
     def together(self, tokens: int) -> list[list[int]]:
         """Numbers of prompts of similar length, which go through together: at most so many tokens of them (or one prompt)."""

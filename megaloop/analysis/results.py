@@ -15,7 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megaloop.analysis.signatures import Signature
 from megaloop.runs import records
 
-__all__ = ["DIAGNOSIS", "Curve", "DiagnosisRecord", "Examination", "Result", "append_result", "curve", "read_results"]
+__all__ = [
+    "DIAGNOSIS",
+    "Curve",
+    "DiagnosisRecord",
+    "Examination",
+    "Result",
+    "append_result",
+    "check_results",
+    "curve",
+    "read_results",
+]
 
 DIAGNOSIS = "diagnosis.jsonl"
 _DIGITS = 6
@@ -127,6 +137,11 @@ def _rounded(values: Sequence[float] | NDArray[np.float64]) -> list[float | None
 def append_result(path: Path, record: DiagnosisRecord) -> None:
     """Add a line; MegaloopError if it cannot be written."""
     records.append_record(path, record.to_json(), "diagnose")
+
+
+def check_results(path: Path) -> None:
+    """MegaloopError if no line can be added."""
+    records.check_appendable(path, "diagnose")
 
 
 def read_results(path: Path) -> dict[Examination, DiagnosisRecord]:

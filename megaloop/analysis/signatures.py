@@ -154,7 +154,9 @@ def period_test(sizes_PL: Array, lag: int, seed: int = 0) -> Signature:
     """
     name = f"period of {lag}"
     prompts, depth = sizes_PL.shape
-    if lag < 2 or depth < 2 * lag or depth < 6:
+    if lag < 2:
+        return Signature(name, None, why="blocks of one layer have no period")
+    if depth < 2 * lag or depth < 6:
         return Signature(name, None, why=f"{depth} layers are too few for a period of {lag}")
     sizes_L = sizes_PL.mean(0)
     found, p = period(sizes_L, lag), float(_p_values(_log(sizes_L)[None], lag, _PERMUTATIONS, seed)[0])

@@ -117,6 +117,13 @@ def _print_signatures(found: Sequence[tuple[Path, Sequence[DiagnosisRecord]]]) -
     if not names:
         echo("these measures make no signature; add --json to see what they found", err=True)
         return
+    asked = [records[-1].examination for _, records in found]
+    sources = list(dict.fromkeys(f"{one.count} of {printable(one.prompts)}" for one in asked))
+    if len(sources) > 1 and len({one.prompts_sha256 for one in asked}) > 1:
+        echo(
+            f"models with different prompts do not compare ({', '.join(sources)}); give all the same with --prompts",
+            err=True,
+        )
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("signature")
     short = [model.name for model, _ in tables]

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from megaloop.files import fsync_file
 __all__ = [
     "JsonLines",
     "append_record",
+    "check_appendable",
     "is_at",
     "is_finite",
     "number",
@@ -67,6 +69,18 @@ def append_record(path: Path, record: dict[str, Any], command: str) -> None:
             fsync_file(file)
     except OSError as error:
         raise MegaloopError(f"{command}: cannot write {path} ({error.strerror})") from None
+
+
+def check_appendable(path: Path, command: str) -> None:
+    """Raise MegaloopError where :func:`append_record` could not write, before hours of work are done for it. No file is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise MegaloopError(
+            f"{command}: cannot write {path} ({error.strerror}); name another file with --out"
+        ) from None
 
 
 def _ends_a_line(path: Path) -> bool:

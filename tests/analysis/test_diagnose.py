@@ -13,6 +13,7 @@ import pytest
 
 from megaloop.analysis.diagnose import MEASURES
 from megaloop.analysis.interventions import Intervention
+from megaloop.analysis.measures import Subject
 from megaloop.analysis.request import PromptSource, TaskSource
 from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, read_results
 from megaloop.checkpoint.depth import loop_checkpoint
@@ -256,6 +257,24 @@ def test_prompts_that_are_none_are_named(
     with pytest.raises(MegaloopError, match=message):
         diagnose(run, measures=[measure], prompts=PromptSource(file), out=tmp_path / "d.jsonl")
     assert not (tmp_path / "d.jsonl").exists()
+
+
+def test_a_prompt_that_is_too_short_has_its_number_in_the_file(run: Path, tmp_path: Path) -> None:
+    """Of 25 easy prompts 20 are scored; the hard one is the 26th all the same."""
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"text": "of the " * 20, "difficulty": 1}] * 25 + [{"text": "of the", "difficulty": 2}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(MegaloopError, match=r"depth-score: prompt 26 of .* has . tokens; at least 13 are needed"):
+        diagnose(run, measures=["depth-score"], prompts=PromptSource(file), out=tmp_path / "d.jsonl")
+
+
+def test_results_that_cannot_be_kept_are_not_measured(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Subject, "collect", lambda *_: pytest.fail("measured"))
+    nowhere = Path("/proc/nowhere/d.jsonl")  # where not even root may make a directory
+    with pytest.raises(MegaloopError, match=r"cannot write /proc/nowhere/d.jsonl \(.*\); name another file with --out"):
+        diagnose(run, measures=["contributions"], prompts=PromptSource(count=4), out=nowhere)
 
 
 def test_prompts_are_numbered_in_a_list_or_one_by_one(run: Path) -> None:

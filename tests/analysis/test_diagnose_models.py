@@ -278,6 +278,24 @@ def test_a_lens_that_was_trained_on_other_data_is_refused(
     assert other.examination.options != first.examination.options
 
 
+def test_models_that_were_asked_different_prompts_are_said_not_to_compare(
+    asked: tuple[Path, Path], corpus: Path, tmp_path: Path
+) -> None:
+    tokenizer = DataSet.open(corpus).tokenizer
+    data = [write_targeted(tmp_path / f"data-{seed}", corpus, seed=seed) for seed in range(2)]
+    models = [
+        _saved(tmp_path / f"m{seed}", 400, tokenizer=tokenizer, seed=seed, sources=[{"path": str(data[seed])}])
+        for seed in range(2)
+    ]
+    arguments = ("--measures", "lens", "--count", 2)
+    own = megaloop("diagnose", *models, *arguments)
+    assert own.returncode == 0, own.stderr
+    assert f"do not compare (2 of {data[0]}, 2 of {data[1]}); give all the same with --prompts" in own.stderr
+    shared = megaloop("diagnose", *models, *arguments, "--prompts", data[0])
+    assert shared.returncode == 0, shared.stderr
+    assert "do not compare" not in shared.stderr
+
+
 # --- the block
 
 
