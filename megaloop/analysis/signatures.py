@@ -41,6 +41,9 @@ Indices = NDArray[np.int64]
 Verdict = Literal["seen", "not seen", "unclear", "-"]
 _RESAMPLES = 1000
 _PERMUTATIONS = 2000
+_FREEDOM = 7
+"""Degrees of freedom (prompts, less one for each part that is resampled by itself) that a verdict needs: intervals of fewer are too narrow. Where
+nothing is to be seen, a verdict would come up with two prompts in 49 of 100, with five in 14, with eight in 9."""
 _LEVEL = 0.05
 _POWER = 0.8
 _PATTERNS, _PATTERN_PERMUTATIONS = 100, 200
@@ -96,7 +99,12 @@ def _with_interval(
     value, interval = statistic(np.concatenate(parts)), bootstrap(statistic, parts)
     if interval is None:
         return Signature(name, value, verdict="unclear" if judged else "-", why="one prompt has no interval")
-    return Signature(name, value, *interval, verdict=_verdict(*interval) if judged else "-")
+    if not judged:
+        return Signature(name, value, *interval)
+    prompts = sum(map(len, parts))
+    if prompts - len(parts) < _FREEDOM:
+        return Signature(name, value, *interval, verdict="unclear", why=f"{prompts} prompts are too few for a verdict")
+    return Signature(name, value, *interval, verdict=_verdict(*interval))
 
 
 def _verdict(low: float, high: float) -> Verdict:

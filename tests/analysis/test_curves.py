@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from megaloop.analysis import measures
 from megaloop.analysis.contributions import STATISTICS, contributions
@@ -54,8 +55,8 @@ def test_effects_are_the_largest_of_the_first_prompts() -> None:
     found, at = measures.effect_matrices(_subject()), boundaries(LENGTHS[:3], 4, 123)
     for setting in ("current", "future"):
         each = [(one, batch, [at[number]]) for number, (one, batch) in enumerate(_alone(range(3)))]
-        effects = [skip_effects(MODEL, one, batch, setting, own) for one, batch, own in each]  # type: ignore[arg-type]
-        local = [local_effects(MODEL, one, batch, setting, own) for one, batch, own in each]  # type: ignore[arg-type]
+        effects = [skip_effects(MODEL, one, batch, setting, own) for one, batch, own in each]
+        local = [local_effects(MODEL, one, batch, setting, own) for one, batch, own in each]
         for name, values in (
             ("effect on later layers", [one.later_BLL for one in effects]),
             ("local effect", local),
@@ -90,10 +91,8 @@ def test_the_overlap_is_that_before_the_last_layer() -> None:
     assert [row[0] for row in found.by_prompt["overlap at the last layer"]] == pytest.approx(overlap_P, rel=1e-5)
     assert [row[1] for row in found.by_prompt["overlap at the last layer"]] == list(LENGTHS)
     (row,) = signature_table({"lens": found}, BLOCK)
-    assert (row.name, row.value) == (
-        "overlap at the last layer",
-        pytest.approx(sum(overlap_P) / sum(LENGTHS), rel=1e-5),
-    )
+    assert row.name == "overlap at the last layer"
+    assert row.value == pytest.approx(sum(overlap_P) / sum(LENGTHS), rel=1e-5)
 
 
 def test_what_is_erased_is_put_in_by_the_mean_over_the_tokens_of_the_first_prompts() -> None:
@@ -106,12 +105,12 @@ def test_what_is_erased_is_put_in_by_the_mean_over_the_tokens_of_the_first_promp
 def test_signatures_read_the_curves_that_they_are_named_after() -> None:
     results = {
         "contributions": measures.contribution_curves(_subject()),
-        **{kind: measures.intervention_curves(_subject(), kind) for kind in ("skip", "swap", "repeat")},  # type: ignore[arg-type]
+        **{kind: measures.intervention_curves(_subject(), kind) for kind in ("skip", "swap", "repeat")},
     }
     rows = {row.name: row for row in signature_table(results, BLOCK)}
     targets = sum(int((prompt.targets >= 0).sum()) for prompt in PROMPTS.prompts)
 
-    def rise(kind: str, name: str) -> np.ndarray:
+    def rise(kind: str, name: str) -> NDArray[np.float64]:
         by_prompt = results[kind].by_prompt
         return (np.array(by_prompt[name]) - np.array(by_prompt["loss without"])).sum(0) / targets
 

@@ -222,15 +222,31 @@ def test_one_prompt_has_numbers_but_no_interval_and_no_verdict() -> None:
 
 
 def test_one_prompt_of_a_difficulty_shows_no_growth_with_it() -> None:
-    effects = np.ones((5, 8))
-    effects[np.arange(5), [1, 1, 5, 5, 7]] += 1.0
-    assert score_by_difficulty(effects, np.array([1, 1, 2, 2, 3])).verdict == "unclear"
-    assert score_by_difficulty(effects[:4], np.array([1, 1, 2, 2])).verdict == "seen"
+    effects = np.ones((10, 8))
+    effects[np.arange(10), [1, 1, 1, 1, 1, 5, 5, 5, 5, 7]] += 1.0
+    levels = np.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 3])
+    assert score_by_difficulty(effects, levels).verdict == "unclear"
+    assert score_by_difficulty(effects[:9], levels[:9]).verdict == "seen"
+    few = score_by_difficulty(effects[:8], levels[:8])
+    assert (few.verdict, few.why) == ("unclear", "8 prompts are too few for a verdict")
+
+
+@pytest.mark.parametrize("prompts", [2, 5, 8])
+def test_few_prompts_give_no_verdict_where_there_is_nothing_to_see(prompts: int) -> None:
+    """Without the rule 27 of 60 with two prompts, 12 with five; 9 with eight."""
+    judged = 0
+    for seed in range(60):
+        loss_PI = np.random.default_rng(seed).normal(size=(prompts, 8))
+        row = late_layers(loss_PI, np.zeros(prompts), np.ones(prompts))
+        judged += row.verdict != "unclear"
+        assert ("too few" in row.why) == (prompts < 8)
+        assert row.low is not None  # the interval is shown
+    assert judged <= 9
 
 
 def test_a_resampling_keeps_prompts_to_choose_on_and_to_measure_on() -> None:
-    """All gain the same, so every resampling of four prompts does; one without a half would gain less."""
-    targets = np.full(4, 10.0)
-    row = repeat_gain(np.full((4, 3), 18.0), np.full(4, 20.0), targets)
+    """All gain the same, so every resampling of ten prompts does; one without a half would gain less."""
+    targets = np.full(10, 10.0)
+    row = repeat_gain(np.full((10, 3), 18.0), np.full(10, 20.0), targets)
     assert (row.value, row.low, row.high) == pytest.approx((0.2, 0.2, 0.2))
     assert row.verdict == "seen"
