@@ -115,7 +115,7 @@ def grow_checkpoint(
                 f"growth: checkpoint {source.path} has {depth.layers} layers already; choose a deeper target"
             )
         after = reorder(grown.plan, depth, plan.style)
-        return Growth(after, grown.lineage, new_loop=after.is_looped and not plan.is_looped)
+        return Growth(after, grown.lineage).loop_of(plan)
 
     info, size = _rewrite(checkpoint, out, deepen, moments, on_bytes, GrowthEntry(operator=operator))
     return GrownCheckpoint(

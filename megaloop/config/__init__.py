@@ -5,7 +5,14 @@ An unknown key is an error that names the nearest known one.
 """
 
 from megaloop.config.data import DataConfig, PhaseWeightsConfig, SourceConfig
-from megaloop.config.depth import DepthEventConfig, GrowthConfig, GrowthTopologyConfig, LoopConfig, StageConfig
+from megaloop.config.depth import (
+    DepthEventConfig,
+    GateConfig,
+    GrowthConfig,
+    GrowthTopologyConfig,
+    LoopConfig,
+    StageConfig,
+)
 from megaloop.config.load import fields, load_config, parse_override
 from megaloop.config.model import ModelConfig, RopeScaling
 from megaloop.config.run import Config
@@ -26,6 +33,7 @@ __all__ = [
     "DataConfig",
     "DepthEventConfig",
     "FaultsConfig",
+    "GateConfig",
     "GrowthConfig",
     "GrowthTopologyConfig",
     "LoggingConfig",

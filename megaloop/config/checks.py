@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megaloop.config.data import DataConfig
-from megaloop.config.depth import GrowthConfig, LoopConfig
+from megaloop.config.depth import GateConfig, GrowthConfig, LoopConfig
 from megaloop.depth import DepthPlan
 from megaloop.errors import MegaloopError
 
@@ -99,10 +99,40 @@ def _check_loops(config: Config) -> None:
                 f"loop: min_count {loop.min_count} and max_count {loop.max_count} exclude the {iterations} times, the mean, "
                 f"that {plan.notation} loops"
             )
+    if loop.gate is not None:
+        _check_gate(config, loop.gate)
     if loop.backprop is not None and loop.injection == "none":
         raise MegaloopError(
             f"loop.backprop {loop.backprop} without loop.injection: no gradient would reach what comes before the loop; "
             "use loop.injection=add or concat, or leave backprop out"
+        )
+
+
+def _check_gate(config: Config, gate: GateConfig) -> None:
+    """Refuse layouts and options under which a gate cannot be trained, and those of the other way to train it."""
+    others = ("beta",) if gate.train == "frozen" else ("slope", "threshold")
+    for name in others:
+        if getattr(gate, name) != GateConfig.model_fields[name].default:
+            raise MegaloopError(f"loop.gate.{name} does not apply to loop.gate.train {gate.train}; leave it out")
+    for stage in config.stages:
+        pp, tp, _, where = config.parallel_at(stage.plan.layers)
+        if stage.plan.style.gate and (pp > 1 or tp > 1):
+            raise MegaloopError(
+                f"loop.gate: a gate is trained on one pipeline rank without tensor parallelism; found {where}.pp {pp} and "
+                f"tp {tp}; use pp 1, tp 1 and more dp"
+            )
+    if config.loop.backprop is not None:
+        raise MegaloopError(
+            f"loop.backprop {config.loop.backprop} with loop.gate: each iteration is read out, so gradients pass through all "
+            "(frozen: through none); leave backprop out"
+        )
+    if gate.train == "frozen" and (config.growth is not None or config.depth_events):
+        raise MegaloopError(
+            "loop.gate.train frozen: the model stays as it is, but growth or depth_events would change it; leave them out"
+        )
+    if gate.train == "frozen" and config.init is None:
+        raise MegaloopError(
+            "loop.gate.train frozen: it needs a trained model; name its checkpoint with init=CKPT, or use joint"
         )
 
 

@@ -13,7 +13,7 @@ from megaloop.depth.plan import Injection, ResidualScale
 from megaloop.depth.schedule import explicit_steps, proportional_steps
 from megaloop.errors import MegaloopError
 
-__all__ = ["DepthEventConfig", "GrowthConfig", "GrowthTopologyConfig", "LoopConfig", "StageConfig"]
+__all__ = ["DepthEventConfig", "GateConfig", "GrowthConfig", "GrowthTopologyConfig", "LoopConfig", "StageConfig"]
 
 
 class StageConfig(Section):
@@ -97,6 +97,19 @@ class GrowthConfig(Section):
         return growth_stages(counts, steps, self.operator, self.block, insert_at=self.insert_at, first=first)
 
 
+class GateConfig(Section):
+    """A gate that learns after how many iterations a token may stop (arXiv 2510.25741); on one pipeline rank, tp 1."""
+
+    train: Literal["frozen", "joint"]
+    """frozen: the gate alone, on what each iteration still saves of the model's loss; joint: gate and model, on the expected loss."""
+    slope: PositiveFloat = 50.0
+    """Frozen: how sharply the target to go on rises around the threshold."""
+    threshold: float = Field(default=0.005, ge=0)
+    """Frozen: nats that the next iteration must save of a token's loss for its target to go on to be a half."""
+    beta: float = Field(default=0.1, ge=0)
+    """Joint: what an entropy of a nat of where to stop takes off the loss; keeps all iterations in use."""
+
+
 class LoopConfig(Section):
     """How a loop runs and learns; by default plain composition, as often as ``depth`` says (arXiv 2502.17416)."""
 
@@ -118,11 +131,13 @@ class LoopConfig(Section):
     """1/k: what looped layers add to the residual stream is divided by the number of times (arXiv 2606.18524)."""
     norm: bool = False
     """An RMSNorm of its own at the end of each iteration of the loop."""
+    gate: GateConfig | None = None
+    """Train a gate: {train: frozen} on the weights of init, or {train: joint}; empty: the loop has none."""
 
     @property
     def style(self) -> LoopStyle:
         """What the plan says of its loop."""
-        return LoopStyle(self.injection, self.residual_scale, self.norm)
+        return LoopStyle(self.injection, self.residual_scale, self.norm, self.gate is not None)
 
 
 class DepthEventConfig(Section):

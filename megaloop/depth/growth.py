@@ -13,7 +13,7 @@ The operators and their sources, for L layers and a block of b (all counted from
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -35,11 +35,13 @@ class Growth:
         lineage: for every id that the plan before did not have, the id *of the plan before* whose state it copies,
             or None for a layer that starts from fresh values.
         new_loop: the plan before had no loop: what parameters the loop itself has (:class:`LoopStyle`) start fresh.
+        new_gate: its loop had no gate: that starts fresh.
     """
 
     plan: DepthPlan
     lineage: Mapping[int, int | None]
     new_loop: bool = False
+    new_gate: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lineage", MappingProxyType(dict(self.lineage)))
@@ -52,7 +54,7 @@ class Growth:
     @classmethod
     def reordered(cls, before: DepthPlan, after: DepthPlan) -> Growth:
         """No new layers: the same ones in another order."""
-        return cls(after, {}, new_loop=after.is_looped and not before.is_looped)
+        return cls(after, {}).loop_of(before)
 
     def source(self, layer_id: int) -> int | None:
         """The layer of the plan before whose state a layer takes (its own, if it was there); None: fresh values."""
@@ -61,7 +63,21 @@ class Growth:
     def then(self, following: Growth) -> Growth:
         """This growth and the next as one: its lineage leads back to the plan before both."""
         later = {new: None if old is None else self.source(old) for new, old in following.lineage.items()}
-        return Growth(following.plan, {**self.lineage, **later}, self.new_loop or following.new_loop)
+        return Growth(
+            following.plan,
+            {**self.lineage, **later},
+            self.new_loop or following.new_loop,
+            self.new_gate or following.new_gate,
+        )
+
+    def loop_of(self, before: DepthPlan) -> Growth:
+        """The same, from a plan whose loop, if it has one, may lack what the loop after has of its own."""
+        after = self.plan
+        return replace(
+            self,
+            new_loop=after.is_looped and not before.is_looped,
+            new_gate=after.style.gate and not before.style.gate,
+        )
 
 
 def grow(plan: DepthPlan, operator: Operator, layers: int, block: int = 4, *, insert_at: InsertAt = "after") -> Growth:

@@ -71,14 +71,14 @@ def untie(plan: DepthPlan) -> Growth:
     """Every repetition becomes a layer of its own, a copy of the one that it repeated; the first use stays.
 
     The result computes the same, with more parameters: a grown model, to which growth and loops apply again. With LN-scaling it
-    computes something else: each layer has the factor of its place, which for repetitions is a new one.
+    computes something else: each layer has the factor of its place, which for repetitions is a new one. A gate goes with its loop.
 
     Raises:
         MegaloopError: the plan is not looped, or its loop is more than plain composition.
     """
     if not plan.is_looped:
         raise MegaloopError(f"untie: plan {plan} repeats no layer; there is nothing to untie")
-    if plan.style != LoopStyle():
+    if not plan.style.is_plain:
         raise MegaloopError(
             "untie: a loop with injection, a norm or scaled residuals is more than its layers in a row; "
             "only loops of plain composition can be untied"
@@ -121,7 +121,7 @@ def with_inference_loop(plan: DepthPlan, depth: DepthSpec) -> Execution:
     Raises:
         MegaloopError: ``depth`` has other layers, or moves a loop that has to stay.
     """
-    if plan.style == LoopStyle() or plan.loop is None:
+    if plan.style.is_plain or plan.loop is None:
         return Execution.as_trained(reorder(plan, depth))
     loop, asked = plan.loop, depth.loop
     if asked is None or (asked.start, asked.block, depth.layers) != (loop.start, loop.block, plan.layers):

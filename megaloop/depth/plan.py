@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -39,17 +39,32 @@ class LoopStyle:
         residual_scale: ``1/k``: what looped layers add to the residual stream is divided by the number of times, so that
             the learning rate carries over between numbers (arXiv 2606.18524).
         norm: an RMSNorm of its own at the end of each time (arXiv 2502.05171).
+        gate: a linear gate says after each iteration how likely a token is to stop there (arXiv 2510.25741). It reads the state and
+            changes nothing in it.
     """
 
     injection: Injection = "none"
     residual_scale: ResidualScale = "none"
     norm: bool = False
+    gate: bool = False
 
     def __post_init__(self) -> None:
-        known = get_args(Injection), get_args(ResidualScale), (False, True)
-        for value, allowed in zip((self.injection, self.residual_scale, self.norm), known, strict=True):
+        known = get_args(Injection), get_args(ResidualScale), (False, True), (False, True)
+        for value, allowed in zip((self.injection, self.residual_scale, self.norm, self.gate), known, strict=True):
             if value not in allowed:
                 raise MegaloopError(f"loop: {value!r} is none of {', '.join(map(str, allowed))}")
+
+    @property
+    def is_plain(self) -> bool:
+        """The loop computes what its layers in a row compute: plain composition, with or without a gate."""
+        return replace(self, gate=False) == LoopStyle()
+
+    def to_json(self) -> dict[str, Any]:
+        """A value that JSON can hold; without the gate where there is none, so that older readers know the rest."""
+        values = asdict(self)
+        if not self.gate:
+            del values["gate"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -264,7 +279,7 @@ class DepthPlan:
     def to_json(self) -> dict[str, Any]:
         """A value that JSON can hold; :meth:`from_json` reads it back, lineage included."""
         value: dict[str, Any] = {"order": list(self.order), "lineage": {str(k): v for k, v in self.lineage.items()}}
-        return value if self.style == LoopStyle() else value | {"style": asdict(self.style)}
+        return value if self.style == LoopStyle() else value | {"style": self.style.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DepthPlan:

@@ -106,8 +106,8 @@ def loop_stages(stages: Sequence[GrowthStage], depth: DepthSpec, style: LoopStyl
     looped: list[GrowthStage] = []
     for stage in stages:
         plan = loop_layers(stage.plan, ids, last.loop.iterations, style)
-        new_loop = bool(looped) and plan.is_looped and not looped[-1].plan.is_looped
-        growth = Growth(plan, stage.growth.lineage, new_loop)
+        growth = Growth(plan, stage.growth.lineage)
+        growth = growth.loop_of(looped[-1].plan) if looped else growth
         looped.append(GrowthStage(stage.first_step, stage.steps, plan, growth))
     return tuple(looped)
 

@@ -10,7 +10,7 @@ from megaloop.depth import DepthPlan
 from megaloop.layout.partition import StageMap, owned_layers
 from megaloop.layout.pieces import STATE_NAMES, Box, Piece
 from megaloop.layout.topology import Coordinate, Topology
-from megaloop.model.parameters import LOOP_ADAPTER, LOOP_NORM, ParameterSpec, loop_ends
+from megaloop.model.parameters import LOOP_ADAPTER, LOOP_GATE, LOOP_NORM, ParameterSpec, loop_ends
 
 __all__ = ["SHARE_UNIT", "Holder", "Placement", "local_box", "stage_parameters", "zero_share"]
 
@@ -91,7 +91,7 @@ def stage_parameters(specs: Mapping[str, ParameterSpec], plan: DepthPlan, slices
     begins, ends = loop_ends(plan)
     names += [
         name
-        for name, layer_id in ((LOOP_ADAPTER, begins), (LOOP_NORM, ends))
+        for name, layer_id in ((LOOP_ADAPTER, begins), *((end, ends) for end in (LOOP_NORM, *LOOP_GATE)))
         if name in specs and str(layer_id) in inside
     ]
     return names + [name for name in ("norm.weight", "head.weight") if last and name in specs]

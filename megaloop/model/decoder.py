@@ -19,7 +19,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megaloop.config import ModelConfig
 from megaloop.depth import DepthPlan, LayerCall
 from megaloop.model.kernels import Kernels
-from megaloop.model.layers import AttentionContext, DecoderLayer, KeyValueCache, LoopAdapter, RMSNorm, rotary_tables
+from megaloop.model.layers import (
+    AttentionContext,
+    DecoderLayer,
+    KeyValueCache,
+    LoopAdapter,
+    LoopGate,
+    RMSNorm,
+    rotary_tables,
+)
 from megaloop.model.parameters import initial_values, loop_ends, norm_factors, parameter_specs
 from megaloop.model.tensor_parallel import ColumnParallelLinear, TensorParallel, VocabParallelEmbedding
 
@@ -46,7 +54,7 @@ class DecoderStage(nn.Module):
     """Some layers of a plan, with the decoder's ends where they belong.
 
     Parameters carry canonical names: ``embedding.weight``, ``layers.<id>.…``, ``norm.weight``, ``head.weight``, and of a
-    loop that has them ``loop.adapter.weight`` (with its first layer) and ``loop.norm.weight`` (with its last).
+    loop that has them ``loop.adapter.weight`` (with its first layer), ``loop.norm.weight`` and ``loop.gate.…`` (with its last).
 
     Args:
         config: shape of the model.
@@ -108,6 +116,8 @@ class DecoderStage(nn.Module):
             parts["adapter"] = LoopAdapter(self.config.hidden_size, self.tp)
         if self.plan.style.norm and str(last) in self.layers:
             parts["norm"] = RMSNorm(self.config.hidden_size, self.config.norm_eps, self.tp, kernels)
+        if self.plan.style.gate and str(last) in self.layers:
+            parts["gate"] = LoopGate(self.config.hidden_size, self.tp)
         if parts:
             self.loop = nn.ModuleDict(parts)
 
@@ -177,6 +187,11 @@ class DecoderStage(nn.Module):
     def logits(self, x_BSD: Tensor) -> Tensor:
         """Norm and head of the last stage: what a residual stream [B, S, D] predicts, [B, S, V]."""
         return self._logits(self.norm(x_BSD))
+
+    def gate_logits(self, x_BSD: Tensor) -> Tensor:
+        """What the loop's gate says, fp32 [B, S], of the state [B, S, D] after an iteration of the loop (and its norm, if it has one)."""
+        logits_BS: Tensor = self.loop["gate"](x_BSD)
+        return logits_BS
 
     def _inject(self, x: Tensor, call: LayerCall, entry: LoopInput) -> Tensor:
         """The state with which an iteration of the loop begins."""

@@ -24,6 +24,7 @@ __all__ = [
     "DecoderLayer",
     "KeyValueCache",
     "LoopAdapter",
+    "LoopGate",
     "RMSNorm",
     "rotary_frequencies",
     "rotary_tables",
@@ -302,3 +303,22 @@ class LoopAdapter(nn.Module):
 
     def forward(self, x_BSD: Tensor, entered_BSD: Tensor) -> Tensor:
         return F.linear(torch.cat([x_BSD, entered_BSD], dim=-1), self.tp.replicated(self.weight))
+
+
+class LoopGate(nn.Module):
+    """``w . h + b``: how much a token wants to stop after an iteration of the loop (arXiv 2510.25741, section 3).
+
+    Its sigmoid is lambda, the probability of stopping there if it has come so far. In fp32: a bf16 sum over D has too few
+    steps between the probabilities that matter. Every tensor-parallel rank holds all of it.
+    """
+
+    def __init__(self, size: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.zeros(1, size))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, h_BSD: Tensor) -> Tensor:
+        """Logits [B, S], fp32, of the state [B, S, D] at the end of an iteration."""
+        weight_1D, bias_1 = (self.tp.replicated(parameter).float() for parameter in (self.weight, self.bias))
+        return F.linear(h_BSD.float(), weight_1D, bias_1).squeeze(-1)

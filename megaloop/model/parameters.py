@@ -19,6 +19,7 @@ from megaloop.depth import DepthPlan, Growth
 
 __all__ = [
     "LOOP_ADAPTER",
+    "LOOP_GATE",
     "LOOP_NORM",
     "ParameterSpec",
     "grown_from",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 LOOP_ADAPTER, LOOP_NORM = "loop.adapter.weight", "loop.norm.weight"
+LOOP_GATE = "loop.gate.weight", "loop.gate.bias"
 """What a loop may have besides its layers (:class:`megaloop.depth.LoopStyle`)."""
 
 
@@ -39,7 +41,7 @@ class ParameterSpec:
     Attributes:
         shape: of the whole parameter.
         shard_dim: the dimension that tensor parallelism splits; None: every rank holds all of it.
-        init_std: standard deviation of the initial values; None: ones (a norm's gain), or the identity.
+        init_std: standard deviation of the initial values (0: zeros); None: ones (a norm's gain), or the identity.
         decay: AdamW's weight decay applies (matrices; not norms, not embeddings).
         identity: the initial values are ones where row and column are the same, zeros elsewhere.
     """
@@ -56,7 +58,7 @@ def parameter_specs(config: ModelConfig, plan: DepthPlan, vocab_size: int) -> di
 
     The two matrices that write to the residual stream start as small as the others: SmolLM v1 scales none by depth.
     A loop's adapter begins by passing its state on as it is: a loop put into a trained model starts as plain composition.
-    Weight decay would pull it from there towards nothing, so it has none.
+    Weight decay would pull it from there towards nothing, so it has none. A gate begins undecided: zeros, a half everywhere.
     """
     hidden, ffn = config.hidden_size, config.ffn_size
     heads, kv_heads = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
@@ -83,6 +85,11 @@ def parameter_specs(config: ModelConfig, plan: DepthPlan, vocab_size: int) -> di
         specs[LOOP_ADAPTER] = ParameterSpec((hidden, 2 * hidden), None, None, decay=False, identity=True)
     if plan.style.norm:
         specs[LOOP_NORM] = norm
+    if plan.style.gate:
+        specs |= {
+            name: ParameterSpec(shape, None, 0.0, False)
+            for name, shape in zip(LOOP_GATE, ((1, hidden), (1,)), strict=True)
+        }
     specs["norm.weight"] = norm
     if not config.tied_embeddings:
         specs["head.weight"] = matrix(vocab_size, hidden, 0)
@@ -101,7 +108,7 @@ def norm_factors(config: ModelConfig, plan: DepthPlan) -> dict[int, float]:
 
 
 def loop_ends(plan: DepthPlan) -> tuple[int | None, int | None]:
-    """Ids of the first and the last looped layer, which a loop's adapter and norm go along with; None without a loop."""
+    """Ids of the first and the last looped layer, which a loop's adapter, and its norm and gate, go along with; None without a loop."""
     if plan.loop is None:
         return None, None
     return plan.order[plan.loop.start], plan.order[plan.loop.start + plan.loop.block - 1]
@@ -110,7 +117,7 @@ def loop_ends(plan: DepthPlan) -> tuple[int | None, int | None]:
 def grown_from(name: str, growth: Growth) -> str | None:
     """The parameter of the plan before whose state a parameter takes in a growth; None: fresh values."""
     section, _, rest = name.partition(".")
-    if section == "loop" and growth.new_loop:
+    if (section == "loop" and growth.new_loop) or (name in LOOP_GATE and growth.new_gate):
         return None
     if section != "layers":
         return name
@@ -132,8 +139,8 @@ def initial_values(
     """
     if spec.identity:
         return torch.eye(*spec.shape)[offset[0] : offset[0] + shape[0], offset[1] : offset[1] + shape[1]]
-    if spec.init_std is None:
-        return torch.ones(shape)
+    if not spec.init_std:
+        return torch.ones(shape) if spec.init_std is None else torch.zeros(shape)
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
     columns = spec.shape[-1]
     rows = range(offset[0], offset[0] + shape[0]) if len(shape) == 2 else range(1)

@@ -39,7 +39,9 @@ __all__ = [
     "RowParallelLinear",
     "TensorParallel",
     "VocabParallelEmbedding",
+    "token_losses",
     "vocab_parallel_cross_entropy",
+    "weighted_mean",
 ]
 
 SEQUENCE_DIM = 1
@@ -211,20 +213,19 @@ Labels = Tensor | tuple[Tensor, Tensor]
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Mean (or weighted sum of) cross-entropy in nats over logits that are split along the vocabulary.
+    """Each token's cross-entropy in nats, over logits that are split along the vocabulary.
 
     Three numbers per token cross the ranks (maximum, sum of exponentials, the target's logit), never the logits.
     """
 
     @staticmethod
-    def spmd_typecheck(*, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel, weights_N: Tensor | None) -> Any:
+    def spmd_typecheck(*, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel) -> Any:
         # over the vocabulary: sums of varying parts, the same on every rank and with the same gradient
-        rules.ignore(targets_N, *([] if weights_N is None else [weights_N]))
-        token_loss = rules.einsum("nv->n", logits_NV)
-        return rules.all_reduce(rules.einsum("n->", token_loss), tp.group, src=spmd.V, dst=spmd.I)
+        rules.ignore(targets_N)
+        return rules.all_reduce(rules.einsum("nv->n", logits_NV), tp.group, src=spmd.V, dst=spmd.I)
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel, weights_N: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, tp: TensorParallel) -> Tensor:
         max_N1 = logits_NV.amax(dim=-1, keepdim=True).float()
         if tp.group is not None:
             dist.all_reduce(max_N1, op=dist.ReduceOp.MAX, group=tp.group)
@@ -240,19 +241,17 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums_N2, group=tp.group)
         sum_N1, target_N1 = sums_N2.split(1, dim=-1)
         ctx.dtype = logits_NV.dtype
-        weights_N1 = None if weights_N is None else weights_N.unsqueeze(-1)
-        ctx.save_for_backward(exp_NV, sum_N1.clone(), local_N1, elsewhere_N1, weights_N1)
-        losses_N1 = sum_N1.log() - target_N1
-        return losses_N1.mean() if weights_N1 is None else (losses_N1 * weights_N1).sum()
+        ctx.save_for_backward(exp_NV, sum_N1.clone(), local_N1, elsewhere_N1)
+        return (sum_N1.log() - target_N1).squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        exp_NV, sum_N1, local_N1, elsewhere_N1, weights_N1 = ctx.saved_tensors
-        scale = grad / exp_NV.shape[0] if weights_N1 is None else grad * weights_N1
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
+        exp_NV, sum_N1, local_N1, elsewhere_N1 = ctx.saved_tensors
+        grad_N1 = grad_N.unsqueeze(-1)
         # softmax minus one at the target; the exponentials are ours, and of no further use
-        grad_NV = exp_NV.mul_(scale / sum_N1)
-        grad_NV.scatter_add_(-1, local_N1, torch.where(elsewhere_N1, 0.0, -scale))
-        return grad_NV.to(ctx.dtype), None, None, None
+        grad_NV = exp_NV.mul_(grad_N1 / sum_N1)
+        grad_NV.scatter_add_(-1, local_N1, torch.where(elsewhere_N1, 0.0, -grad_N1))
+        return grad_NV.to(ctx.dtype), None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -266,6 +265,15 @@ def vocab_parallel_cross_entropy(
         tp: the ranks that hold the other parts.
         weights_BS: instead of the mean, the sum of tokens' losses times these.
     """
-    weights_N = None if weights_BS is None else weights_BS.flatten()
-    loss: Tensor = _VocabParallelCrossEntropy.apply(logits_BSV.flatten(0, 1), targets_BS.flatten(), tp, weights_N)
-    return loss
+    return weighted_mean(token_losses(logits_BSV, targets_BS, tp), weights_BS)
+
+
+def token_losses(logits_BSV: Tensor, targets_BS: Tensor, tp: TensorParallel) -> Tensor:
+    """Cross-entropy of each token in nats, fp32 [B, S]; arguments as :func:`vocab_parallel_cross_entropy`."""
+    losses_N: Tensor = _VocabParallelCrossEntropy.apply(logits_BSV.flatten(0, 1), targets_BS.flatten(), tp)
+    return losses_N.view(targets_BS.shape)
+
+
+def weighted_mean(values_BS: Tensor, weights_BS: Tensor | None) -> Tensor:
+    """The mean over tokens; with weights their sum times these, which make a mean over the tokens that count of it."""
+    return values_BS.mean() if weights_BS is None else (values_BS * weights_BS).sum()

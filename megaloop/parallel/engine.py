@@ -24,6 +24,7 @@ from megaloop.layout.placement import Placement
 from megaloop.layout.sources import StateSource
 from megaloop.layout.topology import Coordinate, Topology
 from megaloop.model import Kernels, build_adamw, choose_kernels, parameter_specs
+from megaloop.model.parameters import LOOP_GATE
 from megaloop.parallel.replicas import differing_replicas
 from megaloop.parallel.rounds_engine import RoundsEngine
 from megaloop.parallel.state import LocalParameter, local_parameters, state_pieces, write_state
@@ -131,6 +132,20 @@ class TrainingEngine:
         self._check_placement()
         if source is not None:
             write_state(self.parameters, source, self._engine.data_parallel_group)
+        if self._freezes_model:
+            self._forget_moments()
+
+    @property
+    def _freezes_model(self) -> bool:
+        """Only the loop's gate learns; everything else gets no gradient, no weight decay and no moments, so that no step moves it."""
+        return self._module.gate is not None and self._module.gate.train == "frozen"
+
+    def _forget_moments(self) -> None:
+        """Those of all but the gate, as a run that trained the model left them: they would move it for a while."""
+        for local in self.parameters:
+            if local.name not in LOOP_GATE:
+                for values in local.moments.values():
+                    values.zero_()
 
     def _check_placement(self) -> None:
         """What the engine holds is what the planner thinks: otherwise resharding would mix up values."""
@@ -154,6 +169,7 @@ class TrainingEngine:
             recompute=self.config.train.recompute,
         )
         module.stage.backprop = self.config.loop.backprop
+        module.gate = self.config.loop.gate if self.plan.style.gate else None
         if self.config.train.compile:
             module.stage.compile_layers()
         return module
@@ -164,8 +180,9 @@ class TrainingEngine:
         named, options = list(module.stage.named_parameters()), self.config.optimizer
         decayed = [p for name, p in named if self.specs[name].decay]
         others = [p for name, p in named if not self.specs[name].decay]
+        decay = 0.0 if self._freezes_model else options.weight_decay
         groups = [
-            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": decayed, "weight_decay": decay},
             {"params": others, "weight_decay": 0.0},
         ]
         adam = build_adamw(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)

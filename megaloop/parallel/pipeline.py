@@ -7,15 +7,17 @@ The process grid, the groups of the tied embedding and the protocol that DeepSpe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.config import GateConfig, ModelConfig
+from megaloop.depth import DepthPlan, LayerCall
 from megaloop.layout.partition import StageMap, owned_layers
 from megaloop.layout.topology import Topology
-from megaloop.model import DecoderStage, Kernels, Labels, TensorParallel, vocab_parallel_cross_entropy
+from megaloop.model import DecoderStage, Kernels, Labels, TensorParallel, gate_loss, vocab_parallel_cross_entropy
 from megaloop.model.decoder import Recompute
 from megaloop.parallel.deepspeed import StageModule
 
@@ -34,7 +36,10 @@ class PipelinedDecoder(StageModule):
     Attributes:
         stage: the layers of this rank, with canonical parameter names.
         tp: this rank's tensor-parallel group.
+        gate: how its loop's gate is trained; None: the loss is that of the last logits.
     """
+
+    gate: GateConfig | None = None
 
     def __init__(
         self,
@@ -62,11 +67,21 @@ class PipelinedDecoder(StageModule):
         layers = [len(of_rank) for of_rank in owned]
         super().__init__(topology, layers, build, self._finite_loss, tied=config.tied_embeddings)
 
+    def gate_loss(
+        self, tokens_BS: Tensor, calls: Sequence[LayerCall], labels: Labels, documents_BS: Tensor | None
+    ) -> Tensor:
+        """The loss of a micro-batch in training where a gate learns (:func:`megaloop.model.gate_loss`); the stage is the whole model."""
+        assert self.gate is not None
+        return _nan_unless_finite(gate_loss(self.stage, tokens_BS, calls, labels, self.gate, documents_BS))
+
     def _finite_loss(self, logits_BSV: Tensor, labels: Labels) -> Tensor:
-        loss = self._loss(logits_BSV, labels)
-        # an infinite loss may have finite gradients; times nan they are none, and the optimizer skips the step
-        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        return _nan_unless_finite(self._loss(logits_BSV, labels))
 
     def _loss(self, logits_BSV: Tensor, labels: Labels) -> Tensor:
         targets_BS, weights_BS = labels if isinstance(labels, tuple) else (labels, None)
         return vocab_parallel_cross_entropy(logits_BSV, targets_BS, self.tp, weights_BS)
+
+
+def _nan_unless_finite(loss: Tensor) -> Tensor:
+    # an infinite loss may have finite gradients; times nan they are none, and the optimizer skips the step
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

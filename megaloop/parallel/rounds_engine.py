@@ -225,7 +225,8 @@ class _Step:
             out = x
         else:
             with engine._stopwatch:
-                out = self._compute(work, x)
+                learns_gate = engine._module.gate is not None and torch.is_grad_enabled()
+                out = self._gate_loss(work, x) if learns_gate else self._compute(work, x)
         if not self._work.sends(work):
             return
         self._send(out, backward=False)
@@ -259,6 +260,15 @@ class _Step:
             self._inputs[key], self._outputs[key] = x, out
         return out
 
+    def _gate_loss(self, work: Action, tokens_BS: Tensor) -> Tensor:
+        """Instead of :meth:`_compute` in steps that train a loop's gate: the slice is the whole model, read after each iteration."""
+        number, key = work.micro_batch, (work.round, work.micro_batch)
+        labels = _moved(self._batches.pop(number).labels, self._engine._device)
+        loss = self._engine._module.gate_loss(tokens_BS, self._work.calls_of(work), labels, self._documents.get(number))
+        self.total += loss.detach()
+        self._inputs[key], self._outputs[key] = tokens_BS, loss
+        return loss
+
     def _backward(self, work: Action) -> None:
         gradient = self._receive(work) if self._work.receives(work) else None
         if not self._work.is_passthrough(work):
@@ -277,7 +287,7 @@ class _Step:
             roots.append((out / self._micro_batches, None))
         elif gradient is not None:
             roots.append((out, gradient))
-        if self._work.enters_loop(work):
+        if self._work.enters_loop(work) and work.micro_batch in self._entered:
             made, taken = self._entered.pop(work.micro_batch)
             if taken.grad is not None:
                 roots.append((made, taken.grad))

@@ -260,10 +260,12 @@ def growth_since(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan
                 made = made.then(later.growth)
             return made
     if unloop(saved) == unloop(stage.plan):  # only the order differs: loops come and go on load as well
-        if saved.is_looped and stage.plan.is_looped and saved.style != stage.plan.style:
+        # a gate may come on load; one that is there is not dropped without saying
+        as_now = replace(saved.style, gate=saved.style.gate or stage.plan.style.gate)
+        if saved.is_looped and stage.plan.is_looped and as_now != stage.plan.style:
             raise MegaloopError(
                 f"its loop has {_style(saved)}, but the configuration says {_style(stage.plan)}; "
-                "set loop.injection, loop.residual_scale and loop.norm as it was trained"
+                "set loop.injection, loop.residual_scale, loop.norm and loop.gate as it was trained"
             )
         return Growth.reordered(saved, stage.plan)
     growth = config.growth
@@ -282,7 +284,7 @@ def growth_since(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan
     if saved.layers < stage.plan.layers:
         made = grow(unloop(saved), growth.operator, stage.plan.layers, growth.block, insert_at=growth.insert_at)
         if made.plan == unloop(stage.plan):
-            return Growth(stage.plan, made.lineage, new_loop=not saved.is_looped)
+            return Growth(stage.plan, made.lineage).loop_of(saved)
     raise MegaloopError(
         f"the lineage of its {saved.layers} layers is {_made_by(config, saved)}, but growth.operator is "
         f"{growth.operator} (block {growth.block}, insert_at {growth.insert_at}); go on with the operator it was grown with"
@@ -291,7 +293,9 @@ def growth_since(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan
 
 def _style(plan: DepthPlan) -> str:
     style = plan.style
-    return f"injection {style.injection}, residual_scale {style.residual_scale}, norm {str(style.norm).lower()}"
+    return f"injection {style.injection}, residual_scale {style.residual_scale}, norm {str(style.norm).lower()}" + (
+        ", a gate" if style.gate else ", no gate"
+    )
 
 
 def _made_by(config: Config, saved: DepthPlan) -> str:
