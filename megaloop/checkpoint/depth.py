@@ -147,7 +147,8 @@ def loop_checkpoint(
     Args:
         checkpoint, out, on_bytes: as :func:`grow_checkpoint`.
         depth: the same layers as a loop (``10-4x2-10``) or without (``24``); None: repetitions become layers (``untie``).
-        changes: of the loop's style, by the names of :class:`megaloop.depth.LoopStyle`; otherwise it goes on as it did.
+        changes: of the loop's style, by the names of :class:`megaloop.depth.LoopStyle`; otherwise it goes on as it did. A loop
+            that is there already can only lose its gate.
         moments: Adam's moments of layers that were repetitions: those of the layer that they repeated, or zeros.
 
     Raises:
@@ -161,13 +162,15 @@ def loop_checkpoint(
         before = plan.notation
         if depth is None:
             return untie(plan)
+        if changes.get("gate") is False and not plan.style.gate:
+            raise MegaloopError(f"loop: checkpoint {source.path} has no gate to drop; leave --no-gate out")
         after = reorder(plan, depth, replace(plan.style, **changes))
         if after == plan:
             raise MegaloopError(f"loop: checkpoint {source.path} is {plan.notation} already; choose another depth")
-        if plan.is_looped and after.is_looped and after.style != plan.style:
+        if plan.is_looped and after.is_looped and replace(after.style, gate=plan.style.gate) != plan.style:
             raise MegaloopError(
                 f"loop: checkpoint {source.path} is looped, {plan.notation}, and its loop goes on as it was trained; leave "
-                f"{', '.join('--' + name.replace('_', '-') for name in changes)} out"
+                f"{', '.join('--' + name.replace('_', '-') for name in changes if name != 'gate')} out"
             )
         return Growth.reordered(plan, after)
 

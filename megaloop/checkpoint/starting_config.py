@@ -43,8 +43,16 @@ def starting_config(checkpoint: Path) -> str:
         _yaml({"model": manifest.model.to_json()}),
     ]
     if manifest.plan.is_looped:
-        loop = {"injection": style.injection, "residual_scale": style.residual_scale, "norm": style.norm}
-        parts += ["\n# How its loop goes on, as it was trained.\n", _yaml({"loop": loop})]
+        loop: dict[str, Any] = {
+            "injection": style.injection,
+            "residual_scale": style.residual_scale,
+            "norm": style.norm,
+        }
+        comment = "\n# How its loop goes on, as it was trained.\n"
+        if style.gate:
+            loop["gate"] = {"train": "joint"}
+            comment += "# Its gate learns with the model (joint), or alone (frozen).\n"
+        parts += [comment, _yaml({"loop": loop})]
     parts += [
         "\n",
         _comment(

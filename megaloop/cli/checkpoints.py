@@ -67,6 +67,7 @@ def loop(
     injection: Annotated[Injection | None, typer.Option(help="As loop.injection; default: as it was, or none.")] = None,
     residual_scale: Annotated[ResidualScale | None, typer.Option(help="As loop.residual_scale; likewise.")] = None,
     norm: Annotated[bool | None, typer.Option(help="As loop.norm; likewise.")] = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Drop the loop's gate.")] = False,
     moments: Annotated[
         Literal["copy", "zero"], typer.Option(help="Adam's moments of an untied repetition: its layer's, or zeros.")
     ] = "copy",
@@ -79,6 +80,8 @@ def loop(
         raise MegaloopError("loop: say which order the layers run in, with --depth, or --untie them")
     changes = {"injection": injection, "residual_scale": residual_scale, "norm": norm}
     chosen: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    if no_gate and not untie:  # untied, a loop's gate goes anyway
+        chosen["gate"] = False
     if chosen and untie:
         raise MegaloopError(
             f"loop: --{next(iter(chosen)).replace('_', '-')} applies only to loops, and --untie removes them"

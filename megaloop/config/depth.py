@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from megaloop.config.section import Depth, Section
 from megaloop.depth import DepthPlan, GrowthStage, InsertAt, LoopStyle, Operator, growth_stages
 from megaloop.depth.counts import CountKind
-from megaloop.depth.plan import Injection, ResidualScale
+from megaloop.depth.plan import GateTraining, Injection, ResidualScale
 from megaloop.depth.schedule import explicit_steps, proportional_steps
 from megaloop.errors import MegaloopError
 
@@ -100,7 +100,7 @@ class GrowthConfig(Section):
 class GateConfig(Section):
     """A gate that learns after how many iterations a token may stop (arXiv 2510.25741); on one pipeline rank, tp 1."""
 
-    train: Literal["frozen", "joint"]
+    train: GateTraining
     """frozen: the gate alone, on what each iteration still saves of the model's loss; joint: gate and model, on the expected loss."""
     slope: PositiveFloat = 50.0
     """Frozen: how sharply the target to go on rises around the threshold."""
@@ -133,6 +133,11 @@ class LoopConfig(Section):
     """An RMSNorm of its own at the end of each iteration of the loop."""
     gate: GateConfig | None = None
     """Train a gate: {train: frozen} on the weights of init, or {train: joint}; empty: the loop has none."""
+
+    @property
+    def gate_training(self) -> GateTraining | None:
+        """How the loop's gate is trained; None: it has none."""
+        return None if self.gate is None else self.gate.train
 
     @property
     def style(self) -> LoopStyle:

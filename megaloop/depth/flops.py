@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from megaloop.depth.plan import DepthPlan
+from megaloop.depth.plan import DepthPlan, GateTraining
 
 __all__ = ["DecoderShape", "Flops", "flops_per_token", "head_flops", "layer_flops", "layer_parameters", "parameters"]
 
@@ -71,6 +71,7 @@ def flops_per_token(
     recompute: Literal["none", "full", "selective"] = "none",
     iterations: int | None = None,
     backprop: int | None = None,
+    gate: GateTraining | None = None,
 ) -> Flops:
     """FLOPs of training on one token of a sequence; a looped layer counts each time it runs.
 
@@ -82,6 +83,8 @@ def flops_per_token(
             ``selective`` keeps all matrix products and so recomputes nothing that counts.
         iterations: how often the loop runs; default: as the plan says.
         backprop: only the last N iterations of the loop have a backward pass; default: all.
+        gate: the loop's gate is trained, so that coda and head run after each iteration. ``frozen``: only the gate has a
+            backward pass, half a one, as nothing before it takes a gradient.
     """
     layer = layer_flops(shape, sequence_length)
     head = head_flops(shape, _vocabulary(shape, vocab_size))
@@ -94,6 +97,14 @@ def flops_per_token(
     adapter = 4 * shape.hidden_size**2 if plan.style.injection == "concat" else 0
     outside = plan.depth - loop.block * loop.iterations
     once = loop.block * layer + adapter
+    if gate is not None:
+        coda = plan.depth - loop.stop
+        gates = (count - 1) * 2 * shape.hidden_size
+        forward = loop.start * layer + count * (once + coda * layer + head) + gates
+        if gate == "frozen":
+            return Flops(forward, gates)
+        live = loop.start + count * (loop.block + coda)
+        return Flops(forward, 2 * forward, _recomputed(live, layer, shape, recompute))
     forward, skipped = outside * layer + count * once + head, frozen * once
     live = outside + loop.block * (count - frozen)
     return Flops(forward, 2 * (forward - skipped), _recomputed(live, layer, shape, recompute))
@@ -120,12 +131,13 @@ def layer_parameters(shape: DecoderShape) -> int:
 
 
 def parameters(plan: DepthPlan, shape: DecoderShape, *, vocab_size: int | None = None) -> int:
-    """Parameters of the decoder: every unique layer once, a tied embedding once, a loop's own adapter and norm."""
+    """Parameters of the decoder: every unique layer once, a tied embedding once, a loop's own adapter, norm and gate."""
     table = _vocabulary(shape, vocab_size) * shape.hidden_size
     ends = table if shape.tied_embeddings else 2 * table
     adapter = 2 * shape.hidden_size**2 if plan.style.injection == "concat" else 0
     norm = shape.hidden_size if plan.style.norm else 0
-    return plan.layers * layer_parameters(shape) + ends + shape.hidden_size + adapter + norm
+    gate = shape.hidden_size + 1 if plan.style.gate else 0
+    return plan.layers * layer_parameters(shape) + ends + shape.hidden_size + adapter + norm + gate
 
 
 def _matrix_parameters(shape: DecoderShape) -> int:

@@ -16,10 +16,12 @@ from typing import Any, Literal, get_args
 from megaloop.errors import MegaloopError
 from megaloop.text import quoted
 
-__all__ = ["DepthPlan", "Injection", "LayerCall", "Loop", "LoopStyle", "ResidualScale", "spelled_loop"]
+__all__ = ["DepthPlan", "GateTraining", "Injection", "LayerCall", "Loop", "LoopStyle", "ResidualScale", "spelled_loop"]
 
 Injection = Literal["none", "add", "concat"]
 ResidualScale = Literal["none", "1/k"]
+GateTraining = Literal["frozen", "joint"]
+"""How a loop's gate is trained: alone, on a frozen model; or together with it."""
 
 # nine digits: Python refuses to convert thousands of them
 _PLAIN = re.compile(r"[0-9]{1,9}")

@@ -11,7 +11,7 @@ from megaloop.depth.counts import LoopCounts
 from megaloop.depth.flops import DecoderShape, flops_per_token
 from megaloop.depth.growth import Growth, InsertAt, Operator, grow
 from megaloop.depth.loops import loop_layers, reorder, untie
-from megaloop.depth.plan import DepthPlan, LoopStyle
+from megaloop.depth.plan import DepthPlan, GateTraining, LoopStyle
 from megaloop.depth.spec import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.text import quoted
@@ -245,17 +245,18 @@ def run_flops(
     vocab_size: int | None = None,
     counts: LoopCounts | None = None,
     backprop: int | None = None,
+    gate: GateTraining | None = None,
 ) -> RunFlops:
     """FLOPs of a run, by stage and against full depth; the convention is that of :mod:`megaloop.depth.flops`.
 
     Args:
         counts: how often the loop runs in each step; default: as the plans say.
-        backprop: as :func:`megaloop.depth.flops.flops_per_token`.
+        backprop, gate: as :func:`megaloop.depth.flops.flops_per_token`.
     """
 
     def cost(plan: DepthPlan, iterations: int | None = None) -> int:
         flops = flops_per_token(
-            plan, shape, sequence_length, vocab_size=vocab_size, iterations=iterations, backprop=backprop
+            plan, shape, sequence_length, vocab_size=vocab_size, iterations=iterations, backprop=backprop, gate=gate
         )  # fmt: skip
         return flops.total * tokens_per_step
 

@@ -97,12 +97,14 @@ def _continuation_loss(stage: DecoderStage, read: _Readouts, slope: float, thres
     one before: so 1 - lambda_{t-1} learns sigmoid(slope (I_t - threshold)), for t from 2 to T. (Matched with lambda_t instead, a
     gate would learn whether the iteration that it has already paid for was worth it, and lambda_1 would learn nothing.)
     """
-    logits_TBS = torch.stack([stage.gate_logits(state) for state in read.states])
-    if len(logits_TBS) == 1:
-        return 0.0 * logits_TBS[0]  # one iteration, drawn: there is nothing to decide, and the step has its gradient
+    if len(read.states) == 1:
+        return 0.0 * stage.gate_logits(
+            read.states[0]
+        )  # one iteration, drawn: nothing to decide, and a gradient of zeros
+    logits_tBS = torch.stack([stage.gate_logits(state) for state in read.states[:-1]])
     saved_tBS = (read.losses_TBS[:-1] - read.losses_TBS[1:]).clamp(min=0)
     going_on_tBS = torch.sigmoid(slope * (saved_tBS - threshold))
-    return F.binary_cross_entropy_with_logits(-logits_TBS[:-1], going_on_tBS, reduction="none").mean(0)
+    return F.binary_cross_entropy_with_logits(-logits_tBS, going_on_tBS, reduction="none").mean(0)
 
 
 def _expected_loss(stage: DecoderStage, read: _Readouts, beta: float) -> Tensor:

@@ -9,11 +9,11 @@ what CUDA and NCCL take for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megaloop.config import Config
-from megaloop.depth import DepthPlan
+from megaloop.depth import DepthPlan, LayerCall
 from megaloop.layout.partition import StageMap, owned_layers, slices_for
 from megaloop.layout.placement import local_box, stage_parameters, zero_share
 from megaloop.layout.rounds import Rounds
@@ -122,6 +122,8 @@ def _activations(
     if iterations is not None:
         slices = slices_for(plan, slices, iterations)
     calls = plan.calls(iterations)
+    if plan.style.gate:
+        return _gate_activations(config, calls, vocab_size)
     length = config.data.sequence_length
     tokens = config.train.micro_batch * length
     micro_batches = config.train.micro_batches(topology.dp)
@@ -155,3 +157,28 @@ def _activations(
         # of each neighbour that sends, two messages ahead; and one on its way out to it
         fixed += 3 * stream * (2 if len(slices) > 1 else (pp > 0) + (not last))
     return most + working + fixed
+
+
+def _gate_activations(config: Config, calls: Sequence[LayerCall], vocab_size: int) -> int:
+    """Bytes of activations at their most where a gate is trained: one rank, one micro-batch, read out after each iteration.
+
+    With the model frozen a layer keeps nothing; only the states that the gate sees stay.
+    """
+    layer, stream, head = layer_activations(config, 1), stream_bytes(config, 1), head_activations(config, 1, vocab_size)
+    tokens = config.train.micro_batch * config.data.sequence_length
+    logits = logits_bytes(config, 1, vocab_size)
+    iterations = sum(call.is_last for call in calls)
+    fixed = config.data.sequence_length * config.model.head_size * element_bytes(config) + 24 * tokens
+    if config.loop.gate_training == "frozen":
+        # at most three tensors of the MLP's width at a time, beside the stream, its norm and what attention made of it
+        mlp = 3 * tokens * config.model.ffn_size * element_bytes(config)
+        return fixed + (iterations + 5) * stream + max(mlp, logits + head.working)
+    # the gate works in fp32, and keeps its input
+    states = (iterations - 1) * (4 * tokens * config.model.hidden_size if config.train.precision == "bf16" else 0)
+    looped = [call for call in calls if call.iteration is not None]
+    coda = len(calls) - 1 - max(index for index, call in enumerate(calls) if call.iteration is not None)
+    before = len(calls) - coda - len(looped)
+    kept = (before + len(looped) + iterations * coda) * layer.kept + iterations * (head.kept + head.working)
+    kept += sum(2 * stream * (call.is_first and config.loop.injection == "concat") for call in looped)
+    kept += iterations * stream * config.loop.norm
+    return fixed + states + kept + max(layer.working, logits)

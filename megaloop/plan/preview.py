@@ -15,7 +15,7 @@ from megaloop.config import Config
 from megaloop.data.description import DATA_JSON
 from megaloop.data.sources import embedding_rows, open_sources
 from megaloop.depth import DepthPlan, GrowthStage, run_flops
-from megaloop.depth.flops import head_flops, layer_flops, parameters
+from megaloop.depth.flops import flops_per_token, head_flops, layer_flops, parameters
 from megaloop.errors import MegaloopError
 from megaloop.layout.partition import StageMap, split_rounds
 from megaloop.layout.placement import Placement
@@ -169,6 +169,7 @@ def preview(config: Config, ranks: int | None = None) -> RunPreview:
         vocab_size=vocab_size,
         counts=config.loop_counts,
         backprop=config.loop.backprop,
+        gate=config.loop.gate_training,
     )
     return RunPreview(
         name=config.name,
@@ -252,6 +253,12 @@ def _pass_flops(
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """FLOPs of one micro-batch's forward and backward passes, by round and pipeline rank; the last has the head."""
     tokens = config.train.micro_batch * config.data.sequence_length
+    if plan.style.gate:  # trained on one rank, in one round
+        shape, length = config.model, config.data.sequence_length
+        whole = flops_per_token(
+            plan, shape, length, vocab_size=vocab_size, recompute=config.train.recompute, gate=config.loop.gate_training
+        )
+        return ((tokens * whole.forward,),), ((tokens * (whole.hardware - whole.forward),),)
     layer = tokens * layer_flops(config.model, config.data.sequence_length)
     head = tokens * head_flops(config.model, vocab_size)
     live = [not call.is_frozen(config.loop.backprop) for call in plan.calls()]

@@ -226,6 +226,8 @@ def _depth(plan: DepthPlan) -> str:
 
 def _change(before: DepthPlan, after: DepthPlan) -> str:
     if before.is_looped or after.is_looped:
+        if after.notation == before.notation and after.style.gate != before.style.gate:
+            return f"{_depth(after)}: its loop has a gate now"
         word = "grown" if after.layers > before.layers else "changed"
         return f"{word} from {_depth(before)} to {_depth(after)}"
     return f"grown from {before.layers} to {after.layers} layers"

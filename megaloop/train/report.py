@@ -279,5 +279,6 @@ class RunReporter:
             vocab_size=self._vocab_size,
             iterations=iterations,
             backprop=config.loop.backprop,
+            gate=config.loop.gate_training,
         )
         return per_token.total * self._tokens_per_step
