@@ -13,4 +13,5 @@ STYLES = [
     LoopStyle(residual_scale="1/k"),
     LoopStyle(norm=True),
     LoopStyle("concat", "1/k", norm=True),
+    LoopStyle(norm=True, gate=True),
 ]

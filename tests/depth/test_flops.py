@@ -11,9 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan
+from megaloop.config import GateConfig, ModelConfig
+from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, reorder
 from megaloop.depth.flops import Flops, flops_per_token, head_flops, layer_flops, parameters
+from megaloop.depth.plan import GateTraining
+from megaloop.model import gate_loss
 from megaloop.model.decoder import Decoder, Recompute
 
 
@@ -86,6 +88,25 @@ def test_flops_equal_what_torch_counts_on_our_decoder(depth: str, head_dim: int,
     ours = flops_per_token(plan, shape, length, recompute=recompute)
     assert ours.forward * batch * length == forward.get_total_flops()
     assert (ours.backward + ours.recompute) * batch * length == backward.get_total_flops()
+    assert parameters(plan, shape) == sum(parameter.numel() for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("train", ["frozen", "joint"])
+def test_flops_of_training_a_gate_equal_what_torch_counts(train: GateTraining, recompute: Recompute) -> None:
+    shape, length = ModelConfig(**asdict(Shape())), 48
+    plan = reorder(DepthPlan.plain(5), DepthSpec.parse("1-2x3-2"), LoopStyle("concat", gate=True))
+    decoder = Decoder(shape, 256, plan, recompute=recompute)
+    decoder.initialise(0)
+    tokens_BS = torch.randint(256, (2, length))
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = gate_loss(decoder, tokens_BS, plan.calls(), tokens_BS, GateConfig(train=train))
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    ours = flops_per_token(plan, shape, length, recompute=recompute, gate=train)
+    assert ours.forward * 2 * length == forward.get_total_flops()
+    assert (ours.backward + ours.recompute) * 2 * length == backward.get_total_flops()
     assert parameters(plan, shape) == sum(parameter.numel() for parameter in decoder.parameters())
 
 
