@@ -104,6 +104,26 @@ def test_a_step_over_rounds_takes_what_was_budgeted(ranks_2: RankPool, depth: st
     assert peaks(ranks_2, values, expected, 0.04) == pytest.approx(expected, rel=0.04)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("train", ["frozen", "joint"])
+def test_a_step_that_trains_a_gate_takes_what_was_budgeted(ranks_1: RankPool, train: str, precision: str) -> None:
+    values = configuration(
+        train__precision=precision, depth="1-2x3-2", loop={"norm": True, "gate": {"train": train}}, init="x"
+    )
+    values["train"] |= {"global_batch": 16, "micro_batch": 4, "steps": 2}
+    values["data"] |= {"sequence_length": 256}
+    values["model"] |= {"num_kv_heads": 4, "ffn_size": 512}
+    (planned,) = budgets(values, 1)
+    expected: float = planned.activations
+    if (
+        train == "joint"
+    ):  # a frozen model has no gradients; a CPU's norms keep more, of 13 layer calls and 6 of their own
+        expected += (2 if precision == "bf16" else 4) * planned.parameters
+        expected += (2 * 13 + 6) * 4 * 256 * 64 * (6 if precision == "bf16" else 4)
+    assert peaks(ranks_1, values, [expected], 0.04) == pytest.approx([expected], rel=0.04)
+
+
 @pytest.mark.parametrize("layout", [(2, 1, 1), (1, 1, 2)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_looped_engine_holds_what_was_budgeted(
