@@ -36,7 +36,7 @@ def decoder(depth: str, style: LoopStyle = LoopStyle(), config: ModelConfig = CO
             if "norm" in name:
                 parameter.copy_(1 + 0.2 * drawn)
             else:
-                std = 0.3 if name in ("embedding.weight", "head.weight") else 1.2 / parameter.shape[1] ** 0.5
+                std = 0.3 if name in ("embedding.weight", "head.weight") else 1.2 / parameter.shape[-1] ** 0.5
                 parameter.copy_(std * drawn)
     return model.eval()
 

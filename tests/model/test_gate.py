@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,14 +48,14 @@ def readouts(model: Decoder, iterations: int, documents_BS: Tensor | None = None
     """Each token's loss, and lambda, were the loop to end after each of its iterations: a forward pass of its own for each."""
     losses, lambdas = [], []
     calls = model.plan.calls(iterations)
-    weight_1D, bias_1 = model.loop["gate"].weight, model.loop["gate"].bias
+    gate: Any = model.loop["gate"]
     for last in range(iterations):
         prefix = [call for call in calls if call.iteration is not None and call.iteration <= last]
         begun = [calls[0], *prefix]
         logits_BSV = model(TOKENS, documents_BS, calls=[*begun, calls[-1]])
         losses.append(F.cross_entropy(logits_BSV.flatten(0, 1), TARGETS.flatten(), reduction="none").view(2, 24))
         h_BSD = model.run(TOKENS, begun, documents_BS, first=True, last=False)
-        lambdas.append(torch.sigmoid((h_BSD * weight_1D[0]).sum(-1) + bias_1))
+        lambdas.append(torch.sigmoid((h_BSD * gate.weight[0]).sum(-1) + gate.bias))
     return losses, lambdas
 
 
@@ -108,7 +110,9 @@ def test_a_frozen_model_gets_no_gradient_and_its_gate_does_whatever_the_count() 
         model.zero_grad(set_to_none=True)
         gate_loss(model, TOKENS, model.plan.calls(iterations), TARGETS, FROZEN).backward()
         assert {name for name, p in model.named_parameters() if p.grad is not None} == set(LOOP_GATE)
-        assert bool(model.loop["gate"].weight.grad.any()) == (iterations > 1)  # type: ignore[union-attr]
+        gradient = dict(model.named_parameters())["loop.gate.weight"].grad
+        assert gradient is not None
+        assert bool(gradient.any()) == (iterations > 1)
 
 
 def test_one_iteration_has_the_ordinary_loss_where_gate_and_model_learn_together() -> None:

@@ -111,7 +111,7 @@ def test_a_run_that_goes_on_frozen_leaves_the_model_although_it_had_moments(
     ranks_1: RankPool, corpus: Path, model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(model, tmp_path / "run")
-    changes = {"train__precision": "bf16", "train__steps": STEPS + 2}
+    changes: dict[str, Any] = {"train__precision": "bf16", "train__steps": STEPS + 2}
     ranks_1.run(train, values(corpus, tmp_path / "run", gate={"train": "frozen"}, init=str(model), **changes), True)
     before, after = states(model), states(tmp_path / "run", STEPS + 2)
     assert all(torch.equal(after[key], value) for key, value in before.items() if key[0] in ("model", "master"))
