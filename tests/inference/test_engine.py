@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ DRAWN = Sampling(1.0, top_k=20, top_p=0.95)
 
 
 def run(
-    passes: Passes, requests: Sequence[Request], sampling: Sampling = Sampling(), **options: int
+    passes: Passes, requests: Sequence[Request], sampling: Sampling = Sampling(), **options: Any
 ) -> list[list[Event]]:
     """Events of each request."""
     found: list[list[Event]] = [[] for _ in requests]

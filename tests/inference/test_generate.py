@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaloop.depth import DepthPlan, DepthSpec
+from megaloop.depth import DepthPlan, DepthSpec, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.weights import export_huggingface
-from megaloop.inference.generate import Generation, generate_text, generate_tokens
+from megaloop.inference.generate import Generation, continue_texts, generate_text, generate_tokens
 from megaloop.inference.load import load_decoder
+from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling
+from megaloop.inference.speculation import Speculation
 from megaloop.inference.thinking import Thinking
 from megaloop.tokenizer import load_tokenizer
 from tests.data.corpus import write_corpus
@@ -53,6 +55,24 @@ def test_transformers_generates_the_same(run: Path, tmp_path: Path) -> None:
     expected = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
     found = generate_text(run, "The king said", Generation(20, Sampling()))
     assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_texts_are_the_same_where_the_model_drafts_for_itself(run: Path) -> None:
+    model, opened = load_decoder(run)
+    tokenizer = opened.open_tokenizer("generate writes text")
+    depth = DepthSpec.parse(f"0-{model.plan.layers}x3-0")
+    passes = Passes(model, with_inference_loop(model.plan, depth).calls, vocab_size=tokenizer.vocab_size)
+    asked = [tokenizer.encode_prompt(text) for text in ("The king", "And", "")]
+    plain, drafted = (
+        continue_texts(passes, tokenizer, asked, Generation(20, Sampling(), speculate=how))
+        for how in (None, Speculation(3))
+    )
+    assert [(one.text, one.loops, one.stopped) for one in plain] == [
+        (one.text, one.loops, one.stopped) for one in drafted
+    ]
+    assert {one.drafted for one in plain} == {0}
+    assert all(0 <= one.accepted <= one.drafted for one in drafted)
+    assert sum(one.drafted for one in drafted) > 0
 
 
 def test_the_seed_decides_what_is_sampled(run: Path) -> None:
