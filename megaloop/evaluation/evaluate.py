@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: primitives and held-out loss, by number of shots and of loops.
+"""Evaluate a checkpoint: primitives and held-out loss, by number of shots and of loops, by halting and by caches of loops.
 
 Runs on one process or data-parallel: blocks of examples go round the ranks of torch.distributed where there are some, and
 every rank gets all results.
@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+from torch import Tensor
+
 from megaloop.checkpoint import Checkpoint
-from megaloop.data import DataSet, bits_per_byte, held_out_batch, held_out_places
+from megaloop.data import DataSet, MicroBatch, bits_per_byte, held_out_batch, held_out_places
+from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.held_out import Scored, difficulties, open_as_trained, score_held_out, summary
 from megaloop.evaluation.primitives import Questioning
 from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, read_records
 from megaloop.evaluation.tasks import TASKS_VERSION, Task, tasks_named
+from megaloop.evaluation.thinking import Thinking, TokenClasses, by_class, iterations, loops_over_text, spent
+from megaloop.inference.caches import CachePolicy
+from megaloop.inference.halting import Halting
 from megaloop.inference.load import load_decoder
 from megaloop.inference.loops import Block, EveryBlock, InferenceDepth, inference_depth
 from megaloop.model import Decoder
@@ -45,6 +53,8 @@ def evaluate(
     seed: int = 0,
     data: Sequence[Path] | None = None,
     samples: int = 256,
+    halts: Sequence[Halting] = (),
+    caches: Sequence[CachePolicy] = (),
     precision: Literal["fp32", "bf16"] = "fp32",
     again: bool = False,
     out: Path | None = None,
@@ -62,16 +72,23 @@ def evaluate(
         seed: of the questions.
         data: data sets whose held-out samples validation takes; None: those that the run was trained on.
         samples: of each data set, at most.
+        halts: by which tokens leave the loop, one after another; nothing: all iterations run.
+        caches: which iterations keep keys and values; others than ``full`` beside it.
         again: measure anew what ``out`` holds already.
         out: the file that remembers; None: RUN/evaluation.jsonl for a run and for its checkpoints, no file otherwise.
 
     Raises:
-        MegaloopError: a damaged checkpoint, one without tokenizer, an unknown task, a loop that does not fit.
+        MegaloopError: a damaged checkpoint, one without tokenizer, an unknown task, a loop that does not fit, halting that the model cannot do.
     """
     primitives = tasks_named([name for name in tasks if name != VALIDATION]) if set(tasks) != {VALIDATION} else []
     model, checkpoint = load_decoder(path, precision=precision)
     chosen = [one for block in blocks for one in (block.of(model.plan) if isinstance(block, EveryBlock) else [block])]
     depths = [inference_depth(model.plan, loop, block) for block in chosen or [None] for loop in loops]
+    settings = [_Setting(depth, thinking) for depth in dict.fromkeys(depths) for thinking in _thinkings(halts, caches)]
+    for setting in settings:
+        setting.thinking.passes(
+            model, setting.calls, None
+        )  # what a model cannot do is said before hours of what it can
     work = _Work(
         model, checkpoint, precision, seed, examples, samples, _remembered(checkpoint, out), again, on_step or _silent
     )
@@ -81,12 +98,29 @@ def evaluate(
         primitives = []
         (on_note or _mute)(f"no primitives: {why}")
     records = []
-    for depth in dict.fromkeys(depths):
+    for setting in settings:
         for dataset in datasets:
-            records += work.held_out(depth, dataset)
+            records += work.held_out(setting, dataset)
         for count in dict.fromkeys(shots):
-            records += [work.primitive(depth, task, count) for task in primitives]
+            records += [work.primitive(setting, task, count) for task in primitives]
     return records
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How the model runs."""
+
+    depth: InferenceDepth
+    thinking: Thinking
+
+    @property
+    def calls(self) -> tuple[LayerCall, ...]:
+        return self.depth.execution.calls
+
+
+def _thinkings(halts: Sequence[Halting], caches: Sequence[CachePolicy]) -> list[Thinking]:
+    policies = dict.fromkeys([CachePolicy(), *caches])
+    return [Thinking(halting, policy) for halting in dict.fromkeys(halts or [None]) for policy in policies]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -156,9 +190,13 @@ class _Work:
         self._tokenizer: Tokenizer | None = None
         self._found: dict[Path, list[int]] = {}  # difficulties of a data set
 
-    def primitive(self, depth: InferenceDepth, task: Task, count: int) -> Record:
-        subject = self._subject(task.name, depth, count, self._examples, self._seed, None)
-        return self._known.get(subject) or self._measured(subject, lambda: self._primitive(depth, task, count, subject))
+    def primitive(self, setting: _Setting, task: Task, count: int) -> Record:
+        subject = self._subject(task.name, setting, count, self._examples, self._seed, None)
+        if subject in self._known:
+            return self._known[subject]
+        began = time.perf_counter()
+        values = self._questioning(count, setting.thinking).ask(task, setting.calls, _label(subject))
+        return self._record(subject, values | self._memory(setting), time.perf_counter() - began)
 
     def cannot_ask(self, tasks: Sequence[Task]) -> str | None:
         """Why the tokenizer has no words for the questions of these tasks; None: it has."""
@@ -168,22 +206,41 @@ class _Work:
             return str(error)
         return None
 
-    def held_out(self, depth: InferenceDepth, dataset: DataSet) -> list[Record]:
+    def held_out(self, setting: _Setting, dataset: DataSet) -> list[Record]:
         """The loss over all held-out samples, and a record for each difficulty that they have; all in one pass."""
         samples = min(self._samples, len(dataset.split("validation")))
-        subjects = [self._subject(VALIDATION, depth, 0, samples, 0, dataset)] + [
-            self._subject(DIFFICULTY, depth, 0, samples, 0, dataset, difficulty)
+        subjects = [self._subject(VALIDATION, setting, 0, samples, 0, dataset)] + [
+            self._subject(DIFFICULTY, setting, 0, samples, 0, dataset, difficulty)
             for difficulty in self._difficulties(dataset, samples)
         ]
         known = [record for subject in subjects if (record := self._known.get(subject)) is not None]
         if len(known) == len(subjects) and all(record.subject.is_of_same_data(subjects[0]) for record in known):
             return known
         began = time.perf_counter()
-        scored, size = self._scored(depth, dataset, subjects[0])
+        scored, size, text = self._scored(setting, dataset, subjects[0])
         seconds = time.perf_counter() - began
-        return [
-            self._record(subject, _held_out_values(scored, dataset, subject, size), seconds) for subject in subjects
-        ]
+        records = []
+        for subject in subjects:
+            values = _held_out_values(scored, dataset, subject, size) | self._memory(setting)
+            if setting.thinking.halting is not None:
+                values |= self._loops(setting, scored, subject, text)
+            records.append(self._record(subject, values, seconds))
+        return records
+
+    def _loops(
+        self, setting: _Setting, scored: Sequence[Scored], subject: Subject, text: list[list[Any]]
+    ) -> dict[str, Any]:
+        """How many iterations the predictions took; of all of them by kind of token too, and over a text."""
+        same = [one for one in scored if subject.difficulty in (None, one.difficulty)]
+        pairs = [pair for one in same for pair in one.loops]
+        values = spent((loops for _, loops in pairs), iterations(setting.calls))
+        if subject.difficulty is None and self._checkpoint.tokenizer is not None:
+            classes = TokenClasses(self._open_tokenizer().decode)
+            values |= {"loops_by_class": by_class(classes, pairs), "loops_text": text}
+        return values
+
+    def _memory(self, setting: _Setting) -> dict[str, int]:
+        return setting.thinking.memory(self._model, setting.calls)
 
     def _difficulties(self, dataset: DataSet, samples: int) -> list[int]:
         if dataset.path not in self._found:
@@ -193,14 +250,24 @@ class _Work:
     def _subject(
         self,
         task: str,
-        depth: InferenceDepth,
+        setting: _Setting,
         count: int,
         examples: int,
         seed: int,
         dataset: DataSet | None,
         difficulty: int | None = None,
     ) -> Subject:
-        manifest = self._checkpoint.manifest
+        manifest, depth, halting = self._checkpoint.manifest, setting.depth, setting.thinking.halting
+        halt = (
+            {}
+            if halting is None
+            else {
+                "halt": str(halting),
+                "min_loops": halting.minimum,
+                "halt_scope": halting.scope,
+                "halt_decay": halting.decay,
+            }
+        )
         return Subject(
             task=task,
             data=None if dataset is None else str(dataset.path),
@@ -217,12 +284,9 @@ class _Work:
             document_masking=self._model.config.document_masking,
             difficulty=difficulty,
             data_sha256=None if dataset is None else dataset.sha256("validation"),
+            cache=str(setting.thinking.policy),
+            **halt,
         )
-
-    def _measured(self, subject: Subject, measure: Callable[[], dict[str, Any]]) -> Record:
-        began = time.perf_counter()
-        values = measure()
-        return self._record(subject, values, time.perf_counter() - began)
 
     def _record(self, subject: Subject, values: dict[str, Any], seconds: float) -> Record:
         """Write down what was measured."""
@@ -232,25 +296,36 @@ class _Work:
             append_record(self._file, record)
         return record
 
-    def _primitive(self, depth: InferenceDepth, task: Task, count: int, subject: Subject) -> dict[str, Any]:
-        return self._questioning(count).ask(task, depth.execution.calls, _label(subject))
-
-    def _questioning(self, count: int) -> Questioning:
+    def _questioning(self, count: int, thinking: Thinking = Thinking()) -> Questioning:
         tokenizer = self._open_tokenizer()
-        return Questioning(self._model, tokenizer, count, self._examples, self._seed, self._on_step)
+        return Questioning(self._model, tokenizer, count, self._examples, self._seed, self._on_step, thinking)
 
-    def _scored(self, depth: InferenceDepth, dataset: DataSet, subject: Subject) -> tuple[list[Scored], int]:
-        """Every held-out document, and the bytes of text that they are."""
+    def _scored(
+        self, setting: _Setting, dataset: DataSet, subject: Subject
+    ) -> tuple[list[Scored], int, list[list[Any]]]:
+        """Every held-out document, the bytes of text that they are, and the first text with its loops."""
         places = held_out_places([dataset], subject.examples)
         batch = max((1 << 13) // dataset.sequence_length, 1)
         batches = [range(first, min(first + batch, len(places))) for first in range(0, len(places), batch)]
 
-        def score(_: int, numbers: Sequence[int]) -> tuple[list[Scored], int]:
+        def score(part: int, numbers: Sequence[int]) -> tuple[list[Scored], int, list[list[Any]]]:
             read = held_out_batch(places, numbers)
-            return score_held_out(self._model, read, depth.execution.calls, dataset.vocab_size), read.bytes
+            vocab_size = dataset.vocab_size
+            scored, loops_BS = score_held_out(self._model, read, setting.calls, vocab_size, setting.thinking)
+            text = [] if part or loops_BS is None else self._text(read, loops_BS)
+            return scored, read.bytes, text
 
         found = self._shared(_label(subject), batches, score)
-        return [entry for part, _ in found for entry in part], sum(size for _, size in found)
+        return [entry for part, *_ in found for entry in part], sum(size for _, size, _ in found), found[0][2]
+
+    def _text(self, read: MicroBatch, loops_BS: Tensor) -> list[list[Any]]:
+        if self._checkpoint.tokenizer is None:
+            return []
+        own = read.loss_weights is not None
+        asked_S = read.loss_weights[0] > 0 if read.loss_weights is not None else torch.ones_like(loops_BS[0])
+        return loops_over_text(
+            self._open_tokenizer(), read.inputs[0], read.documents[0], asked_S, loops_BS[0], own_targets=own
+        )
 
     def _shared(self, label: str, parts: Sequence[_Part], run: Callable[[int, _Part], Any]) -> list[Any]:
         return share_over_ranks(label, parts, run, self._on_step)
@@ -272,4 +347,6 @@ def _held_out_values(scored: Sequence[Scored], dataset: DataSet, subject: Subjec
 def _label(subject: Subject) -> str:
     shots = "" if subject.task == VALIDATION else f", {subject.shots} shots"
     loops = f", {subject.loops} loops" if subject.block else ""
-    return f"{subject.task}{shots}{loops}"
+    halt = f", {subject.halt}" if subject.halt else ""
+    cache = "" if subject.cache == "full" else f", cache {subject.cache}"
+    return f"{subject.task}{shots}{loops}{halt}{cache}"

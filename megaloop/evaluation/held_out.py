@@ -2,6 +2,9 @@
 
 Accuracy is over all places with a target, and on the last of each document: where hops or sums end. Its standard error counts
 each document as one cluster, as the places of a document share their tokens.
+
+Where tokens may leave a loop early, those whose predictions count do, each seeing what the tokens before it left behind, as if it were
+generated; the others run all iterations. (Scope ``sequence``: a sample leaves as a prompt does.)
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megaloop.checkpoint import Checkpoint
 from megaloop.data import DataSet, MicroBatch
 from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import clustered, ratio
+from megaloop.evaluation.thinking import Thinking
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 
 __all__ = ["Scored", "difficulties", "open_as_trained", "score_held_out", "summary"]
@@ -33,6 +38,7 @@ class Scored:
         loss: of all of them together, in nats.
         right: how many of them the likeliest token is right of; None: not asked.
         last: whether the last of them is.
+        loops: of each of them what was to be predicted, and in how many iterations it was; nothing where all ran.
     """
 
     difficulty: int
@@ -40,6 +46,7 @@ class Scored:
     loss: float
     right: int | None = None
     last: bool | None = None
+    loops: tuple[tuple[int, int], ...] = ()
 
 
 def open_as_trained(checkpoint: Checkpoint, path: Path) -> DataSet:
@@ -62,21 +69,36 @@ def open_as_trained(checkpoint: Checkpoint, path: Path) -> DataSet:
 
 
 @torch.inference_mode()
-def score_held_out(model: Decoder, batch: MicroBatch, calls: Sequence[LayerCall], vocab_size: int) -> list[Scored]:
+def score_held_out(
+    model: Decoder,
+    batch: MicroBatch,
+    calls: Sequence[LayerCall],
+    vocab_size: int,
+    thinking: Thinking = Thinking(),
+) -> tuple[list[Scored], Tensor | None]:
     """The samples of a micro-batch, or the documents of those that carry targets; by what training's own loss is made of.
 
     Args:
         vocab_size: the tokenizer's tokens; others are never the likeliest.
+        thinking: when tokens leave the loop, and which caches they see.
+
+    Returns:
+        What was scored, and the iterations of all tokens, [B, S]; None where nothing leaves early.
+
+    Raises:
+        MegaloopError: a ``thinking`` that the model cannot do.
     """
-    inputs, _ = batch.for_model(model.config.document_masking)
-    x = inputs if isinstance(inputs, tuple) else (inputs,)
-    logits_BSV = model(*(tensor.to(model.device) for tensor in x), calls=calls)
+    logits_BSV, loops_BS = _predictions(model, batch, calls, vocab_size, thinking)
     targets_BS = batch.targets.to(model.device)
     rows = [slice(row, row + 1) for row in range(len(targets_BS))]
     if batch.loss_weights is None:
         length = targets_BS.shape[1]
         losses = [float(vocab_parallel_cross_entropy(logits_BSV[row], targets_BS[row], model.tp)) for row in rows]
-        return [Scored(-1, length, loss * length) for loss in losses]
+        found = [
+            Scored(-1, length, loss * length, loops=_loops(batch.targets[row], loops_BS, row))
+            for row, loss in zip(rows, losses, strict=True)
+        ]
+        return found, loops_BS
     counts_BS = batch.loss_weights > 0
     right_BS = (logits_BSV[..., :vocab_size].argmax(-1) == targets_BS).cpu()
     found = []
@@ -89,8 +111,43 @@ def score_held_out(model: Decoder, batch: MicroBatch, calls: Sequence[LayerCall]
             loss = float(vocab_parallel_cross_entropy(*of_document, model.tp, weights_1N))
             right = right_BS[row][mask_1S]
             difficulty = -1 if batch.difficulties is None else int(batch.difficulties[row][mask_1S][0])
-            found.append(Scored(difficulty, len(right), loss, int(right.sum()), bool(right[-1])))
-    return found
+            loops = _loops(batch.targets[row], loops_BS, row, mask_1S)
+            found.append(Scored(difficulty, len(right), loss, int(right.sum()), bool(right[-1]), loops))
+    return found, loops_BS
+
+
+def _predictions(
+    model: Decoder, batch: MicroBatch, calls: Sequence[LayerCall], vocab_size: int, thinking: Thinking
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, S, V], and the iterations of all tokens."""
+    if thinking.is_plain:
+        inputs, _ = batch.for_model(model.config.document_masking)
+        x = inputs if isinstance(inputs, tuple) else (inputs,)
+        return model(*(tensor.to(model.device) for tensor in x), calls=calls), None
+    passes = thinking.passes(model, calls, vocab_size)
+    tokens_BS, device = batch.inputs.to(model.device), model.device
+    length = tokens_BS.shape[1]
+    sees_BSS = None
+    if model.config.document_masking:
+        same_BSS = batch.documents.unsqueeze(2) == batch.documents.unsqueeze(1)
+        sees_BSS = (same_BSS & torch.ones(length, length, dtype=torch.bool).tril()).to(device)
+    place = passes.place(torch.arange(length, device=device).expand_as(tokens_BS), length, mask_BST=sees_BSS)
+    asked_BS = None if batch.loss_weights is None else (batch.loss_weights > 0).to(device)
+    limits_1S = None
+    if thinking.halting is not None and thinking.halting.decay is not None:
+        limits_1S = torch.tensor([thinking.thresholds((at, length) for at in range(length))], device=device)
+    thought = passes.think(tokens_BS, place, passes.caches(*tokens_BS.shape), asked_BS, limits_1S)
+    loops_BS = None if thinking.halting is None else thought.loops_BS.cpu()
+    return model.logits(thought.hidden_BSD), loops_BS
+
+
+def _loops(
+    targets_1S: Tensor, loops_BS: Tensor | None, row: slice, mask_1S: Tensor | None = None
+) -> tuple[tuple[int, int], ...]:
+    if loops_BS is None:
+        return ()
+    mask_1S = torch.ones_like(targets_1S, dtype=torch.bool) if mask_1S is None else mask_1S
+    return tuple(zip(targets_1S[mask_1S].tolist(), loops_BS[row][mask_1S].tolist(), strict=True))
 
 
 def difficulties(dataset: DataSet, samples: int) -> list[int]:

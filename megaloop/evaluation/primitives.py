@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megaloop.depth import LayerCall
@@ -11,6 +11,7 @@ from megaloop.evaluation.prompts import questions
 from megaloop.evaluation.records import clustered
 from megaloop.evaluation.scoring import score
 from megaloop.evaluation.tasks import BLOCK, Example, Task, examples, shots
+from megaloop.evaluation.thinking import Thinking, iterations, spent
 from megaloop.model import Decoder
 from megaloop.runtime.share import OnPart, share_over_ranks
 from megaloop.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ class Questioning:
         shots: solved examples before each question.
         examples: questions of each primitive.
         seed: of the questions.
+        thinking: when tokens that are asked for leave the loop, and which caches they see.
     """
 
     model: Decoder
@@ -34,9 +36,12 @@ class Questioning:
     examples: int
     seed: int
     on_part: OnPart
+    thinking: Thinking = field(default_factory=Thinking)
 
     def ask(self, task: Task, calls: Sequence[LayerCall], label: str) -> dict[str, Any]:
         """Accuracy and exact match with their standard errors, questions that share their shots as one cluster; and chance.
+
+        Where tokens may leave the loop early, also the iterations of those that predict: a question's last, and the answers'.
 
         Args:
             calls: the executions of layers.
@@ -47,27 +52,32 @@ class Questioning:
         scored = share_over_ranks(
             label, blocks, lambda number, block: self._score(task, number, block, calls), self.on_part
         )
-        right = [float(best) for block in scored for best, _ in block]
-        exact = [float(greedy) for block in scored for _, greedy in block]
+        right = [float(best) for block in scored for best, _, _ in block]
+        exact = [float(greedy) for block in scored for _, greedy, _ in block]
         clusters = [number for number, block in enumerate(scored) for _ in block]
         accuracy, match = clustered(right, clusters), clustered(exact, clusters)
+        loops: dict[str, Any] = {}
+        if self.thinking.halting is not None:
+            loops = spent((one for block in scored for *_, each in block for one in each), iterations(calls))
         return {
             "accuracy": accuracy.mean,
             "accuracy_stderr": accuracy.known_error,
             "exact_match": match.mean,
             "exact_match_stderr": match.known_error,
             "chance": task.chance,
+            **loops,
         }
 
     def _score(
         self, task: Task, number: int, block: Sequence[Example], calls: Sequence[LayerCall]
-    ) -> list[tuple[bool, bool]]:
-        """Of each example, whether the right answer is the likeliest, and whether greedy decoding gives it."""
+    ) -> list[tuple[bool, bool, list[int]]]:
+        """Of each example, whether the right answer is the likeliest, whether greedy decoding gives it, and the loops of its tokens."""
         solved = shots(task, self.shots, self.seed, number)
         beginning, asked = questions(self.tokenizer, task, solved, block)
-        results = score(self.model, beginning, asked, calls=calls, vocab_size=self.tokenizer.vocab_size)
+        vocab_size = self.tokenizer.vocab_size
+        results = score(self.model, beginning, asked, calls=calls, vocab_size=vocab_size, thinking=self.thinking)
         return [
-            (result.best == example.correct, result.greedy[example.correct])
+            (result.best == example.correct, result.greedy[example.correct], result.loops)
             for result, example in zip(results, block, strict=True)
         ]
 

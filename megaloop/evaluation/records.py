@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megaloop.runs import records
 __all__ = [
     "DIFFICULTY",
     "EVALUATION",
+    "MOST_SHOWN",
     "Measured",
     "Record",
     "Subject",
@@ -25,6 +26,8 @@ __all__ = [
 EVALUATION = "evaluation.jsonl"
 DIFFICULTY = "difficulty"
 """The task of records that are of one difficulty of a data set with targets."""
+MOST_SHOWN = 200
+"""Tokens of a text that a record shows with their loops."""
 _LARGEST = 1e30
 _VALUES = (
     "accuracy",
@@ -40,8 +43,14 @@ _VALUES = (
     "floor",
     "last_floor",
     "tokens",
+    "loops_mean",
+    "cache_bytes",
+    "cache_bytes_full",
     "seconds",
 )
+"""Numbers."""
+_OPTIONAL = ("difficulty", "data_sha256", "halt", "cache", "min_loops", "halt_scope", "halt_decay")
+"""Keys that lines have only where they say something: other lines are as they were before there were these keys."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,9 @@ class Subject:
         difficulty: of the samples, from 0 on; of records of the task ``difficulty`` alone, which all have it.
         data_sha256: of validation and difficulty: of the held-out split's index, which tells what lay at the path; None in records that are
             older than it. It makes no other subject: what is measured when other data lies there takes the place of what was.
+        halt: the criterion by which tokens left the loop, with its threshold; None: all iterations ran (so in lines without this key).
+        min_loops, halt_scope, halt_decay: see :class:`megaloop.inference.halting.Halting`.
+        cache: which iterations kept keys and values.
     """
 
     task: str
@@ -83,6 +95,16 @@ class Subject:
     document_masking: bool = False
     difficulty: int | None = None
     data_sha256: str | None = field(default=None, compare=False)
+    halt: str | None = None
+    min_loops: int = 1
+    halt_scope: str = "token"
+    halt_decay: float | None = None
+    cache: str = "full"
+
+    @property
+    def is_plain(self) -> bool:
+        """Every token ran all iterations on caches of its own: a forward pass of the model."""
+        return self.halt is None and self.cache == "full"
 
     def is_of_same_data(self, other: Subject) -> bool:
         """Whether two equal subjects are of the same data, as far as is known."""
@@ -112,7 +134,9 @@ class Record:
             loss_stderr (nats per token), bits_per_byte, tokens; of a difficulty: accuracy and accuracy_stderr over all
             places with a target, last_accuracy and last_accuracy_stderr over the last one of each sample, floor and
             last_floor (what the best guesser scores; None where not known), loss and loss_stderr (nats per target), tokens
-            (targets); of all: seconds.
+            (targets); of all: seconds. With ``halt``: loops_mean and loops_histogram (tokens that ran 1, 2, ... iterations) of the tokens whose
+            predictions count, of validation also loops_by_class ([mean loops, tokens] by what was predicted) and loops_text
+            ([piece, loops]). With a ``cache`` other than full: cache_bytes and cache_bytes_full, per token.
         time: when it was measured, in UTC.
     """
 
@@ -122,9 +146,10 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         subject = asdict(self.subject)
-        for name in ("difficulty", "data_sha256"):
-            if subject[name] is None:
-                del subject[name]  # lines of other tasks are as they were before there were these keys
+        without = {one.name: one.default for one in fields(Subject)}
+        for name in _OPTIONAL:
+            if subject[name] == without[name]:
+                del subject[name]
         return {**subject, **self.values, "time": self.time}
 
 
@@ -184,15 +209,71 @@ def _record(values: dict[str, Any]) -> Record | None:
         wrong.append("difficulty")
     if None in words.values() or None in counts.values() or not isinstance(masking, bool) or wrong:
         return None
+    thought = _thought(values)
     measured = {name: None if _unknown(values[name]) else values[name] for name in _VALUES if name in values}
     numbers = {name: records.number(measured, name) for name, value in measured.items() if value is not None}
     if any(value is None or abs(value) > _LARGEST for value in numbers.values()):
         return None
+    shaped = {name: values[name] for name in _SHAPES if name in values}
+    if thought is None or not all(_SHAPES[name](value) for name, value in shaped.items()):
+        return None
     if measured.get("loss" if words["task"] == "validation" else "accuracy") is None:
         return None
     time = words.pop("time")
-    subject: Any = Subject(**words, **options, **counts, document_masking=masking, difficulty=difficulty)  # type: ignore[arg-type]
-    return Record(subject, measured, str(time))
+    subject: Any = Subject(**words, **options, **counts, **thought, document_masking=masking, difficulty=difficulty)  # type: ignore[arg-type]
+    return Record(subject, measured | shaped, str(time))
+
+
+def _thought(values: dict[str, Any]) -> dict[str, Any] | None:
+    """What a line says of halting and caches; None where a value has another type than it should."""
+    plain = {one.name: one.default for one in fields(Subject)}
+    found = {
+        "halt": records.text(values, "halt"),
+        "halt_scope": records.text(values, "halt_scope"),
+        "cache": records.text(values, "cache"),
+        "min_loops": records.whole_number(values, "min_loops"),
+        "halt_decay": records.number(values, "halt_decay"),
+    }
+    if any(value is None and values.get(name) is not None for name, value in found.items()):
+        return None
+    return {name: plain[name] if value is None else value for name, value in found.items()}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_histogram(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_by_class(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(one, list) and len(one) == 2 and records.number({"": one[0]}, "") is not None and _is_count(one[1])
+        for one in value.values()
+    )
+
+
+def _is_loops_text(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_SHOWN
+        and all(
+            isinstance(one, list)
+            and len(one) == 2
+            and isinstance(one[0], str)
+            and (one[1] is None or _is_count(one[1]))
+            for one in value
+        )
+    )
+
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "loops_histogram": _is_histogram,
+    "loops_by_class": _is_by_class,
+    "loops_text": _is_loops_text,
+}
+"""Values that are no numbers, and whether they are what they should be."""
 
 
 def _unknown(value: Any) -> bool:

@@ -245,7 +245,8 @@ class Engine:
         halting = self._passes.halting
         if halting is None or halting.decay is None:
             return None
-        return torch.tensor([[halting.threshold_at(len(row.produced), row.request.max_tokens)] for row in rows])
+        limits = [[halting.threshold_at(len(row.produced), row.request.max_tokens)] for row in rows]
+        return torch.tensor(limits, device=self._device)
 
     def _tensor(self, values: list[list[int]] | list[list[bool]]) -> Tensor:
         return torch.tensor(values, device=self._device)

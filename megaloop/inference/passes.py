@@ -292,4 +292,5 @@ class Passes:
 def _common_start(slots_BS: Tensor) -> int | None:
     """The first slot, where all rows write to the same ones, one after another."""
     start = int(slots_BS[0, 0])
-    return start if torch.equal(slots_BS, torch.arange(start, start + slots_BS.shape[1]).expand_as(slots_BS)) else None
+    following_S = torch.arange(start, start + slots_BS.shape[1], device=slots_BS.device)
+    return start if torch.equal(slots_BS, following_S.expand_as(slots_BS)) else None

@@ -51,7 +51,7 @@ def test_a_document_costs_what_its_targets_cost(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("megaloop.evaluation.held_out.vocab_parallel_cross_entropy", watched)
     model: Any = _Fixed(logits_BSV)
-    scored = score_held_out(model, batch, [], VOCAB)
+    scored, _ = score_held_out(model, batch, [], VOCAB)
     assert sum(scored_places) == int(counts_BS.sum())
     losses_BS = torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), targets_BS, reduction="none")
     expected = []

@@ -13,7 +13,7 @@ from megaloop.errors import MegaloopError
 from megaloop.inference.caches import CachePolicy
 from megaloop.inference.halting import Halting
 from megaloop.inference.passes import Passes, Thought
-from tests.inference.thinking import VOCAB, dense, model_of
+from tests.inference.thinking import VOCAB, dense, model_of, shared_slots
 from tests.loop_styles import STYLES
 
 TOKENS = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(5))
@@ -129,7 +129,7 @@ class TestSharedCaches:
         passes = Passes(model, policy=CachePolicy(shared))
         logits_BSV, _ = think(passes, TOKENS)
         for row in range(len(TOKENS)):
-            expected_SV = _shared(model, TOKENS[row].tolist(), shared)
+            expected_SV = shared_slots(model, TOKENS[row].tolist(), shared)
             torch.testing.assert_close(logits_BSV[row], expected_SV, rtol=0, atol=EXACT)
         assert (logits_BSV - model(TOKENS)).abs().max() > 0.1
 
@@ -145,28 +145,6 @@ class TestSharedCaches:
         model = model_of("1-2x3-1")
         found, _ = think(Passes(model, policy=CachePolicy(3)), TOKENS)
         torch.testing.assert_close(found, model(TOKENS), rtol=0, atol=EXACT)
-
-
-@torch.no_grad()
-def _shared(model, tokens: list[int], shared: int) -> Tensor:  # type: ignore[no-untyped-def]
-    from megaloop.model.layers import KeyValueCache
-
-    class Slot(KeyValueCache):
-        def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            self.k_BKTH[:, :, self.length : self.length + 1], self.v_BKTH[:, :, self.length : self.length + 1] = k, v
-            return self.k_BKTH[:, :, : self.length + 1], self.v_BKTH[:, :, : self.length + 1]
-
-    calls = model.plan.calls()
-    slots = {
-        (i, layer): Slot(1, 2, len(tokens), 8, torch.float32, model.device) for i in range(shared) for layer in (0, 1)
-    }
-    caches = [slots[call.iteration % shared, call.layer_id] for call in calls]
-    rows = []
-    for at, token in enumerate(tokens):
-        for slot in slots.values():
-            slot.length = at
-        rows.append(model(torch.tensor([[token]]), calls=calls, caches=caches)[0, 0])
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize(

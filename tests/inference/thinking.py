@@ -12,7 +12,7 @@ from megaloop.depth import DepthPlan, LoopStyle
 from megaloop.model import Decoder, LoopInput
 from megaloop.model.layers import KeyValueCache
 
-__all__ = ["VOCAB", "dense", "model_of", "prompts"]
+__all__ = ["VOCAB", "dense", "model_of", "prompts", "shared_slots"]
 
 VOCAB = 61
 
@@ -72,3 +72,30 @@ def dense(model: Decoder, tokens: Sequence[int], loops: Sequence[int] | Callable
         new = model.run(x, own, caches=caches, first=False, last=False, entry=LoopInput(entered), context=context)  # type: ignore[arg-type]
         x = torch.where(left_S[:, None], x, new)
     return model.run(x, after, first=False, last=True, context=context)[0]
+
+
+class _Slot(KeyValueCache):
+    """Keys and values of a layer in one slot, each token's overwritten by every iteration that has the slot."""
+
+    def append(self, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor]:
+        stop = self.length + 1
+        self.k_BKTH[:, :, self.length : stop], self.v_BKTH[:, :, self.length : stop] = k_BKSH, v_BKSH
+        return self.k_BKTH[:, :, :stop], self.v_BKTH[:, :, :stop]
+
+
+@torch.no_grad()
+def shared_slots(model: Decoder, tokens: Sequence[int], shared: int) -> Tensor:
+    """Logits [S, V] of one sequence, token after token, whose iterations read and write slot i mod ``shared``; no layers but the loop's."""
+    calls = model.plan.calls()
+    slots = {
+        (i, layer): _Slot(1, 2, len(tokens), 8, torch.float32, model.device)
+        for i in range(shared)
+        for layer in {call.layer_id for call in calls}
+    }
+    caches = [slots[(call.iteration or 0) % shared, call.layer_id] for call in calls]
+    rows = []
+    for at, token in enumerate(tokens):
+        for slot in slots.values():
+            slot.length = at
+        rows.append(model(torch.tensor([[token]]), calls=calls, caches=caches)[0, 0])
+    return torch.stack(rows)
