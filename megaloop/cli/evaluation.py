@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from launchers.rank import started_by_launcher
+from megaloop.cli.evaluation_tables import print_harness, print_records
+from megaloop.cli.options import finite
 from megaloop.cli.output import echo
 from megaloop.cli.ranks import is_first_rank, joined_ranks, launch_again, part_progress
 from megaloop.errors import MegaloopError
-from megaloop.terminal import SafeConsole
 from megaloop.text import parse_whole, printable
 
 if TYPE_CHECKING:
@@ -46,6 +44,32 @@ def evaluate_command(
             "default: the trained loop, or the middle 4.",
         ),
     ] = None,
+    halt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CRITERION=THRESHOLD",
+            help="Tokens that are asked for leave the loop when they have settled: kl=5e-4, entropy, latent, cosine, confidence, gate, "
+            "argmax=N, fixed=N, oracle; several, separated by commas, or again. --loops is then the most.",
+        ),
+    ] = None,
+    min_loops: Annotated[int, typer.Option(min=1, help="With --halt: iterations that every token runs.")] = 1,
+    halt_scope: Annotated[
+        Literal["token", "sequence"],
+        typer.Option(help="With --halt: each token leaves for itself, or a prompt as one."),
+    ] = "token",
+    halt_decay: Annotated[
+        float | None,
+        typer.Option(
+            min=0, callback=finite, help="With --halt confidence=...: CALM's decay of the threshold, such as 4."
+        ),
+    ] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="full|last|shared=N",
+            help="Iterations of the loop that keep keys and values; several, separated by commas, or again; measured beside full.",
+        ),
+    ] = None,
     every_checkpoint: Annotated[
         bool,
         typer.Option("--every-checkpoint", help="Of a run: all checkpoints that it has kept, not the latest alone."),
@@ -71,25 +95,34 @@ def evaluate_command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Reasoning primitives and held-out loss, by number of shots and of loops. Results are remembered."""
+    """Reasoning primitives and held-out loss, by number of shots and of loops, by halting and caches. Results are remembered."""
     shot_counts = numbers("--shots", shots, 0)
     loop_counts: list[int | None] = [None] if loops is None else [*numbers("--loops", loops, 1)]
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if block and loops is None:
         raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
+    halting = {"minimum": min_loops, "scope": halt_scope, "decay": halt_decay}
+    if not halt and halting != {"minimum": 1, "scope": "token", "decay": None}:
+        raise MegaloopError(
+            "eval: --min-loops, --halt-scope and --halt-decay belong to --halt; say when tokens leave the loop: --halt kl=5e-4"
+        )
     if ranks > 1 and not started_by_launcher():
         launch_again(ranks)
         return
     with joined_ranks():
+        from megaloop.inference.caches import CachePolicy
+        from megaloop.inference.halting import Halting
         from megaloop.inference.loops import EveryBlock
 
+        halts = [Halting.parse(text, **halting) for text in _listed(halt)]
+        caches = [CachePolicy.parse(text) for text in _listed(cache)]
         blocks = [EveryBlock.parse(text) for text in block or []]
         if harness is not None:
             from megaloop.evaluation.harness import run_harness
 
             one = blocks[0] if blocks else None
-            if len(blocks) > 1 or isinstance(one, EveryBlock) or every_checkpoint:
-                raise MegaloopError("eval: --harness takes one block and one checkpoint")
+            if max(len(blocks), len(halts), len(caches)) > 1 or isinstance(one, EveryBlock) or every_checkpoint:
+                raise MegaloopError("eval: --harness takes one block, one --halt, one --cache and one checkpoint")
             results = run_harness(
                 checkpoint,
                 [name.strip() for name in harness.split(",") if name.strip()],
@@ -97,9 +130,11 @@ def evaluate_command(
                 shots=None if shots == "5" else shot_counts[0],
                 loops=loop_counts[0],
                 block=one,
+                halting=next(iter(halts), None),
+                policy=next(iter(caches), CachePolicy()),
                 precision=precision,
             )
-            _print_harness(results, json)
+            print_harness(results, json)
             return
         with part_progress() as show:
             records = _measured(
@@ -112,6 +147,8 @@ def evaluate_command(
                 seed=seed,
                 data=data,
                 samples=samples,
+                halts=halts,
+                caches=caches,
                 precision=precision,
                 again=again,
                 out=out,
@@ -119,7 +156,11 @@ def evaluate_command(
                 on_note=lambda note: echo(note, err=True),
             )
         if is_first_rank():
-            _print_records(records, json)
+            print_records(records, json)
+
+
+def _listed(texts: Sequence[str] | None) -> list[str]:
+    return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
 
 def _measured(paths: Sequence[Path], **options: Any) -> list[Record]:
@@ -182,99 +223,3 @@ def numbers(option: str, text: str, least: int) -> list[int]:
             f"{option} {printable(text, 60)}: expected whole numbers from {least} on, separated by commas, such as 1,2,5"
         )
     return whole
-
-
-def _print_records(records: list[Record], as_json: bool) -> None:
-    values = [record.to_json() for record in records]
-    if as_json:
-        echo(json_module.dumps({"records": values}))
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    steps = len({value["step"] for value in values}) > 1
-    for name in ("task", *(["step"] if steps else []), "depth", "shots"):
-        table.add_column(name, justify="left" if name == "task" else "right")
-    for name in ("accuracy", "exact match", "chance", "loss", "bits/byte"):
-        table.add_column(name, justify="right")
-    for value in values:
-        if value.get("difficulty") is not None:
-            continue
-        step = [str(value["step"])] if steps else []
-        if "loss" in value:
-            bits = value.get("bits_per_byte")
-            table.add_row(
-                Text(printable(f"held out of {value['data']}")),
-                *step,
-                Text(printable(value["depth"])),
-                *[""] * 4,
-                _with_error(value["loss"], value.get("loss_stderr"), 4),
-                "-" if bits is None else f"{bits:.4f}",
-            )
-            continue
-        table.add_row(
-            Text(printable(value["task"])),
-            *step,
-            Text(printable(value["depth"])),
-            str(value["shots"]),
-            *(_percent(value.get(name), value.get(f"{name}_stderr")) for name in ("accuracy", "exact_match")),
-            _percent(value.get("chance"), None, digits=0),
-        )
-    console = SafeConsole(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    if targeted := [value for value in values if value.get("last_accuracy") is not None]:
-        console.print(_by_difficulty(targeted))
-
-
-def _by_difficulty(values: list[dict[str, Any]]) -> Table:
-    """Accuracy on held-out samples with targets; the floor is what guessing by the statistics of the data scores."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    steps, looped = len({value["step"] for value in values}) > 1, any(value.get("block") for value in values)
-    named = [*(["step"] if steps else []), "difficulty", "depth", *(["block"] if looped else [])]
-    for name in ("held out of", *named, "accuracy", "floor", "on the last", "floor", "loss"):
-        table.add_column(name, justify="left" if name == "held out of" else "right")
-    for value in values:
-        without = {"difficulty": "all", "block": "-"}
-        shown = [str(without.get(name) if value.get(name) is None else value[name]) for name in named]
-        table.add_row(
-            Text(printable(value["data"])),
-            *(Text(printable(text)) for text in shown),
-            *(
-                text
-                for prefix in ("", "last_")
-                for text in (
-                    _percent(value.get(f"{prefix}accuracy"), value.get(f"{prefix}accuracy_stderr")),
-                    _percent(value.get(f"{prefix}floor"), None),
-                )
-            ),
-            _with_error(value["loss"], value.get("loss_stderr"), 4),
-        )
-    return table
-
-
-def _percent(value: float | None, error: float | None, digits: int = 1) -> str:
-    return "-" if value is None else _with_error(100 * value, None if error is None else 100 * error, digits) + " %"
-
-
-def _with_error(value: float, error: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def _print_harness(results: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        echo(json_module.dumps(results, default=str))
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("task", "metric", "value", "standard error"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-    for task, values in results.items():
-        for metric, value in values.items():
-            name, _, form = metric.partition(",")
-            if name.endswith("_stderr") or not isinstance(value, float):
-                continue
-            error = values.get(f"{name}_stderr,{form}")
-            table.add_row(
-                Text(printable(task)),
-                Text(printable(name)),
-                f"{value:.4f}",
-                f"{error:.4f}" if isinstance(error, float) else "-",
-            )
-    SafeConsole().print(table)

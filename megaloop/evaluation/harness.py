@@ -6,7 +6,7 @@ checkpoint; here, a question and all of its continuations take one row of a batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,12 @@ from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.prompts import encode_text
 from megaloop.evaluation.scoring import Question, score
+from megaloop.evaluation.thinking import Thinking, spent
+from megaloop.inference.caches import CachePolicy
 from megaloop.inference.generate import Generation, continue_texts
+from megaloop.inference.halting import Halting
 from megaloop.inference.load import load_decoder
 from megaloop.inference.loops import Block, with_loops
-from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling
 from megaloop.model import Decoder
 from megaloop.text import printable
@@ -43,11 +45,26 @@ class HarnessModel(TemplateLM):
         tokenizer: its own.
         max_length: tokens of context and continuation together; longer contexts lose their beginning.
         calls: the executions of layers; default: as trained.
+        thinking: when tokens that are asked for leave the loop, and which caches they see.
+
+    Attributes:
+        loops: iterations of each token that was asked for so far; nothing where all ran.
+
+    Raises:
+        MegaloopError: a ``thinking`` that the model cannot do.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, max_length: int, calls: Sequence[LayerCall] | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        max_length: int,
+        calls: Sequence[LayerCall] | None = None,
+        thinking: Thinking = Thinking(),
+    ):
         super().__init__()
-        self._passes = Passes(model, calls, vocab_size=tokenizer.vocab_size)
+        self._thinking, self.loops = thinking, list[int]()
+        self._passes = thinking.passes(model, calls, tokenizer.vocab_size)
         self._decoder, self._tokens, self.max_length = model, tokenizer, max_length
         self.batch_sizes: dict[str, int] = {}
 
@@ -58,13 +75,14 @@ class HarnessModel(TemplateLM):
         *,
         loops: int | None = None,
         block: Block | None = None,
+        thinking: Thinking = Thinking(),
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> HarnessModel:
         """The model of a checkpoint, or of a run's newest; loops as :func:`megaloop.inference.loops.with_loops`."""
         model, checkpoint = load_decoder(path, precision=precision)
         calls = with_loops(model.plan, loops, block).calls
         tokenizer = checkpoint.open_tokenizer("lm-eval asks in text")
-        return cls(model, tokenizer, _context_length(checkpoint), calls)
+        return cls(model, tokenizer, _context_length(checkpoint), calls, thinking)
 
     @property
     def eot_token_id(self) -> int:
@@ -90,7 +108,9 @@ class HarnessModel(TemplateLM):
         questions = [Question(list(seen), [part for _, part in own]) for seen, own in rows.items()]
         results = [(0.0, True)] * len(requests)  # of an empty continuation
         if questions:
-            scores = score(self._decoder, [], questions, calls=self._passes.calls, vocab_size=self._tokens.vocab_size)
+            calls, vocab_size = self._passes.calls, self._tokens.vocab_size
+            scores = score(self._decoder, [], questions, calls=calls, vocab_size=vocab_size, thinking=self._thinking)
+            self._count(loops for scored in scores for loops in scored.loops)
             for scored, own in zip(scores, rows.values(), strict=True):
                 for (index, _part), likelihood, greedy in zip(own, scored.log_likelihoods, scored.greedy, strict=True):
                     before, all_greedy = results[index]
@@ -141,9 +161,18 @@ class HarnessModel(TemplateLM):
             kept = -max(self.max_length - how.max_tokens, 1)
             contexts = [self.tok_encode(requests[number].args[0])[kept:] for number in numbers]
             results = continue_texts(self._passes, self._tokens, contexts, how)
+            self._count(loops for result in results for loops in result.loops)
             for number, result in zip(numbers, results, strict=True):
                 made[number] = result.continuation
         return made
+
+    def _count(self, loops: Iterable[int]) -> None:
+        if self._thinking.halting is not None:
+            self.loops += loops
+
+    def spent(self) -> dict[str, Any]:
+        """The mean and the histogram of the iterations of the tokens that were asked for; nothing where all ran."""
+        return spent(self.loops, self._passes.iterations) if self.loops else {}
 
 
 def _generation(options: dict[str, Any]) -> Generation:
@@ -166,13 +195,18 @@ def run_harness(
     shots: int | None = None,
     loops: int | None = None,
     block: Block | None = None,
+    halting: Halting | None = None,
+    policy: CachePolicy = CachePolicy(),
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> dict[str, Any]:
     """Run tasks of lm-eval; their metrics by task, as lm-eval names them.
 
+    With halting, ``megaloop`` stands beside the tasks: ``loops_mean`` and ``loops_histogram`` of the tokens that they all asked for.
+
     Args:
         task_directories: where task files of one's own lie.
         shots: default: as each task says.
+        halting: None: all iterations run.
 
     Raises:
         MegaloopError: an unknown task, or a checkpoint that cannot be loaded.
@@ -190,7 +224,8 @@ def run_harness(
             f"eval --harness: lm-eval knows no task {printable(missing[0]) if missing else '(none)'}; 'lm-eval ls tasks' lists them, "
             "and --harness-path adds a directory of yours"
         )
-    model = HarnessModel.load(checkpoint, loops=loops, block=block, precision=precision)
+    thinking = Thinking(halting, policy)
+    model = HarnessModel.load(checkpoint, loops=loops, block=block, thinking=thinking, precision=precision)
     found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, task_manager=manager)
     results: dict[str, Any] = found["results"]
-    return results
+    return results | ({"megaloop": model.spent()} if halting is not None else {})

@@ -41,13 +41,6 @@ class KeyValueCache:
         self.v_BKTH = torch.empty_like(self.k_BKTH)
         self.length = 0
 
-    def copied(self, batch: int, more: int) -> KeyValueCache:
-        """What is in it, for each of ``batch`` samples that go on with up to ``more`` tokens of their own."""
-        _, heads, _, size = self.k_BKTH.shape
-        copy = KeyValueCache(batch, heads, self.length + more, size, self.k_BKTH.dtype, self.k_BKTH.device)
-        copy.append(*(x[:, :, : self.length].expand(batch, -1, -1, -1) for x in (self.k_BKTH, self.v_BKTH)))
-        return copy
-
     def append(self, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values; returns all of them so far."""
         stop = self.length + k_BKSH.shape[2]

@@ -197,9 +197,6 @@ def test_with_fewer_caches_the_loss_is_that_of_token_after_token(models: dict[st
         assert abs(one.loss - plain[row].loss) > 0.1
     kept = how.policy.shared or 0
     assert how.memory(model, model.plan.calls()) == {"cache_bytes": 256 * kept, "cache_bytes_full": 1024}
-        "cache_bytes": 256 * 2 * kept,
-        "cache_bytes_full": 256 * 2 * 4 // 2,
-    }
 
 
 def test_all_iterations_and_all_caches_are_the_forward_pass(models: dict[str, Decoder]) -> None:
