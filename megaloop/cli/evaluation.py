@@ -101,7 +101,7 @@ def evaluate_command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if block and loops is None:
         raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
-    halting = {"minimum": min_loops, "scope": halt_scope, "decay": halt_decay}
+    halting: dict[str, Any] = {"minimum": min_loops, "scope": halt_scope, "decay": halt_decay}
     if not halt and halting != {"minimum": 1, "scope": "token", "decay": None}:
         raise MegaloopError(
             "eval: --min-loops, --halt-scope and --halt-decay belong to --halt; say when tokens leave the loop: --halt kl=5e-4"

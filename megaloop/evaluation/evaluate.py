@@ -119,8 +119,9 @@ class _Setting:
 
 
 def _thinkings(halts: Sequence[Halting], caches: Sequence[CachePolicy]) -> list[Thinking]:
+    wanted: Sequence[Halting | None] = halts or [None]
     policies = dict.fromkeys([CachePolicy(), *caches])
-    return [Thinking(halting, policy) for halting in dict.fromkeys(halts or [None]) for policy in policies]
+    return [Thinking(halting, policy) for halting in dict.fromkeys(wanted) for policy in policies]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -258,16 +259,9 @@ class _Work:
         difficulty: int | None = None,
     ) -> Subject:
         manifest, depth, halting = self._checkpoint.manifest, setting.depth, setting.thinking.halting
-        halt = (
-            {}
-            if halting is None
-            else {
-                "halt": str(halting),
-                "min_loops": halting.minimum,
-                "halt_scope": halting.scope,
-                "halt_decay": halting.decay,
-            }
-        )
+        halt: dict[str, Any] = {}
+        if halting is not None:
+            halt = {"halt": str(halting), "min_loops": halting.minimum, "halt_scope": halting.scope, "halt_decay": halting.decay}
         return Subject(
             task=task,
             data=None if dataset is None else str(dataset.path),

@@ -46,6 +46,8 @@ from megaloop.report.savings import (
 )
 from megaloop.report.signatures import signatures
 from megaloop.report.style import COLOURS
+from megaloop.report.thinking import ladders, pictures, texts
+from megaloop.report.thinking_plots import difficulty_plot, quality_plot
 
 __all__ = ["Report", "make_report", "write_report"]
 
@@ -59,6 +61,7 @@ class Report:
         difficulties, trade_offs, over_flops, block_loops, claims: of reasoning by difficulty; empty where it was not measured.
         learning_rates: what a sweep found, by contender.
         signatures: how models use their depth, where it was diagnosed.
+        thinking, loops_by_difficulty: quality and mean loops where tokens left the loop early.
     """
 
     baseline: str
@@ -75,6 +78,8 @@ class Report:
     claims: list[dict[str, Any]] = field(default_factory=list)
     learning_rates: list[dict[str, Any]] = field(default_factory=list)
     signatures: list[dict[str, Any]] = field(default_factory=list)
+    thinking: list[dict[str, Any]] = field(default_factory=list)
+    loops_by_difficulty: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_report(
@@ -118,6 +123,7 @@ def make_report(
     tasks, shots = tasks_of(groups), shots_shown(groups)
     chance = chance_of(groups, MEAN) if tasks else math.nan
     found, (rates, swept), depth = reasoning(groups, rows), sweep_table(lr_sweep), signatures(groups)
+    drawn, by_difficulty = pictures(groups), ladders(groups)
     report = Report(
         baseline=base.label,
         compared_by=measure.unit,
@@ -128,6 +134,8 @@ def make_report(
         runs=[_run_numbers(run, label) for run, label in zip(runs, labels, strict=True)],
         learning_rates=[{"contender": name, **sweep.to_json()} for name, sweep in swept],
         signatures=depth.numbers,
+        thinking=[point for picture in drawn for point in picture.to_json()],
+        loops_by_difficulty=[point for ladder in by_difficulty for point in ladder.to_json()],
         **found.numbers,
     )
     page = _template().render(
@@ -144,6 +152,9 @@ def make_report(
         boundaries=[(label, boundary) for run, label in zip(runs, labels, strict=True) for boundary in run.boundaries],
         reasoning=found,
         depth=depth,
+        thinking_pictures=[(picture, Markup(quality_plot(picture))) for picture in drawn],
+        thinking_ladders=[(ladder, Markup(difficulty_plot(ladder))) for ladder in by_difficulty],
+        thinking_texts=texts(groups),
         rates=rates,
         swept=swept,
         tasks=_task_rows(groups, tasks, shots),

@@ -89,6 +89,8 @@ class Run:
         restarts: starts after an end that nobody wanted: an error, or none that was written down.
         evaluations: of the newest step that was evaluated, without those of single difficulties.
         by_step: evaluations of single difficulties, of all steps.
+        thinking: those in which tokens left the loop early, of the newest step that has any; single difficulties among them. The
+            others have none of these, nor any on fewer caches.
     """
 
     path: Path
@@ -117,6 +119,7 @@ class Run:
     rollbacks: int
     evaluations: tuple[Record, ...]
     by_step: tuple[Record, ...]
+    thinking: tuple[Record, ...]
 
     @property
     def steps(self) -> int:
@@ -154,7 +157,10 @@ def read_run(path: Path) -> Run:
     last = records[-1]
     model = config.get("model")
     found = _evaluations(path, isinstance(model, dict) and model.get("document_masking") is True)
-    others = [record for record in found if record.subject.task != DIFFICULTY]
+    plain = [record for record in found if record.subject.is_plain]
+    others = [record for record in plain if record.subject.task != DIFFICULTY]
+    thought = [record for record in found if record.subject.halt is not None and record.subject.cache == "full"]
+    newest_thought = max((record.subject.step for record in thought), default=0)
     newest = max((record.subject.step for record in others), default=0)
     return Run(
         path=path,
@@ -182,7 +188,8 @@ def read_run(path: Path) -> Run:
         restarts=_restarts(events),
         rollbacks=sum(event.get("event") == "rollback" for event in events),
         evaluations=tuple(record for record in others if record.subject.step == newest),
-        by_step=tuple(record for record in found if record.subject.task == DIFFICULTY),
+        by_step=tuple(record for record in plain if record.subject.task == DIFFICULTY),
+        thinking=tuple(record for record in thought if record.subject.step == newest_thought),
     )
 
 

@@ -16,6 +16,7 @@ from megaloop.data import DataSet, open_sources
 from megaloop.depth import DepthSpec
 from megaloop.evaluation.evaluate import evaluate
 from megaloop.evaluation.records import DIFFICULTY, Record, read_records
+from megaloop.inference.halting import Halting
 from megaloop.inference.load import load_decoder
 from megaloop.inference.loops import EveryBlock
 from megaloop.model import Decoder
@@ -253,3 +254,18 @@ def test_every_block_may_loop_in_turn(learnt: Path) -> None:
         (None, 1, "4"), ("0:2", 2, "0-2x2-2"), ("1:3", 2, "1-2x2-1"), ("2:4", 2, "2-2x2-0"),
     ]  # fmt: skip
     assert len({record.values["loss"] for record in hardest}) == 4
+
+
+def test_loops_by_difficulty_are_those_of_the_whole(learnt: Path) -> None:
+    """With halting, only what carries a target leaves the loop early."""
+    halts = [Halting("oracle")]
+    records = _records(evaluate(learnt, tasks=["validation"], samples=8, loops=[3], halts=halts))
+    whole = records[None].values
+    assert sum(whole["loops_histogram"]) == whole["tokens"]
+    assert 1 <= whole["loops_mean"] < 3
+    parts = [records[difficulty].values for difficulty in (0, 1, 2)]
+    counts = [sum(column) for column in zip(*(part["loops_histogram"] for part in parts), strict=True)]
+    assert counts == whole["loops_histogram"]
+    asked = [loops for _, loops in whole["loops_text"]]
+    assert None in asked
+    assert set(asked) - {None} <= {1, 2, 3}
