@@ -261,7 +261,12 @@ class _Work:
         manifest, depth, halting = self._checkpoint.manifest, setting.depth, setting.thinking.halting
         halt: dict[str, Any] = {}
         if halting is not None:
-            halt = {"halt": str(halting), "min_loops": halting.minimum, "halt_scope": halting.scope, "halt_decay": halting.decay}
+            halt = {
+                "halt": str(halting),
+                "min_loops": halting.minimum,
+                "halt_scope": halting.scope,
+                "halt_decay": halting.decay,
+            }
         return Subject(
             task=task,
             data=None if dataset is None else str(dataset.path),
