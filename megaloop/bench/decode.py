@@ -29,8 +29,8 @@ from megaloop.inference.engine import Engine, Request
 from megaloop.inference.halting import Halting
 from megaloop.inference.load import load_decoder
 from megaloop.inference.passes import Passes
+from megaloop.inference.setting import Setting
 from megaloop.inference.speculation import Speculation
-from megaloop.inference.thinking import Thinking
 from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["DecodeBenchmark", "DecodeResult", "bench_decode", "table"]
@@ -75,7 +75,7 @@ class DecodeBenchmark:
 def bench_decode(
     checkpoint: Path,
     *,
-    thinking: Thinking = Thinking(),
+    setting: Setting = Setting(),
     batches: Sequence[int] = (1, 16),
     prompt: int = 32,
     tokens: int = 64,
@@ -88,7 +88,7 @@ def bench_decode(
     """Time every way on the model of a checkpoint, or of a run's newest.
 
     Args:
-        thinking: how deep the model runs.
+        setting: how deep the model runs.
         batches: sequences at a time.
         prompt, tokens: of the longest sequence; the shortest has half as many of each.
         transformers: whether to compare with transformers; loops with an injection or a norm cannot be exported for its cache.
@@ -98,8 +98,8 @@ def bench_decode(
         MegaloopError: a damaged checkpoint, or a loop that cannot be exported.
     """
     model, _ = load_decoder(checkpoint)
-    passes = thinking.passes(model)
-    theirs = _exported(checkpoint, thinking) if transformers else None
+    passes = setting.passes(model)
+    theirs = _exported(checkpoint, setting) if transformers else None
     generator = np.random.default_rng(seed)
     results: list[DecodeResult] = []
     for batch in batches:
@@ -107,7 +107,7 @@ def bench_decode(
         requests = [Request(generator.integers(0, model.vocab_size, size).tolist(), count) for size, count in sizes]
         ways = _ways(passes, requests, theirs, speculate)
         results += _measure(batch, ways, sum(request.max_tokens for request in requests), repeats, on_way or _mute)
-    depth = str(thinking.depth or model.plan)
+    depth = str(setting.depth or model.plan)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return DecodeBenchmark(describe_machine(), depth, parameters, tokens, repeats, results)
 
@@ -207,14 +207,14 @@ def _ours(passes: Passes, requests: Sequence[Request], speculate: Speculation | 
     return _Made(made, loops / sum(map(len, made)), accepted / drafted if drafted else None)
 
 
-def _exported(checkpoint: Path, thinking: Thinking) -> Any:
+def _exported(checkpoint: Path, setting: Setting) -> Any:
     """The model as transformers has it: every use of a layer a layer of its own."""
     from transformers import LlamaForCausalLM
 
     with tempfile.TemporaryDirectory(prefix="megaloop-bench-") as folder:
-        if thinking.loops is not None:
+        if setting.loops is not None:
             raise MegaloopError("bench decode: transformers runs what was exported; say the loops with --depth")
-        export_huggingface(checkpoint, Path(folder) / "out", dtype="fp32", depth=thinking.depth)
+        export_huggingface(checkpoint, Path(folder) / "out", dtype="fp32", depth=setting.depth)
         return LlamaForCausalLM.from_pretrained(
             Path(folder) / "out", dtype=torch.float32, attn_implementation="sdpa"
         ).eval()

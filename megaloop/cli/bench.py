@@ -289,12 +289,12 @@ def bench_decode_command(
 ) -> None:
     """Time greedy generation against transformers' own with its static cache, with half the loops, and with drafts."""
     from megaloop.bench.decode import bench_decode, table
+    from megaloop.inference.setting import Setting
     from megaloop.inference.speculation import Speculation
-    from megaloop.inference.thinking import Thinking
 
     result = bench_decode(
         checkpoint,
-        thinking=Thinking(read_depth(depth)),
+        setting=Setting(read_depth(depth)),
         batches=batch or [1, 16],
         prompt=prompt,
         tokens=tokens,

@@ -19,7 +19,7 @@ from megaloop.text import printable
 
 if TYPE_CHECKING:
     from megaloop.inference.generate import Generation, GenerationResult
-    from megaloop.inference.thinking import Thinking
+    from megaloop.inference.setting import Setting
 
 __all__ = ["generate"]
 
@@ -108,8 +108,8 @@ def generate(
     from megaloop.inference.halting import Halting
     from megaloop.inference.loops import Block
     from megaloop.inference.sampling import Sampling
+    from megaloop.inference.setting import Setting
     from megaloop.inference.speculation import Speculation
-    from megaloop.inference.thinking import Thinking
 
     if speculate is None and draft_loops != 1:
         raise MegaloopError("generate: --draft-loops is of --speculate; say how many tokens to draft")
@@ -119,16 +119,16 @@ def generate(
         )
     halting = None if halt is None else Halting.parse(halt, minimum=min_loops, scope=halt_scope, decay=halt_decay)
     chosen = None if block is None else Block.parse(block)
-    thinking = Thinking(read_depth(depth), max_loops, chosen, halting, CachePolicy.parse(cache))
+    setting = Setting(read_depth(depth), max_loops, chosen, halting, CachePolicy.parse(cache))
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p)
     drafts = None if speculate is None else Speculation(speculate, draft_loops)
     how = Generation(max_tokens, sampling, tuple(text for text in stop or [] if text), seed, batch, drafts)
     if prompt is not None:
-        _one(checkpoint, prompt, how, thinking, precision.value, json)
+        _one(checkpoint, prompt, how, setting, precision.value, json)
         return
     assert read is not None
     with joined_ranks():
-        results = _many(checkpoint, read, how, thinking, precision.value)
+        results = _many(checkpoint, read, how, setting, precision.value)
         if is_first_rank():
             _write(read, results, out, json)
 
@@ -162,7 +162,7 @@ def _one(
     checkpoint: Path,
     prompt: str,
     how: Generation,
-    thinking: Thinking,
+    setting: Setting,
     precision: Literal["fp32", "bf16"],
     json: bool,
 ) -> None:
@@ -179,7 +179,7 @@ def _one(
         checkpoint,
         prompt,
         how,
-        thinking,
+        setting,
         precision=precision,
         on_text=None if json else show,
         on_note=lambda note: echo(note, err=True),
@@ -188,17 +188,17 @@ def _one(
         show_result(_values(result) | {"text": result.text}, json)
         return
     echo("" if shown else result.text)
-    echo(_summary(result, thinking), err=True)
+    echo(_summary(result, setting), err=True)
 
 
 def _many(
-    checkpoint: Path, prompts: Sequence[str], how: Generation, thinking: Thinking, precision: Literal["fp32", "bf16"]
+    checkpoint: Path, prompts: Sequence[str], how: Generation, setting: Setting, precision: Literal["fp32", "bf16"]
 ) -> list[GenerationResult]:
     """Prompts in parts that ranks share, in their order."""
     from megaloop.inference.generate import Writer
     from megaloop.runtime.share import share_over_ranks
 
-    writer = Writer.open(checkpoint, thinking, precision=precision)
+    writer = Writer.open(checkpoint, setting, precision=precision)
     size = 4 * how.rows  # so many that few rows stand empty while a part ends
     parts = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
 
@@ -241,8 +241,8 @@ def _values(result: GenerationResult) -> dict[str, Any]:
     } | drafts
 
 
-def _summary(result: GenerationResult, thinking: Thinking) -> str:
+def _summary(result: GenerationResult, setting: Setting) -> str:
     rate = result.tokens / max(result.seconds, 1e-9)
-    loops = f", {result.loops_mean:.2f} loops a token" if thinking.halting is not None else ""
+    loops = f", {result.loops_mean:.2f} loops a token" if setting.halting is not None else ""
     drafts = f", {result.accepted} of {result.drafted} drafted tokens accepted" if result.drafted else ""
     return f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.0f} tokens/s{loops}{drafts}"

@@ -14,8 +14,8 @@ from megaloop.inference.engine import Engine, Request, Stopped
 from megaloop.inference.load import load_decoder
 from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling, sequence_seed
+from megaloop.inference.setting import Setting
 from megaloop.inference.speculation import Speculation
-from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 from megaloop.tokenizer import Tokenizer
 
@@ -175,7 +175,7 @@ def generate_text(
     checkpoint: Path,
     prompt: str,
     how: Generation,
-    thinking: Thinking = Thinking(),
+    setting: Setting = Setting(),
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
     on_text: Callable[[str], None] | None = None,
@@ -186,14 +186,14 @@ def generate_text(
     Args:
         checkpoint: a checkpoint, or a run (its newest).
         prompt: taken as it is, as transformers does; without one the model writes a new document.
-        thinking: how deep it runs.
+        setting: how deep it runs.
         on_text: called with each piece of text as it comes.
         on_note: called with what a user should know.
 
     Raises:
         MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without an end-of-text token.
     """
-    writer = Writer.open(checkpoint, thinking, precision=precision)
+    writer = Writer.open(checkpoint, setting, precision=precision)
     (result,) = writer.continue_prompts([prompt], how, on_text=on_text, on_note=on_note)
     return result
 
@@ -212,12 +212,12 @@ class Writer:
 
     @classmethod
     def open(
-        cls, checkpoint: Path, thinking: Thinking = Thinking(), *, precision: Literal["fp32", "bf16"] = "fp32"
+        cls, checkpoint: Path, setting: Setting = Setting(), *, precision: Literal["fp32", "bf16"] = "fp32"
     ) -> Self:
         """The model of a checkpoint, or of a run's newest."""
         model, opened = load_decoder(checkpoint, precision=precision)
         tokenizer = opened.open_tokenizer("generate writes text")
-        passes = thinking.passes(model, tokenizer.vocab_size)
+        passes = setting.passes(model, tokenizer.vocab_size)
         return cls(passes, tokenizer, opened.manifest.data.sequence_length)
 
     def continue_prompts(

@@ -23,7 +23,7 @@ from megaloop.huggingface.tokenizer import export_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
 from megaloop.inference.generate import Writer
 from megaloop.inference.load import load_decoder
-from megaloop.inference.thinking import Thinking
+from megaloop.inference.setting import Setting
 from megaloop.layout.pieces import Box, Piece, StatePiece
 from megaloop.layout.topology import Topology
 from megaloop.model import initial_values, parameter_specs, vocab_parallel_cross_entropy
@@ -196,7 +196,7 @@ def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> N
         export_huggingface(checkpoint, tmp_path / "out")
     with pytest.raises(MegaloopError, match="stays where it is; choose 1-2xTIMES-1"):
         Writer.open(
-            _checkpoint(tmp_path / "same", "1-2x3-1", style=LoopStyle(norm=True)), Thinking(DepthSpec.parse("4"))
+            _checkpoint(tmp_path / "same", "1-2x3-1", style=LoopStyle(norm=True)), Setting(DepthSpec.parse("4"))
         )
 
 

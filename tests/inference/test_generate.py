@@ -14,8 +14,8 @@ from megaloop.inference.generate import Generation, continue_texts, generate_tex
 from megaloop.inference.load import load_decoder
 from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling
+from megaloop.inference.setting import Setting
 from megaloop.inference.speculation import Speculation
-from megaloop.inference.thinking import Thinking
 from megaloop.tokenizer import load_tokenizer
 from tests.data.corpus import write_corpus
 from tests.distributed import run_ranks
@@ -121,12 +121,12 @@ def test_bf16_generation_is_possible(run: Path) -> None:
 
 def test_the_depth_may_be_another_at_inference(run: Path) -> None:
     plain = generate_text(run, "The king", Generation(8, Sampling()))
-    assert generate_text(run, "The king", Generation(8, Sampling()), Thinking(DepthSpec.parse("3"))).text == plain.text
+    assert generate_text(run, "The king", Generation(8, Sampling()), Setting(DepthSpec.parse("3"))).text == plain.text
     model, _ = load_decoder(run)
     calls = DepthPlan.parse("1-1x3-1").calls()
-    looped = generate_text(run, "The king", Generation(8, Sampling()), Thinking(DepthSpec.parse("1-1x3-1")))
+    looped = generate_text(run, "The king", Generation(8, Sampling()), Setting(DepthSpec.parse("1-1x3-1")))
     ids = load_tokenizer(load_decoder(run)[1].tokenizer).encode("The king")  # type: ignore[arg-type]
     tokens = list(generate_tokens(model, ids, 8, calls=calls))
     assert looped.text == load_tokenizer(load_decoder(run)[1].tokenizer).decode(ids + tokens)  # type: ignore[arg-type]
     with pytest.raises(MegaloopError, match="depth 1-2x2-1 has 4 layers of its own, and there are 3"):
-        generate_text(run, "The king", Generation(), Thinking(DepthSpec.parse("1-2x2-1")))
+        generate_text(run, "The king", Generation(), Setting(DepthSpec.parse("1-2x2-1")))

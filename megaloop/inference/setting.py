@@ -12,11 +12,11 @@ from megaloop.inference.loops import Block, with_loops
 from megaloop.inference.passes import Passes
 from megaloop.model import Decoder
 
-__all__ = ["Thinking"]
+__all__ = ["Setting"]
 
 
 @dataclass(frozen=True)
-class Thinking:
+class Setting:
     """How a model runs at inference; by default as it was trained.
 
     Attributes:
