@@ -260,13 +260,7 @@ def growth_since(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan
                 made = made.then(later.growth)
             return made
     if unloop(saved) == unloop(stage.plan):  # only the order differs: loops come and go on load as well
-        # a gate may come on load; one that is there is not dropped without saying
-        as_now = replace(saved.style, gate=saved.style.gate or stage.plan.style.gate)
-        if saved.is_looped and stage.plan.is_looped and as_now != stage.plan.style:
-            raise MegaloopError(
-                f"its loop has {_style(saved)}, but the configuration says {_style(stage.plan)}; "
-                "set loop.injection, loop.residual_scale, loop.norm and loop.gate as it was trained"
-            )
+        _check_style(saved, stage.plan)
         return Growth.reordered(saved, stage.plan)
     growth = config.growth
     if growth is None:
@@ -284,10 +278,23 @@ def growth_since(config: Config, stages: Sequence[GrowthStage], saved: DepthPlan
     if saved.layers < stage.plan.layers:
         made = grow(unloop(saved), growth.operator, stage.plan.layers, growth.block, insert_at=growth.insert_at)
         if made.plan == unloop(stage.plan):
+            _check_style(saved, stage.plan)
             return Growth(stage.plan, made.lineage).loop_of(saved)
     raise MegaloopError(
         f"the lineage of its {saved.layers} layers is {_made_by(config, saved)}, but growth.operator is "
         f"{growth.operator} (block {growth.block}, insert_at {growth.insert_at}); go on with the operator it was grown with"
+    )
+
+
+def _check_style(saved: DepthPlan, now: DepthPlan) -> None:
+    """Refuse a loop that goes on otherwise than it was trained; a gate may come on load, but is not dropped in silence."""
+    expected = replace(saved.style, gate=saved.style.gate or now.style.gate)
+    if not (saved.is_looped and now.is_looped) or now.style == expected:
+        return
+    drop = ", or drop the gate with megaloop loop --no-gate" if saved.style.gate and not now.style.gate else ""
+    raise MegaloopError(
+        f"its loop has {_style(saved)}, but the configuration says {_style(now)}; "
+        f"set loop.injection, loop.residual_scale, loop.norm and loop.gate as it was trained{drop}"
     )
 
 
