@@ -47,6 +47,16 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def is_text(self) -> bool:
+        """Every token is to predict the next one, which the last of a text may not have."""
+        return bool((self.targets[:-1] >= 0).all())
+
+    def first(self, tokens: int) -> Prompt:
+        """Its beginning."""
+        documents = None if self.documents is None else self.documents[:tokens]
+        return Prompt(self.tokens[:tokens], self.targets[:tokens], documents, self.difficulty)
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -100,6 +110,10 @@ class Prompts:
     def difficulties(self) -> list[int]:
         """Those that some prompt has, ascending."""
         return sorted({prompt.difficulty for prompt in self.prompts} - {-1})
+
+    def cut(self, tokens: int) -> Prompts:
+        """With texts of at most so many tokens; problems, whose targets may come late, stay complete."""
+        return Prompts(self.source, [prompt.first(tokens) if prompt.is_text else prompt for prompt in self.prompts])
 
     def chosen(self, numbers: Sequence[int]) -> Prompts:
         """Some of them."""

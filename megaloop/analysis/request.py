@@ -28,11 +28,13 @@ class PromptSource:
     Attributes:
         path: a data set or a jsonl file; None: held-out samples of the run's first data set.
         count: at most so many.
+        tokens: of a text, at most.
         field: of a jsonl line, that has the text.
     """
 
     path: Path | None = None
-    count: int = 64
+    count: int = 16
+    tokens: int = 128
     field: str = "text"
 
     def read(self, checkpoint: Checkpoint, document_masking: bool) -> Prompts:
@@ -43,8 +45,10 @@ class PromptSource:
         """
         path = self.path or own_data(checkpoint, "name prompts with --prompts")
         if path.is_dir():
-            return held_out_prompts(open_as_trained(checkpoint, path), self.count, document_masking)
-        return read_prompts(path, checkpoint.open_tokenizer("prompts are text"), self.count, self.field)
+            prompts = held_out_prompts(open_as_trained(checkpoint, path), self.count, document_masking)
+        else:
+            prompts = read_prompts(path, checkpoint.open_tokenizer("prompts are text"), self.count, self.field)
+        return prompts.cut(self.tokens)
 
 
 def own_data(checkpoint: Checkpoint, otherwise: str) -> Path:

@@ -68,7 +68,7 @@ class Trace:
         """The model's state before a place; with the number of places, that after the last. [B, S, D]"""
         return self.layers[place].before_BSD if place < len(self.layers) else self.final_BSD
 
-    def entry(self, place: int, rows: Tensor) -> LoopInput:
+    def entry(self, place: int, rows: Tensor | slice) -> LoopInput:
         """With which state the loop was entered that a pass from a place on is in, of some of the prompts; places as for :meth:`state`."""
         state = self._entries[place].state
         return LoopInput(None if state is None else state[rows])

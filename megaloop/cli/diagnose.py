@@ -43,7 +43,8 @@ def diagnose(
         Path | None,
         typer.Option(help="A data set (its held-out samples) or a jsonl file; default: the run's own data."),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 64,
+    count: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text, at most; problems with targets stay complete.")] = 128,
     field: Annotated[str, typer.Option(help="Field of a jsonl line that has the text.")] = "text",
     tasks: Annotated[
         str | None,
@@ -83,7 +84,7 @@ def diagnose(
 
         request = Request(
             measures=_names(measures) or None,
-            prompts=PromptSource(prompts, count, field),
+            prompts=PromptSource(prompts, count, tokens, field),
             tasks=TaskSource(_names(tasks), shots, examples),
             block=block,
             lens_steps=lens_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,15 @@ def test_without_targets_each_token_predicts_the_next(corpus: Path) -> None:
     (prompt,) = held_out_prompts(dataset, 1, False).prompts
     assert prompt.tokens.tolist() == sample.tokens[:-1].tolist()
     assert prompt.targets.tolist() == sample.tokens[1:].tolist()
+
+
+def test_texts_are_cut_and_problems_stay_complete() -> None:
+    problem, other = random_prompts((30, 30)).prompts
+    parts = (np.arange(30) // 6).astype(np.int32)
+    text = replace(other, targets=np.append(other.tokens[1:], -1), documents=parts)
+    cut, complete = Prompts("both", [text, problem]).cut(16).prompts
+    assert complete is problem
+    assert cut.tokens.tolist() == text.tokens[:16].tolist()
+    assert cut.targets.tolist() == text.targets[:16].tolist()
+    assert cut.documents is not None
+    assert cut.documents.tolist() == parts[:16].tolist()
