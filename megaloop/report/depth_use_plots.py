@@ -67,6 +67,7 @@ class Matrix:
         mask: which of its cells mean something.
         signed: values lie on both sides of 0.
         columns: which of the measure's labels name its columns; none: they are numbered.
+        ends: where the colours end at the latest: the first layer's effects are many times those of others.
     """
 
     measure: str
@@ -77,6 +78,7 @@ class Matrix:
     mask: Callable[[NDArray[np.float64]], NDArray[np.bool_]]
     signed: bool = False
     columns: str = ""
+    ends: float = math.inf
 
 
 def _all(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -91,8 +93,12 @@ def _apart(matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
     return ~np.eye(matrix.shape[0], matrix.shape[1], dtype=np.bool_)
 
 
-EFFECTS = Matrix("effects", "future effect on later layers", "later layer", "skipped layer", "relative change", _later)
-LOCAL = Matrix("effects", "future local effect", "later layer", "layer whose part is taken", "relative change", _later)
+EFFECTS = Matrix(
+    "effects", "future effect on later layers", "later layer", "skipped layer", "relative change", _later, ends=1.0
+)
+LOCAL = Matrix(
+    "effects", "future local effect", "later layer", "layer whose part is taken", "relative change", _later, ends=1.0
+)
 SYMMETRY = Matrix("symmetry", "cosine of the weights of blocks", "block", "block", "cosine", _apart, signed=True)
 ERASURE = Matrix("erasure", "erasure", "token", "layer", "distance of the distributions", _all, columns="tokens")
 GRADIENTS = Matrix("gradients", "gradients", "token", "layer", "integrated gradient", _all, True, "tokens")
@@ -100,6 +106,8 @@ _AROUND_ZERO = LinearSegmentedColormap.from_list(
     "around zero", [(0.0, "#0072b2ff"), (0.5, "#0072b200"), (0.5, "#d55e0000"), (1.0, "#d55e00ff")]
 )
 """0 is the page's ground, light or dark."""
+_OUTLIER = 8
+"""Times the median, from which on the largest value has an axis made logarithmic."""
 _PANEL, _WIDEST, _NAME_WIDTH, _BESIDE = 2.7, 11.0, 0.15, 0.9
 """Inches: a panel's width, that of all panels side by side at most, and what the name of a column and the axis take of it."""
 
@@ -130,6 +138,7 @@ def curves_plot(
             axes.set_xlabel(places)
             axes.set_ylabel(unit)
             _count_whole(axes.xaxis)
+            _spread(axes)
         _legend(figure, grid)
         return to_svg(figure)
 
@@ -154,7 +163,8 @@ def matrices_plot(found: Sequence[DepthUse], kind: Matrix) -> str | None:
     lines = math.ceil(len(shown) / columns)
     shown = [(use, np.where(kind.mask(matrix), matrix, np.nan)) for use, matrix in shown]
     highest = max((float(np.nanmax(np.abs(matrix))) for _, matrix in shown if not np.isnan(matrix).all()), default=1.0)
-    limits = (-highest, highest) if kind.signed else (0.0, highest or 1.0)
+    end = min(highest or 1.0, kind.ends)
+    limits = (-end if kind.signed else 0.0, end)
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
         height = 2.7 if width == _PANEL else 3.4  # with names that stand on end
         figure = Figure(figsize=(width * columns + 0.8, height * lines + 0.3), layout="constrained")
@@ -169,7 +179,7 @@ def matrices_plot(found: Sequence[DepthUse], kind: Matrix) -> str | None:
             axes.set_ylabel(kind.y)
             _count_whole(axes.xaxis, axes.yaxis)
             _name_columns(axes, use.labels(kind.measure, kind.columns), matrix.shape[1], width)
-        figure.colorbar(picture, ax=grid, shrink=0.7, label=kind.unit)
+        figure.colorbar(picture, ax=grid, shrink=0.7, label=kind.unit, extend="max" if highest > end else "neither")
         return to_svg(figure)
 
 
@@ -225,6 +235,7 @@ def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss")
             axes.set_title(name.partition(":")[0], fontsize=10)
             axes.set_xlabel("layers before the exit" if is_exit else "first layer")
             _count_whole(axes.xaxis)
+            _spread(axes)
         of_unit = "loss, nats" if unit == "loss" else "accuracy"
         grid[0][0].set_ylabel(f"change of the {of_unit}" if is_difference else of_unit)
         _legend(figure, grid)
@@ -237,10 +248,22 @@ def _count_whole(*axes: Any) -> None:
         axis.get_major_locator().set_params(integer=True)
 
 
+def _spread(axes: Any) -> None:
+    """A logarithmic axis (linear about 0) where the first layer does so much more than others that their lines would lie on each other."""
+    sizes = np.abs(np.concatenate([np.zeros(1), *(np.asarray(line.get_ydata(), float) for line in axes.lines)]))
+    sizes = sizes[sizes > 0]
+    if not len(sizes) or sizes.max() < _OUTLIER * np.median(sizes):
+        return
+    linear = 10.0 ** math.floor(math.log10(max(np.median(sizes), sizes.max() / 1000)))
+    axes.set_yscale("symlog", linthresh=linear)
+    axes.autoscale(axis="y")  # anew: the margins were those of a linear axis
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def _legend(figure: Figure, grid: Any) -> None:
     """Of the panel with most lines, under all of them; as many names side by side as fit."""
     best = max(grid.flat, key=lambda axes: len(axes.get_legend_handles_labels()[0]))
     handles, labels = best.get_legend_handles_labels()
     name_width = 0.6 + 0.08 * max(map(len, labels), default=0)
     columns = max(1, min(4, int(figure.get_size_inches()[0] / name_width)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1.2)
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=9, columnspacing=1.2)

@@ -86,7 +86,7 @@ def _pictures(found: Sequence[DepthUse]) -> list[tuple[str, Markup, str]]:
         ("What layers add", plots.curves_plot(found, plots.CONTRIBUTIONS), f"Means over tokens; a looped layer has a place for each time.{bands}"),
         ("What layers predict", plots.curves_plot(found, plots.LENS), f"{lens}{bands}"),
         ("What layers predict, by the tuned lens", plots.curves_plot(found, plots.TUNED_LENS), f"{lens}{bands}"),
-        ("Who reads whom", plots.matrices_plot(found, plots.EFFECTS), f"Largest relative change of what a later layer adds at later positions, when a layer is skipped at earlier ones.{means}"),
+        ("Who reads whom", plots.matrices_plot(found, plots.EFFECTS), f"Largest relative change of what a later layer adds at later positions, when a layer is skipped at earlier ones; colours end at 1.{means}"),
         ("Who reads whom directly", plots.matrices_plot(found, plots.LOCAL), f"The same, when what a layer added is taken from the input of that one later layer alone.{means}"),
         ("The loop", plots.curves_plot(found, plots.LOOPS, "iteration", 1), f"After each iteration, from the first on; up to twice as many as in training.{bands}"),
         ("Likeness of blocks", plots.matrices_plot(found, plots.SYMMETRY), f"Cosine of the MLP weights of two blocks; 0 where nothing was copied.{means}"),

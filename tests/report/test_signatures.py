@@ -224,6 +224,31 @@ def test_exits_and_iterations_count_from_one(tmp_path: Path, axes: list[Any]) ->
     assert begins == {"layer": 0, "iteration": 1, "layers before the exit": 1}
 
 
+def _lines(sizes: list[float]) -> DepthUse:
+    contributions = Result(curves={"attention_size": curve(np.array(sizes))})
+    return DepthUse(0, "one", ({"contributions": contributions},), 2)
+
+
+@pytest.mark.parametrize(("first", "scale"), [(7.5, "symlog"), (0.2, "linear")])
+def test_a_first_layer_that_does_far_more_does_not_flatten_the_others(
+    first: float, scale: str, axes: list[Any]
+) -> None:
+    depth_use_plots.curves_plot([_lines([first, 0.15, -0.05, 0.1])], depth_use_plots.CONTRIBUTIONS[:1])
+    (panel,) = axes
+    assert panel.get_yscale() == scale
+    low, high = panel.get_ylim()
+    assert -0.1 < low < -0.05
+    assert first < high < 3 * first
+
+
+def test_colours_of_effects_end_where_a_layer_changes_as_much_as_another_adds(axes: list[Any]) -> None:
+    effects = np.triu(np.full((4, 4), 0.3), 1)
+    effects[0, 1:] = 7.0
+    result = Result(matrices={"future effect on later layers": effects.tolist()})
+    depth_use_plots.matrices_plot([DepthUse(0, "one", ({"effects": result},), 2)], depth_use_plots.EFFECTS)
+    assert axes[0].images[0].get_clim() == (0.0, 1.0)
+
+
 def _attribution(tokens: list[str], answer: str = " Paris", columns: int | None = None, scale: float = 1.0) -> Result:
     """Layers by tokens."""
     width = len(tokens) if columns is None else columns
