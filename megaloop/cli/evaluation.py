@@ -98,7 +98,6 @@ def evaluate_command(
     """Reasoning primitives and held-out loss, by number of shots and of loops, by halting and caches. Results are remembered."""
     shot_counts = numbers("--shots", shots, 0)
     loop_counts: list[int | None] = [None] if loops is None else [*numbers("--loops", loops, 1)]
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if block and loops is None:
         raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
     halting: dict[str, Any] = {"minimum": min_loops, "scope": halt_scope, "decay": halt_decay}
@@ -130,8 +129,8 @@ def evaluate_command(
                 shots=None if shots == "5" else shot_counts[0],
                 loops=loop_counts[0],
                 block=one,
-                halting=next(iter(halts), None),
-                policy=next(iter(caches), CachePolicy()),
+                halting=halts[0] if halts else None,
+                policy=caches[0] if caches else CachePolicy(),
                 precision=precision,
             )
             print_harness(results, json)
@@ -139,7 +138,7 @@ def evaluate_command(
         with part_progress() as show:
             records = _measured(
                 _kept_checkpoints(checkpoint) if every_checkpoint else [checkpoint],
-                tasks=names,
+                tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
                 shots=shot_counts,
                 loops=loop_counts,
                 blocks=blocks,

@@ -135,7 +135,8 @@ class Passes:
         """Rotary tables of at least that many positions, [T, h]."""
         if self._table is None or len(self._table[0]) < length:
             dtype = next(self.model.parameters()).dtype
-            cos_Th, sin_Th = rotary_tables(self.model.config, length, self.model.device)
+            room = 1 << max(length - 1, 255).bit_length()  # generation asks for one more each time
+            cos_Th, sin_Th = rotary_tables(self.model.config, room, self.model.device)
             self._table = cos_Th.to(dtype), sin_Th.to(dtype)
         return self._table
 
