@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,15 +74,15 @@ class Halting:
             MegaloopError: an unknown criterion, or a threshold that it cannot have.
         """
         name, separator, value = text.partition("=")
-        known = get_args(Criterion)
-        if name not in known:
-            raise MegaloopError(f"--halt {printable(text, 60)}: no such criterion; choose from {', '.join(known)}")
+        criterion = next((known for known in _MEASURES if known == name), None)
+        if criterion is None:
+            raise MegaloopError(f"--halt {printable(text, 60)}: no such criterion; choose from {', '.join(_MEASURES)}")
         shown = f"--halt {printable(text, 60)}"
-        if name == "oracle":
+        if criterion == "oracle":
             if separator:
                 raise MegaloopError(f"{shown}: the oracle has no threshold; write --halt oracle")
             return cls("oracle", minimum=minimum, scope=scope, decay=decay)
-        return cls(name, _threshold(name, value, shown), minimum, scope, decay)
+        return cls(criterion, _threshold(name, value, shown), minimum, scope, decay)
 
     def __str__(self) -> str:
         if self.criterion == "oracle":

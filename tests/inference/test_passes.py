@@ -114,7 +114,8 @@ def test_what_is_not_asked_for_runs_in_full() -> None:
 def test_work_falls_with_the_tokens_that_loop() -> None:
     """Counted in rows of the products, not in seconds."""
     model, rows = model_of("0-2x4-0"), []
-    model.layers["0"].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2].numel()))
+    mlp = model.get_submodule("layers.0.mlp")
+    mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2].numel()))
     passes = Passes(model, halting=Halting.parse("kl=0.04"))
     _, loops_BS = think(passes, torch.cat([TOKENS] * 4)[:, :1])
     assert sum(rows) == int(loops_BS.sum()) < 4 * loops_BS.numel()

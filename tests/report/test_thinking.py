@@ -33,7 +33,7 @@ def _held_out(run: Path, shift: float) -> None:
     for loops, accuracy in ((1, 0.3), (4, 0.85)):
         subject = replace(SUBJECT, loops=loops, depth=f"0-2x{loops}-0")
         _append(run, subject, accuracy=accuracy + shift, accuracy_stderr=0.01, loss=1.0, tokens=100)
-    for (halt, scope), (loops, accuracy) in HALTED.items():
+    for (halt, scope), (mean, accuracy) in HALTED.items():
         subject = replace(SUBJECT, halt=halt, halt_scope=scope)
         text = {"loops_text": TEXT} if halt == "kl=0.01" and scope == "token" else {}
         values = {
@@ -41,13 +41,13 @@ def _held_out(run: Path, shift: float) -> None:
             "accuracy_stderr": 0.01,
             "loss": 0.9,
             "tokens": 100,
-            "loops_mean": loops,
+            "loops_mean": mean,
         }
         _append(run, subject, **values, loops_histogram=[1, 2, 3, 4], **text)
         _append(run, replace(subject, cache="last"), **values | {"accuracy": 0.01}, cache_bytes=1, cache_bytes_full=4)
         for difficulty in (1, 2):
             own = replace(subject, task=DIFFICULTY, difficulty=difficulty)
-            _append(run, own, **values | {"loops_mean": loops + difficulty / 10})
+            _append(run, own, **values | {"loops_mean": mean + difficulty / 10})
     _append(run, replace(SUBJECT, halt="kl=0.5", step=50), accuracy=0.1, loss=0.9, tokens=100, loops_mean=1.1)
 
 
