@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, pvariance
 from typing import Any
 
 from megaloop.evaluation.records import DIFFICULTY, Record, Subject
@@ -72,7 +72,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Mean loops by difficulty of a data set, by setting."""
+    """Mean loops by difficulty of a data set: of each criterion the threshold whose tokens take about half the loops."""
 
     group: str
     data: str
@@ -235,25 +235,44 @@ def ladders(groups: Sequence[Group]) -> list[Ladder]:
             own = [record for record in records if record.subject.data == data]
             for record in own:
                 loops = number(record.values, "loops_mean")
-                if loops is not None and record.subject.difficulty is not None:
+                if loops is not None and record.subject.difficulty is not None and not _is_fixed(record.subject):
                     setting = printable(record.subject.halt, 40) + _details(record.subject, own)
                     found.setdefault(setting, {}).setdefault(record.subject.difficulty, []).append(loops)
             lines = {
                 setting: {difficulty: fmean(line[difficulty]) for difficulty in sorted(line)}
                 for setting, line in found.items()
             }
-            if lines:
-                made.append(Ladder(group.label, printable(data, 80), lines))
+            half = (1 + max((record.subject.loops for record in own), default=1)) / 2
+            chosen = _nearest({setting: fmean(line.values()) for setting, line in lines.items()}, half)
+            if chosen:
+                shown = {setting: line for setting, line in lines.items() if setting in chosen}
+                made.append(Ladder(group.label, printable(data, 80), shown))
     return made
 
 
+def _is_fixed(subject: Subject) -> bool:
+    return (subject.halt or "").startswith("fixed")
+
+
+def _nearest(loops: dict[str, float], half: float) -> set[str]:
+    """Of each criterion the setting whose mean loops are nearest to ``half``."""
+    best: dict[str, str] = {}
+    for setting, mean in loops.items():
+        criterion, _, rest = setting.partition("=")
+        name = criterion + "".join(rest.partition(",")[1:])
+        if name not in best or abs(mean - half) < abs(loops[best[name]] - half):
+            best[name] = setting
+    return set(best.values())
+
+
 def texts(groups: Sequence[Group]) -> list[Text]:
-    """Of each run the first text that was measured."""
+    """Of each run the text whose tokens differ most in their loops."""
     made = []
     for run in (run for group in groups for run in group.runs):
-        record = next((record for record in run.thinking if record.values.get("loops_text")), None)
-        if record is None:
+        measured = [record for record in run.thinking if record.values.get("loops_text")]
+        if not measured:
             continue
+        record = max(measured, key=_variance)
         most = max(record.subject.loops, 1)
         pieces = [
             (_shown(piece), loops, 0.0 if loops is None else min(loops / most, 1.0))
@@ -262,6 +281,10 @@ def texts(groups: Sequence[Group]) -> list[Text]:
         setting = printable(record.subject.halt, 40)
         made.append(Text(run.name, printable(record.subject.data, 80), setting, most, pieces))
     return made
+
+
+def _variance(record: Record) -> float:
+    return pvariance([loops for _, loops in record.values["loops_text"] if loops is not None] or [0])
 
 
 def _shown(piece: str) -> str:
