@@ -6,11 +6,12 @@
     half       ours, where every token runs half the loops
     drafted    ours, where tokens are drafted with few loops and verified with all
 
-Prompts are random tokens, or a text's, of mixed lengths; sequences are of mixed lengths too, and none ends early.
+Prompts are beginnings of held-out samples of the run's data, or random tokens where that is not at hand, of mixed lengths; sequences are of mixed lengths too, and none ends early.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
@@ -23,7 +24,9 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from megaloop.checkpoint import Checkpoint
 from megaloop.errors import MegaloopError
+from megaloop.evaluation.held_out import open_as_trained
 from megaloop.huggingface.weights import export_huggingface
 from megaloop.inference.engine import Engine, Request
 from megaloop.inference.halting import Halting
@@ -34,6 +37,9 @@ from megaloop.inference.speculation import Speculation
 from megaloop.runtime.hardware import describe_machine
 
 __all__ = ["DecodeBenchmark", "DecodeResult", "bench_decode", "table"]
+
+
+_MOST_TEXTS = 64
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,12 @@ class DecodeResult:
 
 @dataclass(frozen=True)
 class DecodeBenchmark:
-    """What the benchmark measured."""
+    """What the benchmark measured; ``prompts``: of what they were."""
 
     machine: str
     depth: str
     parameters: int
+    prompts: str
     tokens: int
     repeats: int
     results: list[DecodeResult]
@@ -97,24 +104,40 @@ def bench_decode(
     Raises:
         MegaloopError: a damaged checkpoint, or a loop that cannot be exported.
     """
-    model, _ = load_decoder(checkpoint)
+    model, opened = load_decoder(checkpoint)
+    texts = _held_out(opened)
     passes = setting.passes(model)
     theirs = _exported(checkpoint, setting) if transformers else None
     generator = np.random.default_rng(seed)
     results: list[DecodeResult] = []
     for batch in batches:
         sizes = [(_between(generator, prompt, batch), _between(generator, tokens, batch)) for _ in range(batch)]
-        requests = [Request(generator.integers(0, model.vocab_size, size).tolist(), count) for size, count in sizes]
+        requests = [
+            Request(
+                texts[row][:size] if row < len(texts) else generator.integers(0, model.vocab_size, size).tolist(), count
+            )
+            for row, (size, count) in enumerate(sizes)
+        ]
         ways = _ways(passes, requests, theirs, speculate)
         results += _measure(batch, ways, sum(request.max_tokens for request in requests), repeats, on_way or _mute)
     depth = str(setting.depth or model.plan)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return DecodeBenchmark(describe_machine(), depth, parameters, tokens, repeats, results)
+    prompts = "held-out text" if len(texts) >= max(batches) else "random tokens"
+    return DecodeBenchmark(describe_machine(), depth, parameters, prompts, tokens, repeats, results)
+
+
+def _held_out(checkpoint: Checkpoint) -> list[list[int]]:
+    """Beginnings of held-out samples of a run's data; nothing where it is not at hand, and prompts are random."""
+    for path in checkpoint.manifest.data.paths:
+        with contextlib.suppress(MegaloopError):
+            split = open_as_trained(checkpoint, path).split("validation")
+            return [split.sample(number).tokens.tolist() for number in range(min(len(split), _MOST_TEXTS))]
+    return []
 
 
 def table(benchmark: DecodeBenchmark) -> Table:
     """A row for each way."""
-    title = f"depth {benchmark.depth}, {benchmark.parameters:,} parameters; {benchmark.machine}"
+    title = f"depth {benchmark.depth}, {benchmark.parameters:,} parameters, prompts of {benchmark.prompts}; {benchmark.machine}"
     found = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
     for name in ("batch", "way", "tokens/s", "speed", "from", "to", "loops", "same tokens", "drafts accepted"):
         found.add_column(name, justify="left" if name == "way" else "right")
