@@ -70,7 +70,7 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["trian"], ["train"], ["train", "x", "--ranks", "0"], ["prep", "x"], ["generate", "x"], ["--nope"]]
+    "arguments", [["trian"], ["train"], ["train", "x", "--ranks", "0"], ["prep", "x"], ["diagnose"], ["--nope"]]
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     result = megaloop(*arguments)
