@@ -19,6 +19,7 @@ from megaloop.text import parse_whole, printable
 
 if TYPE_CHECKING:
     from megaloop.evaluation.records import Record
+    from megaloop.inference.halting import Halting
 
 __all__ = ["evaluate_command", "export_tasks", "numbers"]
 
@@ -100,20 +101,14 @@ def evaluate_command(
     loop_counts: list[int | None] = [None] if loops is None else [*numbers("--loops", loops, 1)]
     if block and loops is None:
         raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
-    halting: dict[str, Any] = {"minimum": min_loops, "scope": halt_scope, "decay": halt_decay}
-    if not halt and halting != {"minimum": 1, "scope": "token", "decay": None}:
-        raise MegaloopError(
-            "eval: --min-loops, --halt-scope and --halt-decay belong to --halt; say when tokens leave the loop: --halt kl=5e-4"
-        )
     if ranks > 1 and not started_by_launcher():
         launch_again(ranks)
         return
     with joined_ranks():
         from megaloop.inference.caches import CachePolicy
-        from megaloop.inference.halting import Halting
         from megaloop.inference.loops import EveryBlock
 
-        halts = [Halting.parse(text, **halting) for text in _listed(halt)]
+        halts = _halts(_listed(halt), min_loops, halt_scope, halt_decay)
         caches = [CachePolicy.parse(text) for text in _listed(cache)]
         blocks = [EveryBlock.parse(text) for text in block or []]
         if harness is not None:
@@ -156,6 +151,18 @@ def evaluate_command(
             )
         if is_first_rank():
             print_records(records, json)
+
+
+def _halts(
+    texts: Sequence[str], minimum: int, scope: Literal["token", "sequence"], decay: float | None
+) -> list[Halting]:
+    from megaloop.inference.halting import Halting
+
+    if not texts and (minimum, scope, decay) != (1, "token", None):
+        raise MegaloopError(
+            "eval: --min-loops, --halt-scope and --halt-decay belong to --halt; say when tokens leave the loop: --halt kl=5e-4"
+        )
+    return [Halting.parse(text, minimum=minimum, scope=scope, decay=decay) for text in texts]
 
 
 def _listed(texts: Sequence[str] | None) -> list[str]:

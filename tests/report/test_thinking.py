@@ -30,8 +30,8 @@ def _append(run: Path, subject: Subject, **values: Any) -> None:
 
 def _held_out(run: Path, shift: float) -> None:
     """A fixed count of 1 and 4 for all, each way of halting, and records that must not be drawn."""
-    for loops, accuracy in ((1, 0.3), (4, 0.85)):
-        subject = replace(SUBJECT, loops=loops, depth=f"0-2x{loops}-0")
+    for count, accuracy in ((1, 0.3), (4, 0.85)):
+        subject = replace(SUBJECT, loops=count, depth=f"0-2x{count}-0")
         _append(run, subject, accuracy=accuracy + shift, accuracy_stderr=0.01, loss=1.0, tokens=100)
     for (halt, scope), (mean, accuracy) in HALTED.items():
         subject = replace(SUBJECT, halt=halt, halt_scope=scope)
