@@ -266,13 +266,13 @@ def _nearest(loops: dict[str, float], half: float) -> set[str]:
 
 
 def texts(groups: Sequence[Group]) -> list[Text]:
-    """Of each run the text whose tokens differ most in their loops."""
+    """Of each run a text under the setting by which its tokens differ most."""
     made = []
     for run in (run for group in groups for run in group.runs):
-        measured = [record for record in run.thinking if record.values.get("loops_text")]
-        if not measured:
+        shown = [record for record in run.thinking if record.values.get("loops_text")]
+        if not shown:
             continue
-        record = max(measured, key=_variance)
+        record = max(shown, key=lambda record: pvariance(_counts(record) or [0]))
         most = max(record.subject.loops, 1)
         pieces = [
             (_shown(piece), loops, 0.0 if loops is None else min(loops / most, 1.0))
@@ -283,8 +283,8 @@ def texts(groups: Sequence[Group]) -> list[Text]:
     return made
 
 
-def _variance(record: Record) -> float:
-    return pvariance([loops for _, loops in record.values["loops_text"] if loops is not None] or [0])
+def _counts(record: Record) -> list[int]:
+    return [loops for _, loops in record.values["loops_text"] if loops is not None]
 
 
 def _shown(piece: str) -> str:

@@ -32,7 +32,7 @@ def quality_plot(picture: Picture) -> str:
                     marker=".",
                     linewidth=1.0,
                     capsize=2,
-                    zorder=1,
+                    zorder=4,
                 )
             elif curve not in own:
                 axes.plot(x, y, "*", label=label, color=INK, markersize=9)
