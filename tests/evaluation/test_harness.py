@@ -131,6 +131,19 @@ def test_loops_reach_the_harness(plain_run: Path, tasks: Path) -> None:
     assert values[0] != values[1]
 
 
+def test_halting_and_caches_reach_the_harness(looped_run: Path, tasks: Path) -> None:
+    arguments = ("--harness", ",".join(TASK_FILES), "--harness-path", tasks, "--json")
+    plain, halted = (
+        json.loads(_eval(looped_run, *arguments, *options).splitlines()[-1])
+        for options in ((), ("--halt", "fixed=1", "--cache", "last"))
+    )
+    assert "megaloop" not in plain
+    loops = halted.pop("megaloop")
+    assert loops["loops_mean"] == 1
+    assert loops["loops_histogram"][1:] == [0]
+    assert _numbers(plain) != _numbers(halted)
+
+
 def test_an_unknown_task_is_one_line(plain_run: Path) -> None:
     with pytest.raises(MegaloopError, match="eval --harness: lm-eval knows no task no-such-task"):
         _eval(plain_run, "--harness", "no-such-task")
