@@ -90,6 +90,7 @@ def bench_decode(
     seed: int = 123,
     transformers: bool = True,
     speculate: Speculation | None = None,
+    compiled: bool = False,
     on_way: Callable[[str], None] | None = None,
 ) -> DecodeBenchmark:
     """Time every way on the model of a checkpoint, or of a run's newest.
@@ -100,11 +101,14 @@ def bench_decode(
         prompt, tokens: of the longest sequence; the shortest has half as many of each.
         transformers: whether to compare with transformers; loops with an injection or a norm cannot be exported for its cache.
         speculate: how tokens are drafted; None: they are not.
+        compiled: compile our layers; the repetition that warms up pays for it.
 
     Raises:
         MegaloopError: a damaged checkpoint, or a loop that cannot be exported.
     """
     model, opened = load_decoder(checkpoint)
+    if compiled:
+        model.compile_layers()
     texts = _held_out(opened)
     passes = setting.passes(model)
     theirs = _exported(checkpoint, setting) if transformers else None

@@ -284,6 +284,7 @@ def bench_decode_command(
     ] = None,
     draft_loops: Annotated[int, typer.Option(min=1, help="Loops of a draft.")] = 1,
     transformers: Annotated[bool, typer.Option(help="Compare with transformers on the exported model.")] = True,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile our layers.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; each times every way.")] = 3,
     json: Json = False,
 ) -> None:
@@ -300,6 +301,7 @@ def bench_decode_command(
         tokens=tokens,
         repeats=repeats,
         transformers=transformers,
+        compiled=compiled,
         speculate=None if speculate is None else Speculation(speculate, draft_loops),
         on_way=lambda what: echo(what, err=True),
     )

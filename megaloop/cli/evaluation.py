@@ -35,7 +35,8 @@ def evaluate_command(
     ] = None,
     shots: Annotated[str, typer.Option(help="Solved examples before each question: 5, or 0,1,2,5,10.")] = "5",
     loops: Annotated[
-        str | None, typer.Option(help="How often the looped block runs: 1,2,3,4; default: as trained.")
+        str | None,
+        typer.Option("--loops", "--max-loops", help="How often the looped block runs: 1,2,3,4; default: as trained."),
     ] = None,
     block: Annotated[
         list[str] | None,

@@ -88,6 +88,9 @@ def generate(
         ),
     ] = None,
     draft_loops: Annotated[int, typer.Option(min=1, help="Loops of a draft of --speculate.")] = 1,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers first (tens of seconds): for many or long texts.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Prompts that are continued at a time.")] = 16,
     ranks: Annotated[int, typer.Option(min=1, help="Local ranks that share the prompts.")] = 1,
     json: Json = False,
@@ -124,11 +127,11 @@ def generate(
     drafts = None if speculate is None else Speculation(speculate, draft_loops)
     how = Generation(max_tokens, sampling, tuple(text for text in stop or [] if text), seed, batch, drafts)
     if prompt is not None:
-        _one(checkpoint, prompt, how, setting, precision.value, json)
+        _one(checkpoint, prompt, how, setting, precision.value, compiled, json)
         return
     assert read is not None
     with joined_ranks():
-        results = _many(checkpoint, read, how, setting, precision.value)
+        results = _many(checkpoint, read, how, setting, precision.value, compiled)
         if is_first_rank():
             _write(read, results, out, json)
 
@@ -164,6 +167,7 @@ def _one(
     how: Generation,
     setting: Setting,
     precision: Literal["fp32", "bf16"],
+    compiled: bool,
     json: bool,
 ) -> None:
     from megaloop.inference.generate import generate_text
@@ -181,6 +185,7 @@ def _one(
         how,
         setting,
         precision=precision,
+        compiled=compiled,
         on_text=None if json else show,
         on_note=lambda note: echo(note, err=True),
     )
@@ -192,13 +197,18 @@ def _one(
 
 
 def _many(
-    checkpoint: Path, prompts: Sequence[str], how: Generation, setting: Setting, precision: Literal["fp32", "bf16"]
+    checkpoint: Path,
+    prompts: Sequence[str],
+    how: Generation,
+    setting: Setting,
+    precision: Literal["fp32", "bf16"],
+    compiled: bool,
 ) -> list[GenerationResult]:
     """Prompts in parts that ranks share, in their order."""
     from megaloop.inference.generate import Writer
     from megaloop.runtime.share import share_over_ranks
 
-    writer = Writer.open(checkpoint, setting, precision=precision)
+    writer = Writer.open(checkpoint, setting, precision=precision, compiled=compiled)
     size = 4 * how.rows  # so many that few rows stand empty while a part ends
     parts = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
 

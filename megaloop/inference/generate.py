@@ -178,6 +178,7 @@ def generate_text(
     setting: Setting = Setting(),
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
+    compiled: bool = False,
     on_text: Callable[[str], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> GenerationResult:
@@ -187,13 +188,14 @@ def generate_text(
         checkpoint: a checkpoint, or a run (its newest).
         prompt: taken as it is, as transformers does; without one the model writes a new document.
         setting: how deep it runs.
+        compiled: compile its layers, which takes tens of seconds before the first tokens.
         on_text: called with each piece of text as it comes.
         on_note: called with what a user should know.
 
     Raises:
         MegaloopError: a damaged checkpoint, or one without a tokenizer; no prompt, and a tokenizer without an end-of-text token.
     """
-    writer = Writer.open(checkpoint, setting, precision=precision)
+    writer = Writer.open(checkpoint, setting, precision=precision, compiled=compiled)
     (result,) = writer.continue_prompts([prompt], how, on_text=on_text, on_note=on_note)
     return result
 
@@ -212,10 +214,17 @@ class Writer:
 
     @classmethod
     def open(
-        cls, checkpoint: Path, setting: Setting = Setting(), *, precision: Literal["fp32", "bf16"] = "fp32"
+        cls,
+        checkpoint: Path,
+        setting: Setting = Setting(),
+        *,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        compiled: bool = False,
     ) -> Self:
-        """The model of a checkpoint, or of a run's newest."""
+        """The model of a checkpoint, or of a run's newest; ``compiled``: its layers, by ``torch.compile``."""
         model, opened = load_decoder(checkpoint, precision=precision)
+        if compiled:
+            model.compile_layers()
         tokenizer = opened.open_tokenizer("generate writes text")
         passes = setting.passes(model, tokenizer.vocab_size)
         return cls(passes, tokenizer, opened.manifest.data.sequence_length)

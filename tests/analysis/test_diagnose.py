@@ -265,7 +265,7 @@ def test_a_prompt_that_is_too_short_has_its_number_in_the_file(run: Path, tmp_pa
     lines = [{"text": "of the " * 20, "difficulty": 1}] * 25 + [{"text": "of the", "difficulty": 2}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(MegaloopError, match=r"depth-score: prompt 26 of .* has . tokens; at least 13 are needed"):
-        diagnose(run, measures=["depth-score"], prompts=PromptSource(file), out=tmp_path / "d.jsonl")
+        diagnose(run, measures=["depth-score"], prompts=PromptSource(file, count=64), out=tmp_path / "d.jsonl")
 
 
 def test_results_that_cannot_be_kept_are_not_measured(

@@ -118,3 +118,11 @@ def test_calms_threshold_falls_over_a_text() -> None:
     decayed = Passes(model_of("0-2x4-0"), halting=Halting.parse("confidence=0.98", decay=1))
     alone = [made(run(decayed, [request], rows=1)[0]) for request in requests()]
     assert [made(events) for events in run(decayed, requests())] == alone
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_tokens() -> None:
+    model = model_of("0-1x2-0")
+    plain = [made(events) for events in run(Passes(model), requests()[:3])]
+    model.compile_layers()
+    assert [made(events) for events in run(Passes(model), requests()[:3])] == plain
