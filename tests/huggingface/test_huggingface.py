@@ -21,7 +21,6 @@ from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, with_inference_loop
 from megaloop.errors import MegaloopError
 from megaloop.huggingface.tokenizer import export_tokenizer
 from megaloop.huggingface.weights import export_huggingface, import_huggingface
-from megaloop.inference.generate import Writer
 from megaloop.inference.load import load_decoder
 from megaloop.inference.setting import Setting
 from megaloop.layout.pieces import Box, Piece, StatePiece
@@ -194,10 +193,9 @@ def test_a_loop_that_llama_has_no_place_for_is_not_exported(tmp_path: Path) -> N
         MegaloopError, match="its loop has an injection or a norm, which a Llama decoder has no place for"
     ):
         export_huggingface(checkpoint, tmp_path / "out")
+    model, _ = load_decoder(_checkpoint(tmp_path / "same", "1-2x3-1", style=LoopStyle(norm=True)))
     with pytest.raises(MegaloopError, match="stays where it is; choose 1-2xTIMES-1"):
-        Writer.open(
-            _checkpoint(tmp_path / "same", "1-2x3-1", style=LoopStyle(norm=True)), Setting(DepthSpec.parse("4"))
-        )
+        Setting(DepthSpec.parse("4")).passes(model)
 
 
 def test_bf16_exports_the_training_copy_and_fp32_the_masters(tmp_path: Path) -> None:

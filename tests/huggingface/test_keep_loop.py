@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ UNTIED = CONFIG.model_copy(update={"tied_embeddings": False})
 SCALED = CONFIG.model_copy(update={"norm_scaling": True})
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=16)
 ALL = CONFIG.model_copy(update={"norm_scaling": True, "tied_embeddings": False, "rope_scaling": LLAMA3, "head_dim": 12})
-EVERYTHING = STYLES[-1]
+EVERYTHING = STYLES[5]
 MODELS = [
     *[("1-2x3-1", style, CONFIG) for style in STYLES],
     ("0-2x4-0", LoopStyle(), CONFIG),
@@ -225,10 +226,12 @@ def test_import_brings_it_back(
     import_huggingface(folder / "out", tmp_path / "ours")
     with Checkpoint.open(tmp_path / "ours") as found, Checkpoint.open(folder / "checkpoint") as expected:
         assert found.manifest.plan.notation == expected.manifest.plan.notation
-        assert found.manifest.plan.style == style
+        assert found.manifest.plan.style == replace(style, gate=False)  # which an export leaves out
         assert found.manifest.model == config.model_copy(update={"norm_scaling": False})
         places = {layer_id: place for place, layer_id in enumerate(expected.manifest.plan.ids)}
         for name in expected.names("model"):
+            if name.startswith("loop.gate."):
+                continue
             if name.startswith("layers."):
                 _, layer_id, rest = name.split(".", 2)
                 if config.norm_scaling and rest.endswith("_norm.weight"):
