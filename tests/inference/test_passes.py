@@ -67,6 +67,19 @@ def test_in_pieces_or_alone_is_as_at_once(depth: str, halt: str | None) -> None:
         torch.testing.assert_close(found_BSV[0], logits_BSV[row], rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize("style", STYLES, ids=str)
+@pytest.mark.parametrize(("depth", "count"), [("4", None), ("1-2x3-1", 5), ("0-2x4-0", 1)])
+def test_any_number_of_loops_in_pieces_is_one_pass_without_caches(
+    depth: str, count: int | None, style: LoopStyle
+) -> None:
+    """Of a model without a loop too, grown or not: its layers are layers."""
+    model = model_of(depth, style)
+    calls = model.plan.calls(count)
+    logits_BSV, loops_BS = think(Passes(model, calls), TOKENS, (4, 5, 9))
+    assert bool((loops_BS == (count or 1)).all())
+    torch.testing.assert_close(logits_BSV, model(TOKENS, calls=calls), rtol=0, atol=EXACT)
+
+
 @pytest.mark.parametrize("halt", [*(f"{one.split('=')[0]}=0" for one in SETTLING), "gate=0"])
 def test_at_threshold_0_every_iteration_runs(halt: str) -> None:
     model = model_of("1-2x3-1", LoopStyle(gate=True))
