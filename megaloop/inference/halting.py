@@ -87,7 +87,8 @@ class Halting:
     def __str__(self) -> str:
         if self.criterion == "oracle":
             return self.criterion
-        return f"{self.criterion}={self.threshold:g}"
+        short = f"{self.threshold:g}"
+        return f"{self.criterion}={short if float(short) == self.threshold else repr(self.threshold)}"
 
     @property
     def reads_predictions(self) -> bool:

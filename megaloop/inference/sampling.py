@@ -13,6 +13,8 @@ from torch import Tensor
 
 __all__ = ["Sampling", "sequence_seed"]
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,7 +35,8 @@ class Sampling:
         logits_BV = logits_BV.float()
         if self.temperature == 0:
             return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
-        logits_BV = logits_BV / self.temperature
+        # the likeliest at 0: quotients by a temperature near 0 that are too large for fp32 are then all of the others
+        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(self.temperature, _SMALLEST)
         if self.top_k:
             least_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[-1])).values[..., -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))

@@ -109,6 +109,12 @@ def test_draws_follow_the_distribution() -> None:
     assert float(((counts_V - expected_V) ** 2 / expected_V).sum()) < 16.27  # p = 0.001 with 3 degrees of freedom
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-300])
+def test_near_temperature_0_the_likeliest_token_is_drawn(temperature: float) -> None:
+    probabilities_BV = Sampling(temperature).probabilities(torch.tensor([[1.0, 5.0, 3.0]]))
+    assert probabilities_BV.tolist() == [[0, 1, 0]]
+
+
 def test_calms_threshold_falls_over_a_text() -> None:
     halting = Halting.parse("confidence=0.2", decay=4)
     limits = [1 - halting.threshold_at(place, 10) for place in (0, 5, 10)]

@@ -69,7 +69,11 @@ def test_the_likeliest_token_has_to_stay_for_as_long_as_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["kl=5e-4", "entropy=0.001", "confidence=0.1", "argmax=5", "fixed=2", "oracle", "gate=0.4"]
+    "text",
+    [
+        *("kl=5e-4", "entropy=0.001", "confidence=0.1", "argmax=5", "fixed=2", "oracle", "gate=0.4"),
+        *("confidence=0.9999999", "kl=0.00012345678", "fixed=1000001"),
+    ],
 )
 def test_what_is_written_is_what_is_read(text: str) -> None:
     assert Halting.parse(str(Halting.parse(text))) == Halting.parse(text)
