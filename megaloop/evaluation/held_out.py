@@ -4,7 +4,8 @@ Accuracy is over all places with a target, and on the last of each document: whe
 each document as one cluster, as the places of a document share their tokens.
 
 Where tokens may leave a loop early, those whose predictions count do, each seeing what the tokens before it left behind, as if it were
-generated; the others run all iterations. (Scope ``sequence``: a sample leaves as a prompt does.)
+generated; the others run all iterations. (Scope ``sequence``: a sample leaves as a prompt does, whose iterations all keep keys and
+values, whatever ``--cache`` says.)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import clustered, ratio
 from megaloop.evaluation.thinking import Thinking
+from megaloop.inference.caches import CachePolicy
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 
 __all__ = ["Scored", "difficulties", "open_as_trained", "score_held_out", "summary"]
@@ -136,7 +138,9 @@ def _predictions(
     limits_1S = None
     if thinking.halting is not None and thinking.halting.decay is not None:
         limits_1S = torch.tensor([thinking.thresholds((at, length) for at in range(length))], device=device)
-    thought = passes.think(tokens_BS, place, passes.caches(*tokens_BS.shape), asked_BS, limits_1S)
+    as_prompt = thinking.halting is not None and thinking.halting.scope == "sequence"
+    caches = passes.caches(*tokens_BS.shape, CachePolicy() if as_prompt else None)
+    thought = passes.think(tokens_BS, place, caches, asked_BS, limits_1S)
     loops_BS = None if thinking.halting is None else thought.loops_BS.cpu()
     return model.logits(thought.hidden_BSD), loops_BS
 

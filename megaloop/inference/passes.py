@@ -97,18 +97,13 @@ class Passes:
 
     def _check(self, looped: bool) -> None:
         if self.halting is not None and not looped:
-            raise MegaloopError(
-                f"--halt {self.halting}: the model runs without a loop (depth {self.model.plan.notation}); give it one with "
-                "--depth PRELUDE-RECURRENTxITERATIONS-CODA or --loops N, or train it with one"
-            )
+            raise MegaloopError(f"--halt {self.halting}: {self.why_no_loop}")
         if self.halting is not None and self.halting.minimum > self.iterations:
             raise MegaloopError(
                 f"--min-loops {self.halting.minimum}: the loop runs {self.iterations} times at most; choose fewer, or more loops"
             )
         if self.policy.shared is not None and not looped:
-            raise MegaloopError(
-                f"--cache {self.policy}: the model runs without a loop, whose caches it could share; use full"
-            )
+            raise MegaloopError(f"--cache {self.policy}: {self.why_no_loop}")
         if (
             self.halting is not None
             and self.halting.criterion == "gate"
@@ -193,6 +188,17 @@ class Passes:
     def is_looped(self) -> bool:
         return bool(self._loop)
 
+    @property
+    def why_no_loop(self) -> str:
+        """What a model whose calls loop nothing is told, and what to do."""
+        plan = self.model.plan
+        if plan.loop is not None:
+            return "the loop runs once; choose more loops"
+        return (
+            f"the model runs without a loop (depth {plan.notation}); give it one with "
+            "--depth PRELUDE-RECURRENTxITERATIONS-CODA or --max-loops N, or train it with one"
+        )
+
     def calls_of(self, iterations: int) -> int:
         """How many calls come before the loop and in so many iterations of it."""
         return self._loop[iterations - 1].stop
@@ -251,6 +257,9 @@ class Passes:
                 if self.halting.criterion == "oracle":
                     said_M = watch.first_that_stays(self._seen(looping, x, out, iteration))
                     loops_BS.view(-1)[looping.asked(looping.index_bs)] = said_M
+                    if self.halting.scope == "sequence":  # together, with the last of those that are asked
+                        most_B1 = loops_BS.where(asked_BS, 0).amax(1, keepdim=True)
+                        loops_BS = most_B1.where(most_B1 > 0, loops_BS)
                 break
             settled_bs = self._settled(watch.settled(self._seen(looping, x, out, iteration)), looping)
             if iteration < self.halting.minimum or not settled_bs.any():

@@ -134,6 +134,20 @@ def _mean(found: list[Scores]) -> float:
     return float(spent((loops for scores in found for loops in scores.loops), 9)["loops_mean"])
 
 
+@pytest.mark.parametrize("halt", ["kl=0.09", "latent=0.9", "oracle"])
+@pytest.mark.parametrize("cache", ["full", "last"])
+def test_a_held_out_sample_leaves_as_one(models: dict[str, Decoder], halt: str, cache: str) -> None:
+    model, batch = models["1-2x3-1"], batch_of(TOKENS)
+    scored, loops_BS = score_held_out(model, batch, model.plan.calls(), VOCAB, thinking(halt, cache, scope="sequence"))
+    assert loops_BS is not None
+    assert bool((loops_BS == loops_BS[:, :1]).all())
+    for row, one in enumerate(scored):
+        loops = [3] * batch.inputs.shape[1] if halt == "oracle" else loops_BS[row].tolist()
+        logits_SV = dense(model, batch.inputs[row].tolist(), loops)
+        loss = float(torch.nn.functional.cross_entropy(logits_SV, batch.targets[row], reduction="sum"))
+        assert one.loss == pytest.approx(loss, abs=2e-4)
+
+
 def batch_of(tokens_BS: Tensor, **changes: Any) -> MicroBatch:
     return replace(MicroBatch.of(tokens_BS[:, :-1], tokens_BS[:, 1:]), **changes)
 
