@@ -102,6 +102,10 @@ def generate(
         raise MegaloopError("generate: --out and --ranks are for many prompts; give a file of them with --prompts")
     if out is not None and out.exists():
         raise MegaloopError(f"generate: --out {printable(out)} is there already; remove it, or choose another name")
+    if out is not None and not out.parent.is_dir():  # found out now, and not when everything has been generated
+        raise MegaloopError(
+            f"generate: --out {printable(out)}: there is no directory {printable(out.parent)}; create it"
+        )
     read = None if prompts is None else _read_prompts(prompts)
     if ranks > 1 and not started_by_launcher():
         launch_again(ranks)
@@ -206,22 +210,26 @@ def _many(
 ) -> list[GenerationResult]:
     """Prompts in parts that ranks share, in their order."""
     from megaloop.inference.generate import Writer
-    from megaloop.runtime.share import share_over_ranks
+    from megaloop.runtime.share import share_over_ranks, world_size
 
     writer = Writer.open(checkpoint, setting, precision=precision, compiled=compiled)
-    size = 4 * how.rows  # so many that few rows stand empty while a part ends
-    parts = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
 
-    notes: list[str] = []
-
-    def run(_: int, part: range) -> list[GenerationResult]:
-        return writer.continue_prompts(prompts[part.start : part.stop], how, numbers=part, on_note=notes.append)
+    def run(_: int, part: range) -> tuple[list[GenerationResult], list[str]]:
+        notes: list[str] = []
+        return writer.continue_prompts(prompts[part.start : part.stop], how, numbers=part, on_note=notes.append), notes
 
     with part_progress() as show:
-        results = [result for part in share_over_ranks("generating", parts, run, show) for result in part]
+        found = share_over_ranks("generating", _parts(len(prompts), how.rows, world_size()), run, show)
+    notes = [note for _, of_part in found for note in of_part]
     if notes and is_first_rank():
         echo(notes[0], err=True)
-    return results
+    return [result for results, _ in found for result in results]
+
+
+def _parts(prompts: int, rows: int, ranks: int) -> list[range]:
+    """So many prompts that few rows stand empty while a part ends, and a part for each rank where there are fewer."""
+    size = min(4 * rows, -(-prompts // ranks))
+    return [range(first, min(first + size, prompts)) for first in range(0, prompts, size)]
 
 
 def _write(prompts: Sequence[str], results: Sequence[GenerationResult], out: Path | None, json: bool) -> None:

@@ -122,10 +122,7 @@ class Speculator:
                 )
             return how.exit.layers
         if not passes.is_looped:
-            raise MegaloopError(
-                f"{shown}: the model runs without a loop (depth {passes.model.plan.notation}), of which a draft could run fewer "
-                "iterations; give it one with --depth PRELUDE-RECURRENTxITERATIONS-CODA, or train it with one"
-            )
+            raise MegaloopError(f"{shown}: {passes.why_no_loop}")
         if how.draft_loops >= passes.iterations:
             raise MegaloopError(
                 f"--draft-loops {how.draft_loops}: the loop runs {passes.iterations} times, and drafts must run fewer"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megaloop.runtime.collectives import gather_objects
 
-__all__ = ["OnPart", "rank", "share_over_ranks"]
+__all__ = ["OnPart", "rank", "share_over_ranks", "world_size"]
 
 T = TypeVar("T")
 OnPart = Callable[[str, int, int], None]
@@ -21,11 +21,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """How many ranks there are; 1 where there are none."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def share_over_ranks(label: str, parts: Sequence[T], run: Callable[[int, T], Any], on_part: OnPart) -> list[Any]:
     """``run`` on the number and the value of every part, the ranks in turn; all results on every rank, in order."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
     own: dict[int, Any] = {}
-    for number in range(rank(), len(parts), ranks):
+    for number in range(rank(), len(parts), world_size()):
         on_part(label, number, len(parts))
         own[number] = run(number, parts[number])
     on_part(label, len(parts), len(parts))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megaloop.cli.generate import _parts
 from megaloop.inference.generate import Generation, Writer
 from megaloop.inference.halting import Halting
 from megaloop.inference.sampling import Sampling
@@ -55,6 +56,15 @@ def test_a_file_of_prompts_on_two_ranks_gives_each_what_it_gets_alone(run: Path,
     assert 1 < sum(line["loops_mean"] for line in lines) / len(lines) < 3
 
 
+@pytest.mark.parametrize(
+    ("prompts", "rows", "ranks", "sizes"), [(6, 16, 2, [3, 3]), (1, 16, 2, [1]), (10, 1, 2, [4, 4, 2]), (5, 16, 1, [5])]
+)
+def test_each_rank_has_a_part_of_the_prompts(prompts: int, rows: int, ranks: int, sizes: list[int]) -> None:
+    parts = _parts(prompts, rows, ranks)
+    assert [len(part) for part in parts] == sizes
+    assert [number for part in parts for number in part] == list(range(prompts))
+
+
 def test_what_halts_is_said(run: Path) -> None:
     result = megaloop(
         "generate", run, "--prompt", "The", "--greedy", "--max-tokens", 5, "--max-loops", 6, "--halt", "fixed=2"
@@ -91,12 +101,16 @@ def test_text_stops_before_a_stop_string_and_none_of_it_is_shown(run: Path) -> N
         (["--prompts", "empty.txt"], "--prompts empty.txt: there is no prompt in it"),
         (["--prompts", "bad.jsonl"], "--prompts bad.jsonl, line 2: no text in field 'prompt'"),
         (["--prompts", "good.txt", "--out", "good.txt"], "--out good.txt is there already"),
+        (["--prompts", "good.txt", "--out", "none/out.jsonl"], "--out none/out.jsonl: there is no directory none; create it"),
+        (["--prompt", "x", "--max-loops", "1", "--halt", "kl=1"], "--halt kl=1: the loop runs once; choose more loops"),
+        (["--prompt", "x", "--max-loops", "1", "--cache", "last"], "--cache last: the loop runs once; choose more loops"),
+        (["--prompt", "x", "--max-loops", "1", "--speculate", "2", "--max-tokens", "4"], "--speculate 2: the loop runs once; choose more loops"),
         (["--prompt", "x", "--min-loops", "2"], "--min-loops, --halt-scope and --halt-decay are of --halt"),
         (["--prompt", "x", "--depth", "1-1x2-1", "--max-loops", "2"], "--depth says how often the loop runs"),
         (["--prompt", "x", "--block", "0:1"], "say how often with --max-loops"),
         (["--prompt", "x", "--halt", "sleep"], "no such criterion; choose from kl,"),
         (["--prompt", "x", "--halt", "gate=0.5"], "the checkpoint has no gate"),
-        (["--prompt", "x", "--depth", "3", "--halt", "kl=1"], "the model runs without a loop"),
+        (["--prompt", "x", "--depth", "3", "--halt", "kl=1"], "--halt kl=1: the loop runs once"),
         (["--prompt", "x", "--cache", "some"], "expected full, last or shared=N"),
     ],
 )  # fmt: skip
