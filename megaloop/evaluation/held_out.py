@@ -139,7 +139,7 @@ def _predictions(
     if thinking.halting is not None and thinking.halting.decay is not None:
         limits_1S = torch.tensor([thinking.thresholds((at, length) for at in range(length))], device=device)
     as_prompt = thinking.halting is not None and thinking.halting.scope == "sequence"
-    caches = passes.caches(*tokens_BS.shape, CachePolicy() if as_prompt else None)
+    caches = passes.caches(len(tokens_BS), length, CachePolicy() if as_prompt else None)
     thought = passes.think(tokens_BS, place, caches, asked_BS, limits_1S)
     loops_BS = None if thinking.halting is None else thought.loops_BS.cpu()
     return model.logits(thought.hidden_BSD), loops_BS
