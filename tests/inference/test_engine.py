@@ -13,7 +13,7 @@ from megaloop.inference.engine import Engine, Event, Request
 from megaloop.inference.halting import Halting
 from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling, draw
-from tests.inference.thinking import dense, model_of, prompts
+from tests.inference.thinking import dense, model_of, prompts, shared_slots
 
 PROMPTS = prompts(16, 12)
 DRAWN = Sampling(1.0, top_k=20, top_p=0.95)
@@ -70,6 +70,15 @@ def test_a_generated_token_loops_as_the_definition_says_and_its_prompt_in_full()
         loops = [4] * (len(request.tokens) - 1) + [event.loops for event in events]
         logits_SV = dense(passes.model, tokens, loops)
         assert logits_SV[-len(events) :].argmax(-1).tolist() == [event.token for event in events]
+
+
+@pytest.mark.parametrize("shared", [1, 2, 3])
+def test_a_prompt_leaves_in_shared_caches_the_last_iteration_of_each_slot(shared: int) -> None:
+    passes = Passes(model_of("0-2x4-0"), policy=CachePolicy(shared))
+    for request, events in zip(requests(), run(passes, requests()), strict=True):
+        tokens = [*request.tokens, *(event.token for event in events)][:-1]
+        logits_SV = shared_slots(passes.model, tokens, shared, prompt=len(request.tokens) - 1)
+        assert logits_SV.argmax(-1).tolist() == [event.token for event in events]
 
 
 def test_a_prompt_may_leave_as_one() -> None:

@@ -84,8 +84,11 @@ class _Slot(KeyValueCache):
 
 
 @torch.no_grad()
-def shared_slots(model: Decoder, tokens: Sequence[int], shared: int) -> Tensor:
-    """Logits [S, V] of one sequence, token after token, whose iterations read and write slot i mod ``shared``; no layers but the loop's."""
+def shared_slots(model: Decoder, tokens: Sequence[int], shared: int, prompt: int = 0) -> Tensor:
+    """Logits [S, V] of one sequence, token after token, whose iterations read and write slot i mod ``shared``; no layers but the loop's.
+
+    So many tokens of a prompt come before: they ran on full caches, and each slot has the last iteration's that falls on it.
+    """
     calls = model.plan.calls()
     slots = {
         (i, layer): _Slot(1, 2, len(tokens), 8, torch.float32, model.device)
@@ -93,8 +96,16 @@ def shared_slots(model: Decoder, tokens: Sequence[int], shared: int) -> Tensor:
         for layer in {call.layer_id for call in calls}
     }
     caches = [slots[(call.iteration or 0) % shared, call.layer_id] for call in calls]
+    full = model.new_caches(1, len(tokens), calls)
+    if prompt:
+        model(torch.tensor([tokens[:prompt]]), calls=calls, caches=full)
+    for slot, cache in zip(caches, full, strict=True):
+        slot.k_BKTH[:, :, :prompt], slot.v_BKTH[:, :, :prompt] = (
+            cache.k_BKTH[:, :, :prompt],
+            cache.v_BKTH[:, :, :prompt],
+        )
     rows = []
-    for at, token in enumerate(tokens):
+    for at, token in enumerate(tokens[prompt:], start=prompt):
         for slot in slots.values():
             slot.length = at
         rows.append(model(torch.tensor([[token]]), calls=calls, caches=caches)[0, 0])
