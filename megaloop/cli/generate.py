@@ -177,8 +177,14 @@ def _one(
     from megaloop.inference.generate import generate_text
 
     shown: list[str] = []
+    notes: list[str] = []
+
+    def say_notes() -> None:  # as late, so that an error stands alone
+        while notes:
+            echo(notes.pop(), err=True)
 
     def show(text: str) -> None:
+        say_notes()
         shown.append(text if shown else prompt + text)  # the prompt comes with the first token: no error follows it
         echo(shown[-1], nl=False)
         sys.stdout.flush()
@@ -191,8 +197,9 @@ def _one(
         precision=precision,
         compiled=compiled,
         on_text=None if json else show,
-        on_note=lambda note: echo(note, err=True),
+        on_note=notes.append,
     )
+    say_notes()
     if json:
         show_result(_values(result) | {"text": result.text}, json)
         return
