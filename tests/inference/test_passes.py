@@ -102,6 +102,13 @@ def test_the_oracle_predicts_what_all_iterations_do_and_counts_those_up_to_it(de
     assert bool((think(Passes(model, halting=Halting("oracle", minimum=2)), TOKENS)[1] >= 2).all())
 
 
+@pytest.mark.parametrize("halt", ["fixed=1", "confidence=1", "argmax=1", "kl=9"])
+def test_no_token_leaves_before_the_minimum(halt: str) -> None:
+    for minimum in (2, 3, 4):
+        _, loops_BS = think(Passes(model_of("0-2x4-0"), halting=Halting.parse(halt, minimum=minimum)), TOKENS)
+        assert bool((loops_BS == minimum).all())
+
+
 def test_a_sequence_leaves_as_one_when_all_of_it_has_settled() -> None:
     passes = Passes(model_of("1-2x3-1"), halting=Halting.parse("kl=0.09", scope="sequence"))
     logits_BSV, loops_BS = think(passes, TOKENS)
