@@ -72,6 +72,20 @@ def test_a_generated_token_loops_as_the_definition_says_and_its_prompt_in_full()
         assert logits_SV[-len(events) :].argmax(-1).tolist() == [event.token for event in events]
 
 
+@pytest.mark.parametrize("halt", ["kl=0.05", "kl=0"])
+@pytest.mark.parametrize("masking", [True, False])
+def test_a_new_document_looks_back_to_the_end_before_it_as_in_training(masking: bool, halt: str) -> None:
+    passes = Passes(model_of("1-2x3-1", document_masking=masking), halting=Halting.parse(halt))
+    (events,) = run(passes, [Request([], 6)], end_id=7)
+    tokens, loops = [event.token for event in events], [event.loops for event in events]
+    assert len(tokens) == 6
+    if masking:  # the end predicts the first token, and no other sees it
+        said = [dense(passes.model, [7], loops[:1]), dense(passes.model, tokens[:-1], loops[1:])]
+    else:
+        said = [dense(passes.model, [7, *tokens[:-1]], loops)]
+    assert torch.cat(said).argmax(-1).tolist() == tokens
+
+
 @pytest.mark.parametrize("shared", [1, 2, 3])
 def test_a_prompt_leaves_in_shared_caches_the_last_iteration_of_each_slot(shared: int) -> None:
     passes = Passes(model_of("0-2x4-0"), policy=CachePolicy(shared))
