@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # tests in processes of pytest's own beside each other: more than there are cores, as some only wait (for Slurm, for a watchdog)
 WORKERS ?= 3
-PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# one thread a process: several that wait for each other by spinning keep all the others from the cores
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv test test-fast lint types unit chaos soak demo demo-reasoning clean
 
