@@ -11,7 +11,7 @@ import typer
 
 from launchers.rank import started_by_launcher
 from megaloop.cli.evaluation_tables import print_harness, print_records
-from megaloop.cli.options import finite
+from megaloop.cli.options import CRITERIA, HaltDecay, HaltScope, MinLoops, read_halts
 from megaloop.cli.output import echo
 from megaloop.cli.ranks import is_first_rank, joined_ranks, launch_again, part_progress
 from megaloop.errors import MegaloopError
@@ -19,7 +19,6 @@ from megaloop.text import parse_whole, printable
 
 if TYPE_CHECKING:
     from megaloop.evaluation.records import Record
-    from megaloop.inference.halting import Halting
 
 __all__ = ["evaluate_command", "export_tasks", "numbers"]
 
@@ -50,21 +49,13 @@ def evaluate_command(
         list[str] | None,
         typer.Option(
             metavar="CRITERION=THRESHOLD",
-            help="Tokens that are asked for leave the loop when they have settled: kl=5e-4, entropy, latent, cosine, confidence, gate, "
-            "argmax=N, fixed=N, oracle; several, separated by commas, or again. --loops is then the most.",
+            help=f"Tokens that are asked for leave the loop when they have settled: {CRITERIA}. Several, separated by commas, or "
+            "again. --loops is then the most.",
         ),
     ] = None,
-    min_loops: Annotated[int, typer.Option(min=1, help="With --halt: iterations that every token runs.")] = 1,
-    halt_scope: Annotated[
-        Literal["token", "sequence"],
-        typer.Option(help="With --halt: each token leaves for itself, or a prompt as one."),
-    ] = "token",
-    halt_decay: Annotated[
-        float | None,
-        typer.Option(
-            min=0, callback=finite, help="With --halt confidence=...: CALM's decay of the threshold, such as 4."
-        ),
-    ] = None,
+    min_loops: MinLoops = 1,
+    halt_scope: HaltScope = "token",
+    halt_decay: HaltDecay = None,
     cache: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,7 +100,7 @@ def evaluate_command(
         from megaloop.inference.caches import CachePolicy
         from megaloop.inference.loops import EveryBlock
 
-        halts = _halts(_listed(halt), min_loops, halt_scope, halt_decay)
+        halts = read_halts(_listed(halt), min_loops, halt_scope, halt_decay)
         caches = [CachePolicy.parse(text) for text in _listed(cache)]
         blocks = [EveryBlock.parse(text) for text in block or []]
         if harness is not None:
@@ -152,18 +143,6 @@ def evaluate_command(
             )
         if is_first_rank():
             print_records(records, json)
-
-
-def _halts(
-    texts: Sequence[str], minimum: int, scope: Literal["token", "sequence"], decay: float | None
-) -> list[Halting]:
-    from megaloop.inference.halting import Halting
-
-    if not texts and (minimum, scope, decay) != (1, "token", None):
-        raise MegaloopError(
-            "eval: --min-loops, --halt-scope and --halt-decay belong to --halt; say when tokens leave the loop: --halt kl=5e-4"
-        )
-    return [Halting.parse(text, minimum=minimum, scope=scope, decay=decay) for text in texts]
 
 
 def _listed(texts: Sequence[str] | None) -> list[str]:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from launchers.rank import started_by_launcher
-from megaloop.cli.options import Json, Precision, finite, read_depth
+from megaloop.cli.options import (
+    CRITERIA,
+    HaltDecay,
+    HaltScope,
+    Json,
+    MinLoops,
+    Precision,
+    finite,
+    read_depth,
+    read_halts,
+)
 from megaloop.cli.output import echo, show_result
 from megaloop.cli.ranks import is_first_rank, joined_ranks, launch_again, part_progress
 from megaloop.errors import MegaloopError
@@ -66,18 +76,12 @@ def generate(
         str | None,
         typer.Option(
             metavar="CRITERION=THRESHOLD",
-            help="Tokens leave the loop when they have settled: kl=5e-4, entropy, latent, cosine, confidence, gate, argmax=N, "
-            "fixed=N or oracle (docs/LOOPS.md); 0: never.",
+            help=f"Tokens leave the loop when they have settled: {CRITERIA}.",
         ),
     ] = None,
-    min_loops: Annotated[int, typer.Option(min=1, help="Iterations before a token may leave.")] = 1,
-    halt_scope: Annotated[
-        Literal["token", "sequence"],
-        typer.Option(help="Who leaves: each generated token by itself, or a prompt as one as well."),
-    ] = "token",
-    halt_decay: Annotated[
-        float | None, typer.Option(help="Of confidence: CALM's threshold, stricter at a text's beginning: 4.")
-    ] = None,
+    min_loops: MinLoops = 1,
+    halt_scope: HaltScope = "token",
+    halt_decay: HaltDecay = None,
     cache: Annotated[
         str, typer.Option(help="Keys and values that the loop keeps: full (exact), last, or shared=N iterations.")
     ] = "full",
@@ -112,7 +116,6 @@ def generate(
         return
     from megaloop.inference.caches import CachePolicy
     from megaloop.inference.generate import Generation
-    from megaloop.inference.halting import Halting
     from megaloop.inference.loops import Block
     from megaloop.inference.sampling import Sampling
     from megaloop.inference.setting import Setting
@@ -120,13 +123,9 @@ def generate(
 
     if speculate is None and draft_loops != 1:
         raise MegaloopError("generate: --draft-loops is of --speculate; say how many tokens to draft")
-    if halt is None and (min_loops, halt_scope, halt_decay) != (1, "token", None):
-        raise MegaloopError(
-            "generate: --min-loops, --halt-scope and --halt-decay are of --halt; say when tokens leave the loop"
-        )
-    halting = None if halt is None else Halting.parse(halt, minimum=min_loops, scope=halt_scope, decay=halt_decay)
+    halts = read_halts([] if halt is None else [halt], min_loops, halt_scope, halt_decay)
     chosen = None if block is None else Block.parse(block)
-    setting = Setting(read_depth(depth), max_loops, chosen, halting, CachePolicy.parse(cache))
+    setting = Setting(read_depth(depth), max_loops, chosen, halts[0] if halts else None, CachePolicy.parse(cache))
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p)
     drafts = None if speculate is None else Speculation(speculate, draft_loops)
     how = Generation(max_tokens, sampling, tuple(text for text in stop or [] if text), seed, batch, drafts)

@@ -104,11 +104,7 @@ class Passes:
             )
         if self.policy.shared is not None and not looped:
             raise MegaloopError(f"--cache {self.policy}: {self.why_no_loop}")
-        if (
-            self.halting is not None
-            and self.halting.criterion == "gate"
-            and not getattr(self.model.plan.style, "gate", 0)
-        ):
+        if self.halting is not None and self.halting.criterion == "gate" and not self.model.plan.style.gate:
             raise MegaloopError("--halt gate: the checkpoint has no gate; train one with loop.gate (docs/LOOPS.md)")
 
     def _is_exact_at_once(self, caches: LoopCaches) -> bool:

@@ -105,7 +105,7 @@ def test_text_stops_before_a_stop_string_and_none_of_it_is_shown(run: Path) -> N
         (["--prompt", "x", "--max-loops", "1", "--halt", "kl=1"], "--halt kl=1: the loop runs once; choose more loops"),
         (["--prompt", "x", "--max-loops", "1", "--cache", "last"], "--cache last: the loop runs once; choose more loops"),
         (["--prompt", "x", "--max-loops", "1", "--speculate", "2"], "--speculate 2: the loop runs once; choose more loops"),
-        (["--prompt", "x", "--min-loops", "2"], "--min-loops, --halt-scope and --halt-decay are of --halt"),
+        (["--prompt", "x", "--min-loops", "2"], "--min-loops, --halt-scope and --halt-decay belong to --halt"),
         (["--prompt", "x", "--depth", "1-1x2-1", "--max-loops", "2"], "--depth says how often the loop runs"),
         (["--prompt", "x", "--block", "0:1"], "say how often with --max-loops"),
         (["--prompt", "x", "--halt", "sleep"], "no such criterion; choose from kl,"),
