@@ -24,8 +24,8 @@ from megaloop.evaluation.held_out import Scored, difficulties, open_as_trained, 
 from megaloop.evaluation.primitives import Questioning
 from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, read_records
 from megaloop.evaluation.tasks import TASKS_VERSION, Task, tasks_named
-from megaloop.evaluation.thinking import Thinking, TokenClasses, by_class, iterations, loops_over_text, spent
-from megaloop.inference.caches import CachePolicy
+from megaloop.evaluation.thinking import Thinking, TokenClasses, by_class, loops_over_text, spent
+from megaloop.inference.caches import CachePolicy, loop_iterations
 from megaloop.inference.halting import Halting
 from megaloop.inference.load import load_decoder
 from megaloop.inference.loops import Block, EveryBlock, InferenceDepth, inference_depth
@@ -234,7 +234,7 @@ class _Work:
         """How many iterations the predictions took; of all of them by kind of token too, and over a text."""
         same = [one for one in scored if subject.difficulty in (None, one.difficulty)]
         pairs = [pair for one in same for pair in one.loops]
-        values = spent((loops for _, loops in pairs), iterations(setting.calls))
+        values = spent((loops for _, loops in pairs), loop_iterations(setting.calls))
         if subject.difficulty is None and self._checkpoint.tokenizer is not None:
             classes = TokenClasses(self._open_tokenizer().decode)
             values |= {"loops_by_class": by_class(classes, pairs), "loops_text": text}

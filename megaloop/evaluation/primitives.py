@@ -11,7 +11,8 @@ from megaloop.evaluation.prompts import questions
 from megaloop.evaluation.records import clustered
 from megaloop.evaluation.scoring import score
 from megaloop.evaluation.tasks import BLOCK, Example, Task, examples, shots
-from megaloop.evaluation.thinking import Thinking, iterations, spent
+from megaloop.evaluation.thinking import Thinking, spent
+from megaloop.inference.caches import loop_iterations
 from megaloop.model import Decoder
 from megaloop.runtime.share import OnPart, share_over_ranks
 from megaloop.tokenizer import Tokenizer
@@ -58,7 +59,7 @@ class Questioning:
         accuracy, match = clustered(right, clusters), clustered(exact, clusters)
         loops: dict[str, Any] = {}
         if self.thinking.halting is not None:
-            loops = spent((one for block in scored for *_, each in block for one in each), iterations(calls))
+            loops = spent((one for block in scored for *_, each in block for one in each), loop_iterations(calls))
         return {
             "accuracy": accuracy.mean,
             "accuracy_stderr": accuracy.known_error,

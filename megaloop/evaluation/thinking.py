@@ -19,7 +19,7 @@ from megaloop.inference.passes import Passes
 from megaloop.model import Decoder
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["Thinking", "TokenClasses", "by_class", "iterations", "loops_over_text", "spent"]
+__all__ = ["Thinking", "TokenClasses", "by_class", "loops_over_text", "spent"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,6 @@ class Thinking:
             "cache_bytes": passes.caches(1, 1).bytes,
             "cache_bytes_full": passes.caches(1, 1, CachePolicy()).bytes,
         }
-
-
-def iterations(calls: Sequence[LayerCall]) -> int:
-    """How often a loop runs at most; 1 without one."""
-    return max((call.iterations or 1 for call in calls), default=1)
 
 
 def spent(loops: Iterable[int], most: int) -> dict[str, Any]:

@@ -21,7 +21,12 @@ from megaloop.model import AttentionContext, Decoder
 from megaloop.model.layers import KeyValueCache
 from megaloop.text import parse_whole, printable
 
-__all__ = ["CachePolicy", "LoopCaches", "Place"]
+__all__ = ["CachePolicy", "LoopCaches", "Place", "loop_iterations"]
+
+
+def loop_iterations(calls: Sequence[LayerCall]) -> int:
+    """How often a loop runs at most; 1 without one."""
+    return max((call.iterations or 1 for call in calls), default=1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class LoopCaches:
     def __init__(
         self, model: Decoder, calls: Sequence[LayerCall], rows: int, length: int, policy: CachePolicy = CachePolicy()
     ):
-        self._iterations = max((call.iterations or 1 for call in calls), default=1)
+        self._iterations = loop_iterations(calls)
         self._kept = min(policy.shared or self._iterations, self._iterations)
         looped = list(dict.fromkeys(call.layer_id for call in calls if call.iteration is not None))
         # one tensor for all of the loop: what is lent goes from iteration to iteration of all its layers at once

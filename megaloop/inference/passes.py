@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
-from megaloop.inference.caches import CachePolicy, LoopCaches, Place
+from megaloop.inference.caches import CachePolicy, LoopCaches, Place, loop_iterations
 from megaloop.inference.halting import Halting, Seen, Watch
 from megaloop.inference.looping import Looping
 from megaloop.model import AttentionContext, Decoder, LoopInput
@@ -85,7 +85,7 @@ class Passes:
         self.model, self.halting, self.policy, self.vocab_size = model, halting, policy, vocab_size
         self.calls = model.plan.calls() if calls is None else tuple(calls)
         looped = [number for number, call in enumerate(self.calls) if call.iteration is not None]
-        self.iterations = (self.calls[looped[0]].iterations or 1) if looped else 1
+        self.iterations = loop_iterations(self.calls)
         self._check(bool(looped))
         first, stop = (looped[0], looped[-1] + 1) if looped else (len(self.calls), len(self.calls))
         block = (stop - first) // self.iterations
