@@ -144,10 +144,21 @@ class LoopCaches:
         """What those calls (by their number) are given: they write to a place and see what is before it."""
         return [_Window(self._of_call[number], place) for number in calls]
 
-    def lend(self, rows_M: Tensor, slots_M: Tensor, ran: int) -> None:
-        """Tokens that ran ``ran`` iterations: those that they did not run see their last one (``latest``, arXiv 2502.05171)."""
+    def lend(self, place: Place, who_BS: Tensor | None, ran: int) -> None:
+        """Tokens that ran ``ran`` iterations: those that they did not run see their last one (``latest``, arXiv 2502.05171).
+
+        Args:
+            who_BS: which tokens of the place; None: all.
+        """
         if ran >= self._kept:  # an iteration that shares its slot with one that ran has what that left there
             return
+        if who_BS is None and place.rows_B is None and place.start is not None:
+            rows, count = place.slots_BS.shape
+            for tensor in self._loop:
+                slots = tensor[:, :, :rows, :, place.start : place.start + count]
+                slots[ran:] = slots[ran - 1 : ran]
+            return
+        rows_M, slots_M = place.where(torch.ones_like(place.slots_BS, dtype=torch.bool) if who_BS is None else who_BS)
         for tensor in self._loop:
             tensor[ran:, :, rows_M, :, slots_M] = tensor[ran - 1 : ran, :, rows_M, :, slots_M]
 

@@ -17,6 +17,7 @@ with the threshold 0 every iteration runs. M tokens that still loop, D model, V 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -94,6 +95,13 @@ class Halting:
     def reads_predictions(self) -> bool:
         """Whether it needs what comes after the loop, norm and head included, after every iteration."""
         return self.criterion in _OF_PREDICTION
+
+    @property
+    def first(self) -> int:
+        """The first iteration after which it must be asked: ``fixed`` knows when, the others remember all that came before."""
+        if self.criterion != "fixed":
+            return 1
+        return max(int(self.threshold), self.minimum) if self.threshold else sys.maxsize
 
     def threshold_at(self, place: int, length: int) -> float:
         """The distance below which the token at that place (from 0) of ``length`` halts."""

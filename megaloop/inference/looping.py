@@ -27,6 +27,7 @@ class Looping:
         entered_bsD: what entered the loop.
         place: where they stand.
         limits_bs: their thresholds; None: the criterion's own.
+        count: tokens, without repetitions.
         is_dense: all are asked for, and none is a repetition.
     """
 
@@ -36,13 +37,15 @@ class Looping:
     entered_bsD: Tensor
     place: Place
     limits_bs: Tensor | None
+    count: int
     is_dense: bool
 
     @classmethod
     def all(cls, entered_BSD: Tensor, place: Place, asked_BS: Tensor, limits_BS: Tensor | None) -> Looping:
         """All tokens of a pass."""
         index_BS = torch.arange(asked_BS.numel(), device=asked_BS.device).view_as(asked_BS)
-        return cls(index_BS, torch.ones_like(asked_BS), asked_BS, entered_BSD, place, limits_BS, bool(asked_BS.all()))
+        real_BS, dense = torch.ones_like(asked_BS), bool(asked_BS.all())
+        return cls(index_BS, real_BS, asked_BS, entered_BSD, place, limits_BS, asked_BS.numel(), dense)
 
     def asked(self, values_bs: Tensor) -> Tensor:
         """[M, ...] of [b, s, ...]."""
@@ -56,13 +59,11 @@ class Looping:
         values_bs[self.asked_bs] = values_M
         return values_bs
 
-    def without(self, left_bs: Tensor, x_bsD: Tensor) -> tuple[Looping, Tensor] | None:
-        """The tokens that have not left, and their states; None: there are none."""
+    def without(self, left_bs: Tensor, x_bsD: Tensor) -> tuple[Looping, Tensor]:
+        """The tokens that have not left, at least one, and their states."""
         stay_bs = self.real_bs & ~left_bs
         counts_b = stay_bs.sum(1)
         rows_b = counts_b.nonzero().flatten()
-        if not len(rows_b):
-            return None
         counts_b = counts_b[rows_b].unsqueeze(1)
         order_bs = (
             (~stay_bs[rows_b]).to(torch.int8).argsort(dim=1, stable=True)
@@ -79,6 +80,7 @@ class Looping:
             self.entered_bsD[at],
             self.place.select(rows_b, columns_bs),
             None if self.limits_bs is None else self.limits_bs[at],
+            int(counts_b.sum()),
             bool(asked_bs.all()),
         )
         return rest, x_bsD[at]

@@ -93,7 +93,16 @@ class Passes:
         self._loop = [
             range(first + i * block, first + (i + 1) * block) for i in range(self.iterations if looped else 0)
         ]
+        self._looked = self._looked_at()
         self._table: tuple[Tensor, Tensor] | None = None
+
+    def _looked_at(self) -> list[tuple[int, range]]:
+        """The parts of the loop after which the criterion is asked: how many iterations have run then, and the calls."""
+        if self.halting is None or not self._loop:
+            return []
+        first = min(self.halting.first, self.iterations)
+        whole = range(self._loop[0].start, self._loop[first - 1].stop)
+        return [(first, whole), *enumerate(self._loop[first:], start=first + 1)]
 
     def _check(self, looped: bool) -> None:
         if self.halting is not None and not looped:
@@ -142,8 +151,9 @@ class Passes:
             mask_BST: which slots each token sees; default: those up to its own.
         """
         positions_BS = slots_BS if positions_BS is None else positions_BS
-        start = _common_start(slots_BS)
-        if mask_BST is None and (start is None or length != start + slots_BS.shape[1]):
+        start, count = _common_start(slots_BS), slots_BS.shape[1]
+        # plain causal attention needs no mask where there is one token, or none before; else one for all layers
+        if mask_BST is None and (start is None or length != start + count or (start and count > 1)):
             mask_BST = torch.arange(length, device=slots_BS.device) <= slots_BS.unsqueeze(-1)
         cos, sin = (table[positions_BS].unsqueeze(1) for table in self.tables(max(length, int(positions_BS.max()) + 1)))
         return Place(None, slots_BS, length, AttentionContext(cos, sin, mask_BST), start)
@@ -230,6 +240,8 @@ class Passes:
         first: bool = False,
         entry: LoopInput | None = None,
     ) -> Tensor:
+        if not part and not first:
+            return x
         calls = self.calls[part.start : part.stop]
         return self.model.run(
             x, calls, caches=caches.at(part, place), first=first, last=False, entry=entry, context=place.context
@@ -245,11 +257,11 @@ class Passes:
         x = self._run(self._before, tokens_BS, place, caches, first=True)
         looping, watch, left_BSD = Looping.all(x, place, asked_BS, limits_BS), Watch(self.halting), torch.empty_like(x)
         reads = self.halting.reads_predictions
-        for iteration, part in enumerate(self._loop, start=1):
+        for iteration, part in self._looked:
             x = self._run(part, x, looping.place, caches, entry=LoopInput(looping.entered_bsD))
             out = self._run(self._after, x, looping.place, caches) if reads else x
             if iteration == self.iterations:
-                self._leave(looping.real_bs, looping, out, iteration, left_BSD, loops_BS)
+                left_BSD = self._leave(None, looping, out, iteration, left_BSD, loops_BS)
                 if self.halting.criterion == "oracle":
                     said_M = watch.first_that_stays(self._seen(looping, x, out, iteration))
                     loops_BS.view(-1)[looping.asked(looping.index_bs)] = said_M
@@ -258,15 +270,16 @@ class Passes:
                         loops_BS = most_B1.where(most_B1 > 0, loops_BS)
                 break
             settled_bs = self._settled(watch.settled(self._seen(looping, x, out, iteration)), looping)
-            if iteration < self.halting.minimum or not settled_bs.any():
+            count = int(settled_bs.sum()) if iteration >= self.halting.minimum else 0
+            if not count:
                 continue
-            self._leave(settled_bs, looping, out, iteration, left_BSD, loops_BS)
-            caches.lend(*looping.place.where(settled_bs), iteration)
-            rest = looping.without(settled_bs, x)
-            if rest is None:
+            who_bs = None if count == looping.count else settled_bs
+            left_BSD = self._leave(who_bs, looping, out, iteration, left_BSD, loops_BS)
+            caches.lend(looping.place, who_bs, iteration)
+            if who_bs is None:
                 break
             watch.keep(~looping.asked(settled_bs))
-            looping, x = rest
+            looping, x = looping.without(settled_bs, x)
         return Thought(left_BSD if reads else self._run(self._after, left_BSD, place, caches), loops_BS)
 
     def _seen(self, looping: Looping, x_bsD: Tensor, out_bsD: Tensor, iteration: int) -> Seen:
@@ -288,11 +301,17 @@ class Passes:
 
     @staticmethod
     def _leave(
-        who_bs: Tensor, looping: Looping, out_bsD: Tensor, iteration: int, left_BSD: Tensor, loops_BS: Tensor
-    ) -> None:
+        who_bs: Tensor | None, looping: Looping, out_bsD: Tensor, iteration: int, left_BSD: Tensor, loops_BS: Tensor
+    ) -> Tensor:
+        """What has left so far, [B, S, D], with those that leave now; None: all that still loop."""
+        if who_bs is None and looping.count == loops_BS.numel():  # nobody has left before
+            loops_BS.fill_(iteration)
+            return out_bsD
+        who_bs = looping.real_bs if who_bs is None else who_bs
         index_N = looping.index_bs[who_bs]
         left_BSD.flatten(0, 1)[index_N] = out_bsD[who_bs]
         loops_BS.view(-1)[index_N] = iteration
+        return left_BSD
 
 
 def _common_start(slots_BS: Tensor) -> int | None:

@@ -167,6 +167,7 @@ class DecoderStage(nn.Module):
         entry = entry or LoopInput()
         scaled = self.plan.style.residual_scale != "none"
         factors = norm_factors(self.config, self.plan)
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         for index, call in enumerate(calls):
             if call.is_first and call.iteration == 0 and self.plan.style.injection != "none":
                 entry.state = x
@@ -174,7 +175,6 @@ class DecoderStage(nn.Module):
                 if call.is_first:
                     x = self._inject(x, call, entry)
                 layer, cache = self.layers[str(call.layer_id)], caches[index] if caches else None
-                recompute = self.recompute if torch.is_grad_enabled() else "none"
                 scale = 1.0 / call.iterations if scaled and call.iterations is not None else 1.0
                 if execute is None:
                     x = self._run_layer(layer, x, context, cache, scale, factors[call.layer_id], recompute)

@@ -124,6 +124,15 @@ class _Rotate(torch.autograd.Function):
         return _rotated(grad_BNSH, cos_Sh, sin_Sh, -1), None, None
 
 
+def _rotate(x_BNSH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
+    if (
+        torch.is_inference_mode_enabled()
+    ):  # no gradient ever: the function for autograd costs as much as the rotation of a token
+        return _rotated(x_BNSH, cos_Sh, sin_Sh, 1)
+    out: Tensor = _Rotate.apply(x_BNSH, cos_Sh, sin_Sh)
+    return out
+
+
 def _rotated(x_BNSH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor, direction: int) -> Tensor:
     first, second = x_BNSH.chunk(2, dim=-1)
     if torch.compiler.is_compiling():  # the compiler fuses this, and does not take writes into halves
@@ -181,8 +190,8 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
         x_BSD = self.tp.enter(x_BSD)
         q_BNSH, k_BKSH, v_BKSH = (self._heads(w(x_BSD)) for w in (self.wq, self.wk, self.wv))
-        q_BNSH = _Rotate.apply(q_BNSH, context.cos_Sh, context.sin_Sh)
-        k_BKSH = _Rotate.apply(k_BKSH, context.cos_Sh, context.sin_Sh)
+        q_BNSH = _rotate(q_BNSH, context.cos_Sh, context.sin_Sh)
+        k_BKSH = _rotate(k_BKSH, context.cos_Sh, context.sin_Sh)
         if cache is not None:
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH)
         if self.use_flash and cache is None:
@@ -197,16 +206,13 @@ class Attention(nn.Module):
 
 def _sdpa(q_BNSH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, context: AttentionContext) -> Tensor:
     groups = q_BNSH.shape[1] // k_BKTH.shape[1]
-    if groups > 1 and q_BNSH.shape[2] == 1:
-        # one new token: the queries of a group look at the same keys as so many tokens would, and no key is copied
-        mask_B1ST = None if context.mask_BSS is None else context.mask_BSS.unsqueeze(1)
-        q_BKGH = q_BNSH.squeeze(2).unflatten(1, (-1, groups))
-        return F.scaled_dot_product_attention(q_BKGH, k_BKTH, v_BKTH, attn_mask=mask_B1ST).flatten(1, 2).unsqueeze(2)
+    queries, keys = q_BNSH.shape[2], k_BKTH.shape[2]
+    if groups > 1 and (queries == 1 or (queries <= _FEW and queries < keys and context.mask_BSS is not None)):
+        return _sdpa_of_few(q_BNSH, k_BKTH, v_BKTH, context.mask_BSS, groups)
     if groups > 1 and q_BNSH.device.type == "cpu":
         # torch's CPU flash kernel has no grouped heads; without this it would fall back to the slow math path
         k_BKTH, v_BKTH = (x.repeat_interleave(groups, dim=1) for x in (k_BKTH, v_BKTH))
         groups = 1
-    queries, keys = q_BNSH.shape[2], k_BKTH.shape[2]
     mask = context.mask_BSS.unsqueeze(1) if context.mask_BSS is not None else None
     if mask is None and 1 < queries < keys:
         # new tokens after cached ones: query i sits at position keys - queries + i
@@ -214,6 +220,21 @@ def _sdpa(q_BNSH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, context: AttentionCont
     return F.scaled_dot_product_attention(
         q_BNSH, k_BKTH, v_BKTH, attn_mask=mask, is_causal=mask is None and queries > 1, enable_gqa=groups > 1
     )
+
+
+_FEW = 16
+"""Up to so many new tokens, a mask for each query of a group costs less than keys and values for each."""
+
+
+def _sdpa_of_few(q_BNSH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_BST: Tensor | None, groups: int) -> Tensor:
+    """Few new tokens: the queries of a group look at the same keys as so many tokens would, and no key is copied."""
+    count = q_BNSH.shape[2]
+    if mask_BST is not None and count > 1:
+        mask_BST = mask_BST.repeat(1, groups, 1)
+    q_BKRH = q_BNSH.unflatten(1, (-1, groups)).flatten(2, 3)
+    mask = None if mask_BST is None else mask_BST.unsqueeze(1)
+    out_BKRH = F.scaled_dot_product_attention(q_BKRH, k_BKTH, v_BKTH, attn_mask=mask)
+    return out_BKRH.unflatten(2, (groups, count)).flatten(1, 2)
 
 
 def _flash_attention(q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, context: AttentionContext) -> Tensor:
