@@ -6,7 +6,8 @@
     half       ours, where every token runs half the loops
     drafted    ours, where tokens are drafted with few loops and verified with all
 
-Prompts are beginnings of held-out samples of the run's data, or random tokens where that is not at hand, of mixed lengths; sequences are of mixed lengths too, and none ends early.
+Prompts are beginnings of held-out samples of the run's data, or random tokens where that is not at hand, of mixed lengths;
+sequences are of mixed lengths too, and none ends early.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from rich.table import Table
 
 from megaloop.checkpoint import Checkpoint
+from megaloop.depth import DepthSpec
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.held_out import open_as_trained
 from megaloop.huggingface.weights import export_huggingface
@@ -82,7 +84,7 @@ class DecodeBenchmark:
 def bench_decode(
     checkpoint: Path,
     *,
-    setting: Setting = Setting(),
+    depth: DepthSpec | None = None,
     batches: Sequence[int] = (1, 16),
     prompt: int = 32,
     tokens: int = 64,
@@ -96,7 +98,7 @@ def bench_decode(
     """Time every way on the model of a checkpoint, or of a run's newest.
 
     Args:
-        setting: how deep the model runs.
+        depth: how deep the model runs; None: as trained.
         batches: sequences at a time.
         prompt, tokens: of the longest sequence; the shortest has half as many of each.
         transformers: whether to compare with transformers; loops with an injection or a norm cannot be exported for its cache.
@@ -110,24 +112,21 @@ def bench_decode(
     if compiled:
         model.compile_layers()
     texts = _held_out(opened)
-    passes = setting.passes(model)
-    theirs = _exported(checkpoint, setting) if transformers else None
+    passes = Setting(depth).passes(model)
+    theirs = _exported(checkpoint, depth) if transformers else None
     generator = np.random.default_rng(seed)
     results: list[DecodeResult] = []
     for batch in batches:
         sizes = [(_between(generator, prompt, batch), _between(generator, tokens, batch)) for _ in range(batch)]
         requests = [
-            Request(
-                texts[row][:size] if row < len(texts) else generator.integers(0, model.vocab_size, size).tolist(), count
-            )
+            Request(_prompt(texts, row, size, model.vocab_size, generator), count)
             for row, (size, count) in enumerate(sizes)
         ]
         ways = _ways(passes, requests, theirs, speculate)
         results += _measure(batch, ways, sum(request.max_tokens for request in requests), repeats, on_way or _mute)
-    depth = str(setting.depth or model.plan)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    prompts = "held-out text" if len(texts) >= max(batches) else "random tokens"
-    return DecodeBenchmark(describe_machine(), depth, parameters, prompts, tokens, repeats, results)
+    prompts = "held-out text" if texts else "random tokens"
+    return DecodeBenchmark(describe_machine(), str(depth or model.plan), parameters, prompts, tokens, repeats, results)
 
 
 def _held_out(checkpoint: Checkpoint) -> list[list[int]]:
@@ -137,6 +136,15 @@ def _held_out(checkpoint: Checkpoint) -> list[list[int]]:
             split = open_as_trained(checkpoint, path).split("validation")
             return [split.sample(number).tokens.tolist() for number in range(min(len(split), _MOST_TEXTS))]
     return []
+
+
+def _prompt(
+    texts: Sequence[list[int]], row: int, size: int, vocab_size: int, generator: np.random.Generator
+) -> list[int]:
+    """The beginning of a text, of the first ones again where there are fewer texts than rows; random tokens without any."""
+    if not texts:
+        return [int(token) for token in generator.integers(0, vocab_size, size)]
+    return texts[row % len(texts)][:size]
 
 
 def table(benchmark: DecodeBenchmark) -> Table:
@@ -234,14 +242,12 @@ def _ours(passes: Passes, requests: Sequence[Request], speculate: Speculation | 
     return _Made(made, loops / sum(map(len, made)), accepted / drafted if drafted else None)
 
 
-def _exported(checkpoint: Path, setting: Setting) -> Any:
+def _exported(checkpoint: Path, depth: DepthSpec | None) -> Any:
     """The model as transformers has it: every use of a layer a layer of its own."""
     from transformers import LlamaForCausalLM
 
     with tempfile.TemporaryDirectory(prefix="megaloop-bench-") as folder:
-        if setting.loops is not None:
-            raise MegaloopError("bench decode: transformers runs what was exported; say the loops with --depth")
-        export_huggingface(checkpoint, Path(folder) / "out", dtype="fp32", depth=setting.depth)
+        export_huggingface(checkpoint, Path(folder) / "out", dtype="fp32", depth=depth)
         return LlamaForCausalLM.from_pretrained(
             Path(folder) / "out", dtype=torch.float32, attn_implementation="sdpa"
         ).eval()

@@ -275,9 +275,7 @@ def bench_decode_command(
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Sequences at a time; again for more; default: 1 and 16.")
     ] = None,
-    prompt: Annotated[
-        int, typer.Option(min=2, help="Tokens of the longest prompt, random ones; the shortest has half.")
-    ] = 32,
+    prompt: Annotated[int, typer.Option(min=2, help="Tokens of the longest prompt; the shortest has half.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate of the longest; the shortest has half.")] = 64,
     speculate: Annotated[
         int | None, typer.Option(min=1, max=64, help="Also: draft so many tokens, and check them at once.")
@@ -290,12 +288,11 @@ def bench_decode_command(
 ) -> None:
     """Time greedy generation against transformers' own with its static cache, with half the loops, and with drafts."""
     from megaloop.bench.decode import bench_decode, table
-    from megaloop.inference.setting import Setting
     from megaloop.inference.speculation import Speculation
 
     result = bench_decode(
         checkpoint,
-        setting=Setting(read_depth(depth)),
+        depth=read_depth(depth),
         batches=batch or [1, 16],
         prompt=prompt,
         tokens=tokens,
