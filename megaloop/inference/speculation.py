@@ -139,13 +139,14 @@ class Speculator:
         guessed: list[list[int]] = [[draft.token] for draft in drafts]
         begun: list[Begun] = []
         q: list[Tensor] = []
+        whole = self._place(drafts, most + 1)
         for number in range(most + 1):
             tokens_B1 = self._tensor([tokens[-1:] for tokens in guessed])
-            place = self._place(drafts, number, 1)
+            place = whole.column(number)
             begun.append(self._passes.begin(tokens_B1, place, caches, self._calls))
             if number < most:
                 q.append(self._guess(begun[-1], place, caches, drafts, guessed))
-        hidden_BSD = self._passes.finish(Begun.joined(begun), self._place(drafts, 0, most + 1), caches)
+        hidden_BSD = self._passes.finish(Begun.joined(begun), whole, caches)
         p_BSV = self._sampling.probabilities(self._passes.logits(hidden_BSD))
         q_BSV = torch.stack([*q, torch.zeros_like(p_BSV[:, 0])], 1)  # nothing was guessed after the last
         return self._accepted(drafts, guessed, p_BSV, q_BSV)
@@ -187,10 +188,10 @@ class Speculator:
             [*tokens[1 : 1 + count], last] for tokens, count, last in zip(guessed, count_B.tolist(), more, strict=True)
         ]
 
-    def _place(self, drafts: Sequence[Draft], first: int, count: int) -> Place:
-        """Tokens from number ``first`` of this step on."""
-        slots_BS = self._tensor([[draft.cached + first + at for at in range(count)] for draft in drafts])
-        return self._passes.place(slots_BS, max(draft.cached for draft in drafts) + first + count)
+    def _place(self, drafts: Sequence[Draft], count: int) -> Place:
+        """The next tokens of each sequence."""
+        slots_BS = self._tensor([[draft.cached + at for at in range(count)] for draft in drafts])
+        return self._passes.place(slots_BS, max(draft.cached for draft in drafts) + count)
 
     def _tensor(self, values: list[list[int]]) -> Tensor:
         return torch.tensor(values, device=self._passes.model.device)
