@@ -120,12 +120,15 @@ def generate(
     from megaloop.inference.sampling import Sampling
     from megaloop.inference.setting import Setting
     from megaloop.inference.speculation import Speculation
+    from megaloop.inference.thinking import Thinking
 
     if speculate is None and draft_loops != 1:
         raise MegaloopError("generate: --draft-loops is of --speculate; say how many tokens to draft")
     halts = read_halts([] if halt is None else [halt], min_loops, halt_scope, halt_decay)
     chosen = None if block is None else Block.parse(block)
-    setting = Setting(read_depth(depth), max_loops, chosen, halts[0] if halts else None, CachePolicy.parse(cache))
+    setting = Setting(
+        read_depth(depth), max_loops, chosen, Thinking(halts[0] if halts else None, CachePolicy.parse(cache))
+    )
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p)
     drafts = None if speculate is None else Speculation(speculate, draft_loops)
     how = Generation(max_tokens, sampling, tuple(text for text in stop or [] if text), seed, batch, drafts)
@@ -267,6 +270,6 @@ def _values(result: GenerationResult) -> dict[str, Any]:
 
 def _summary(result: GenerationResult, setting: Setting) -> str:
     rate = result.tokens / max(result.seconds, 1e-9)
-    loops = f", {result.loops_mean:.2f} loops a token" if setting.halting is not None else ""
+    loops = f", {result.loops_mean:.2f} loops a token" if setting.thinking.halting is not None else ""
     drafts = f", {result.accepted} of {result.drafted} drafted tokens accepted" if result.drafted else ""
     return f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.0f} tokens/s{loops}{drafts}"

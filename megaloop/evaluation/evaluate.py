@@ -24,11 +24,12 @@ from megaloop.evaluation.held_out import Scored, difficulties, open_as_trained, 
 from megaloop.evaluation.primitives import Questioning
 from megaloop.evaluation.records import DIFFICULTY, EVALUATION, Record, Subject, append_record, read_records
 from megaloop.evaluation.tasks import TASKS_VERSION, Task, tasks_named
-from megaloop.evaluation.thinking import Thinking, TokenClasses, by_class, loops_over_text, spent
+from megaloop.evaluation.thinking import TokenClasses, by_class, loops_over_text, spent
 from megaloop.inference.caches import CachePolicy, loop_iterations
 from megaloop.inference.halting import Halting
 from megaloop.inference.load import load_decoder
 from megaloop.inference.loops import Block, EveryBlock, InferenceDepth, inference_depth
+from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 from megaloop.runtime.collectives import broadcast_object
 from megaloop.runtime.share import OnPart, rank, share_over_ranks

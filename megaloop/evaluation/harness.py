@@ -15,13 +15,14 @@ from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.prompts import encode_text
 from megaloop.evaluation.scoring import Question, score
-from megaloop.evaluation.thinking import Thinking, spent
+from megaloop.evaluation.thinking import spent
 from megaloop.inference.caches import CachePolicy
 from megaloop.inference.generate import Generation, continue_texts
 from megaloop.inference.halting import Halting
 from megaloop.inference.load import load_decoder
 from megaloop.inference.loops import Block, with_loops
 from megaloop.inference.sampling import Sampling
+from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer

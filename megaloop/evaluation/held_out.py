@@ -23,8 +23,8 @@ from megaloop.data import DataSet, MicroBatch
 from megaloop.depth import LayerCall
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.records import clustered, ratio
-from megaloop.evaluation.thinking import Thinking
 from megaloop.inference.caches import CachePolicy
+from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder, vocab_parallel_cross_entropy
 
 __all__ = ["Scored", "difficulties", "open_as_trained", "score_held_out", "summary"]

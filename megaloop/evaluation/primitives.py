@@ -11,8 +11,9 @@ from megaloop.evaluation.prompts import questions
 from megaloop.evaluation.records import clustered
 from megaloop.evaluation.scoring import score
 from megaloop.evaluation.tasks import BLOCK, Example, Task, examples, shots
-from megaloop.evaluation.thinking import Thinking, spent
+from megaloop.evaluation.thinking import spent
 from megaloop.inference.caches import loop_iterations
+from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 from megaloop.runtime.share import OnPart, share_over_ranks
 from megaloop.tokenizer import Tokenizer

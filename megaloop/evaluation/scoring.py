@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from megaloop.depth import LayerCall
-from megaloop.evaluation.thinking import Thinking
 from megaloop.inference.caches import CachePolicy, LoopCaches, Place
 from megaloop.inference.passes import Passes, Thought
+from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 
 __all__ = ["Question", "Scores", "score"]

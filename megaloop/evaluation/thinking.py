@@ -1,4 +1,4 @@
-"""How a model loops over the tokens that evaluation asks for, as in generation, and what that took; S tokens of a sample."""
+"""How many iterations of a loop the tokens took that evaluation asks for; S tokens of a sample."""
 
 from __future__ import annotations
 
@@ -11,50 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from megaloop.depth import LayerCall
 from megaloop.evaluation.records import MOST_SHOWN
-from megaloop.inference.caches import CachePolicy
-from megaloop.inference.halting import Halting
-from megaloop.inference.passes import Passes
-from megaloop.model import Decoder
 from megaloop.tokenizer import Tokenizer
 
-__all__ = ["Thinking", "TokenClasses", "by_class", "loops_over_text", "spent"]
-
-
-@dataclass(frozen=True)
-class Thinking:
-    """When tokens that are asked for leave the loop, and which iterations keep keys and values.
-
-    Attributes:
-        halting: None: all iterations run.
-    """
-
-    halting: Halting | None = None
-    policy: CachePolicy = field(default_factory=CachePolicy)
-
-    @property
-    def is_plain(self) -> bool:
-        """As the model's own forward pass."""
-        return self.halting is None and self.policy == CachePolicy()
-
-    def passes(self, model: Decoder, calls: Sequence[LayerCall] | None, vocab_size: int | None) -> Passes:
-        """Raises MegaloopError where the model cannot do it."""
-        return Passes(model, calls, halting=self.halting, policy=self.policy, vocab_size=vocab_size)
-
-    def thresholds(self, places: Iterable[tuple[int, int]]) -> list[float]:
-        """Of tokens at these places of so many."""
-        return [self.halting.threshold_at(*place) if self.halting is not None else 0.0 for place in places]
-
-    def memory(self, model: Decoder, calls: Sequence[LayerCall]) -> dict[str, int]:
-        """Bytes of keys and values per token, beside those of ``full``; nothing where they are the same."""
-        if self.policy == CachePolicy():
-            return {}
-        passes = self.passes(model, calls, None)
-        return {
-            "cache_bytes": passes.caches(1, 1).bytes,
-            "cache_bytes_full": passes.caches(1, 1, CachePolicy()).bytes,
-        }
+__all__ = ["TokenClasses", "by_class", "loops_over_text", "spent"]
 
 
 def spent(loops: Iterable[int], most: int) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from megaloop.depth import DepthPlan, DepthSpec, LayerCall, with_inference_loop
 from megaloop.errors import MegaloopError
-from megaloop.inference.caches import CachePolicy
-from megaloop.inference.halting import Halting
 from megaloop.inference.loops import Block, with_loops
 from megaloop.inference.passes import Passes
+from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 
 __all__ = ["Setting"]
@@ -23,15 +22,13 @@ class Setting:
         depth: the order of the layers, such as ``10-4x3-10``.
         loops: how often the loop runs at most: the trained one, or one over ``block``; instead of ``depth``.
         block: which layers loop; None: the trained loop, or the four in the middle.
-        halting: when tokens leave the loop before.
-        cache: which iterations keep keys and values.
+        thinking: when tokens leave the loop before, and which iterations keep keys and values.
     """
 
     depth: DepthSpec | None = None
     loops: int | None = None
     block: Block | None = None
-    halting: Halting | None = None
-    cache: CachePolicy = field(default_factory=CachePolicy)
+    thinking: Thinking = field(default_factory=Thinking)
 
     def __post_init__(self) -> None:
         if self.depth is not None and (self.loops is not None or self.block is not None):
@@ -53,5 +50,4 @@ class Setting:
         Raises:
             MegaloopError: halting or shared caches of a model without a loop, a depth that it cannot run at.
         """
-        calls = self.calls(model.plan)
-        return Passes(model, calls, halting=self.halting, policy=self.cache, vocab_size=vocab_size)
+        return self.thinking.passes(model, self.calls(model.plan), vocab_size)

@@ -12,6 +12,7 @@ from megaloop.inference.generate import Generation, Writer
 from megaloop.inference.halting import Halting
 from megaloop.inference.sampling import Sampling
 from megaloop.inference.setting import Setting
+from megaloop.inference.thinking import Thinking
 from tests.data.corpus import write_corpus
 from tests.distributed import run_ranks
 from tests.processes import run as megaloop
@@ -43,7 +44,7 @@ def test_a_file_of_prompts_on_two_ranks_gives_each_what_it_gets_alone(run: Path,
     assert "6 continuations of " in result.stderr
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == PROMPTS
-    writer = Writer.open(run, Setting(halting=Halting.parse("latent=0.2")))
+    writer = Writer.open(run, Setting(thinking=Thinking(Halting.parse("latent=0.2"))))
     for number, (prompt, line) in enumerate(zip(PROMPTS, lines, strict=True)):
         how = Generation(9, Sampling(0.8), seed=4)
         (alone,) = writer.continue_prompts([prompt], how, numbers=[number])

@@ -15,12 +15,13 @@ from megaloop.data import MicroBatch
 from megaloop.errors import MegaloopError
 from megaloop.evaluation.held_out import score_held_out
 from megaloop.evaluation.scoring import Question, Scores, score
-from megaloop.evaluation.thinking import Thinking, TokenClasses, by_class, loops_over_text, spent
+from megaloop.evaluation.thinking import TokenClasses, by_class, loops_over_text, spent
 from megaloop.inference.caches import CachePolicy
 from megaloop.inference.engine import Engine, Request
 from megaloop.inference.halting import Halting
 from megaloop.inference.passes import Passes
 from megaloop.inference.sampling import Sampling
+from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 from tests.inference.thinking import VOCAB, dense, model_of, prompts, shared_slots
 
