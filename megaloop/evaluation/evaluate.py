@@ -85,11 +85,9 @@ def evaluate(
     model, checkpoint = load_decoder(path, precision=precision)
     chosen = [one for block in blocks for one in (block.of(model.plan) if isinstance(block, EveryBlock) else [block])]
     depths = [inference_depth(model.plan, loop, block) for block in chosen or [None] for loop in loops]
-    settings = [_Setting(depth, thinking) for depth in dict.fromkeys(depths) for thinking in _thinkings(halts, caches)]
-    for setting in settings:
-        setting.thinking.passes(
-            model, setting.calls, None
-        )  # what a model cannot do is said before hours of what it can
+    settings = _settings(depths, _thinkings(halts, caches), on_note or _mute)
+    for setting in settings:  # what a model cannot do is said before hours of what it can
+        setting.thinking.passes(model, setting.calls)
     work = _Work(
         model, checkpoint, precision, seed, examples, samples, _remembered(checkpoint, out), again, on_step or _silent
     )
@@ -117,6 +115,20 @@ class _Setting:
     @property
     def calls(self) -> tuple[LayerCall, ...]:
         return self.depth.execution.calls
+
+
+def _settings(
+    depths: Sequence[InferenceDepth], thinkings: Sequence[Thinking], note: Callable[[str], None]
+) -> list[_Setting]:
+    """Each depth with each way to think; one without a loop, beside others that have one, just as it runs."""
+    found = []
+    looped = {depth: any(call.iteration is not None for call in depth.execution.calls) for depth in depths}
+    for depth, loops in looped.items():
+        plain = any(looped.values()) and not loops
+        if plain and thinkings != [Thinking()]:
+            note(f"--loops {depth.loops}: nothing loops there, so nothing halts or shares caches; measured as it runs")
+        found += [_Setting(depth, thinking) for thinking in ([Thinking()] if plain else thinkings)]
+    return found
 
 
 def _thinkings(halts: Sequence[Halting], caches: Sequence[CachePolicy]) -> list[Thinking]:

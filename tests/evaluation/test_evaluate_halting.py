@@ -71,6 +71,23 @@ def test_the_oracle_is_as_right_as_all_iterations(run: Path, measured: list[Reco
     assert "loops_mean" not in of(plain, "validation", None)
 
 
+def test_a_depth_without_a_loop_is_measured_as_it_runs_beside_others(plain_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(plain_run, tmp_path / "run")
+    notes: list[str] = []
+    axes: dict[str, Any] = {"tasks": ["validation"], "samples": 6, "halts": HALTS[:2], "caches": [CachePolicy(1)]}
+    records = evaluate(run, **axes, loops=[1, 3], on_note=notes.append)
+    asked = [(record.subject.loops, record.subject.halt, record.subject.cache) for record in records]
+    assert asked == [
+        (1, None, "full"),
+        *((3, str(halting), cache) for halting in HALTS[:2] for cache in ("full", "last")),
+    ]
+    assert "loops_mean" not in records[0].values
+    assert len(notes) == 1
+    assert notes[0].startswith("--loops 1: nothing loops there")
+    with pytest.raises(MegaloopError, match="the model runs without a loop"):
+        evaluate(run, **axes, loops=[1])
+
+
 def test_loops_by_kind_of_token_and_over_a_text(measured: list[Record]) -> None:
     held = of(measured, "validation", "latent=0.2")
     classes = held["loops_by_class"]
