@@ -203,7 +203,10 @@ def _work_off(
     on_change: Callable[[Sequence[Job]], None] | None = None,
 ) -> None:
     """Do it all, or leave with exit code 75 when the time is up."""
+    from launchers.rank import LAUNCHER
     from megaloop.bench.savings import Runner
+
+    follow = {LAUNCHER: str(os.getpid())}  # runs of a bench that is killed outright would stand in the way of the next
 
     with _progress() as show, _terminating():
 
@@ -212,7 +215,10 @@ def _work_off(
             if on_change is not None:
                 on_change(work)
 
-        finished = Runner(work, jobs or _at_once(), base, limit=limit.seconds, on_change=changed).run()
+        runner = Runner(
+            work, jobs or _at_once(), base, limit=limit.seconds, environment=follow, on_change=changed
+        )
+        finished = runner.run()
     if not finished:
         left = sum(not job.is_over for job in work)
         echo(
@@ -265,16 +271,18 @@ def _held(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _terminating() -> Iterator[None]:
-    """SIGTERM ends the bench as Ctrl-C does: the runs save first."""
+    """SIGTERM, and the end of a terminal (not under nohup), end the bench as Ctrl-C does: the runs save first."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager
