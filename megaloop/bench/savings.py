@@ -79,6 +79,11 @@ class Plan:
     vocab_size: int
     lr_sweep: dict[str, Any] | None = None
 
+    @staticmethod
+    def is_kept(directory: Path) -> bool:
+        """Whether a directory holds a bench: until then nothing has been trained there."""
+        return (directory / _PLAN).exists()
+
     def keep(self, directory: Path) -> None:
         """Write it down, or check it against what was written.
 

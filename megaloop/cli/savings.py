@@ -123,7 +123,7 @@ def bench_savings(
     config = configuration(preset, base / "data", text, overrides)
     sweep = _sweep(lr_sweep, lr_steps, lr_seeds, config)
     with _held(base):
-        prepare_data(preset, config, base / "data", text or [])
+        prepare_data(preset, config, base / "data", text or [], begun=Plan.is_kept(base))
         evaluation = evaluation_of(preset, config, base / "data", examples, shots, loops)
         vocab_size = _vocabulary(config)
         made = [contender(config, name, vocab_size) for name in names]
