@@ -122,6 +122,8 @@ def bench_savings(
     base = out or Path("runs") / f"savings-{Path(preset).stem}"
     config = configuration(preset, base / "data", text, overrides)
     sweep = _sweep(lr_sweep, lr_steps, lr_seeds, config)
+    for name in names:  # what does not fit is said before data is made, whatever its vocabulary will be
+        contender(config, name, 1)
     with _held(base):
         prepare_data(preset, config, base / "data", text or [], begun=Plan.is_kept(base))
         evaluation = evaluation_of(preset, config, base / "data", examples, shots, loops)

@@ -78,13 +78,17 @@ def evaluation_of(
 
 def _hops(config: Config, folder: Path, begun: bool) -> None:
     """p-hop induction: samples for all steps, and those that are asked."""
-    from data_prep.ladders import write_ladder
+    from data_prep.ladders import PHop, write_ladder
     from data_prep.prepare import prepare
     from megaloop.bench.reasoning import ASKED, HOPS, VALIDATION_FRACTION, documents
     from megaloop.data.description import DATA_JSON
     from megaloop.tokenizer.files import FOLDER
 
-    length = config.data.sequence_length
+    length, hardest = config.data.sequence_length, max(ASKED)
+    if (needed := PHop(length=max(length, 4)).length_for(hardest)) > length:
+        raise MegaloopError(
+            f"bench savings: data.sequence_length {length} is too short for the {hardest} hops that the preset asks; use {needed} or more"
+        )
     made: tuple[tuple[str, tuple[int, ...], int, float, Literal["learn", "text"]], ...] = (
         ("hops", HOPS, documents(config), VALIDATION_FRACTION, "learn"),
         (_ASKED, ASKED, _ASKED_DOCUMENTS, 0.5, "text"),

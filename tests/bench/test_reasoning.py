@@ -169,3 +169,17 @@ def test_samples_of_a_bench_that_ended_before_it_trained_are_made_for_the_option
     savings_data.prepare_data("reasoning", many, tmp_path, [])
     assert len(DataSet.open(tmp_path / "hops").split("train")) >= 80 * 32
     assert (tmp_path / "asked" / "data.json").stat().st_mtime_ns == asked, "what fits is kept"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["data.sequence_length=23"], "data.sequence_length 23 is too short for the 10 hops that the preset asks; use 42 or more"),
+        (["train.steps=10"], "schedule.warmup_steps 50 is more than train.steps 10"),
+        (["growth.start=3"], "8 layers cannot be reached"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_data_is_made(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MegaloopError, match=message):
+        bench_savings(options, preset="reasoning", contenders="late-stack", out=tmp_path / "bench")
+    assert not (tmp_path / "bench" / "data").exists()
