@@ -217,9 +217,7 @@ def _work_off(
             if on_change is not None:
                 on_change(work)
 
-        runner = Runner(
-            work, jobs or _at_once(), base, limit=limit.seconds, environment=follow, on_change=changed
-        )
+        runner = Runner(work, jobs or _at_once(), base, limit=limit.seconds, environment=follow, on_change=changed)
         finished = runner.run()
     if not finished:
         left = sum(not job.is_over for job in work)

@@ -174,7 +174,10 @@ def test_samples_of_a_bench_that_ended_before_it_trained_are_made_for_the_option
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["data.sequence_length=23"], "data.sequence_length 23 is too short for the 10 hops that the preset asks; use 42 or more"),
+        (
+            ["data.sequence_length=23"],
+            "data.sequence_length 23 is too short for the 10 hops that the preset asks; use 42 or more",
+        ),
         (["train.steps=10"], "schedule.warmup_steps 50 is more than train.steps 10"),
         (["growth.start=3"], "8 layers cannot be reached"),
     ],
