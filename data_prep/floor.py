@@ -3,7 +3,7 @@
 A score of 50% says little where guessing well gives 45%. In p-hop induction many hops lead to the beginning of the
 sequence, whatever it is, so that a guesser who knows how often a hop ends where is right far more often than one time in the
 alphabet; with many answers in view, one of them is the right one. Four guessers learn from training documents and are run on
-held-out ones; the best of them is the floor:
+held-out ones (and where those are few on training documents that they have not learnt from); the best of them is the floor:
 
 * ``majority``: the most frequent target at that place of the document;
 * ``majority after the token``: the most frequent one after the token that stands there;
@@ -31,6 +31,9 @@ __all__ = ["FloorSample", "floors"]
 
 _TRAINING, _HELD_OUT = 4_000, 2_000
 """Documents of each difficulty at most, from which guessers learn and on which they are run."""
+_ENOUGH, _SPARED = 500, 4
+"""Where fewer are held out, so many are asked: at most one in four of the training documents, from which guessers then do not learn. On a handful
+of documents a floor is a lottery (of ten equally likely digits, 18 places once gave 6%)."""
 _TOKENS = 1 << 20
 """Tokens of them at most: of long documents there are fewer."""
 _DIFFICULTIES = 256
@@ -67,7 +70,19 @@ class FloorSample:
         training, held_out = (
             {key: drawn.documents for key, drawn in self._kept[side].items()} for side in (False, True)
         )
+        for difficulty in set(training) & set(held_out):
+            training[difficulty], held_out[difficulty] = _enough(training[difficulty], held_out[difficulty])
         return floors(training, held_out)
+
+
+def _enough(known: list[Example], asked: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Training and held-out documents of a difficulty, some of the first among the second where those are too few."""
+    spared = min(min(_ENOUGH, _HELD_OUT) - len(asked), len(known) // _SPARED)
+    if spared <= 0:
+        return known, asked
+    places = set(range(0, len(known), len(known) // spared)[:spared])
+    asked = [*asked, *(known[place] for place in sorted(places))]
+    return [example for place, example in enumerate(known) if place not in places], asked
 
 
 class _Drawn:

@@ -127,11 +127,15 @@ class PHop:
     def key(self) -> str:
         return f"{self.name} 1, alphabet {self.alphabet}, length {self.length}, doubles {self.doubles}"
 
-    def check(self, difficulty: int) -> None:
+    def length_for(self, difficulty: int) -> int:
+        """``length``, or where that is too short for so many hops the shortest that is not."""
         needed = self.length
         while self._share(difficulty, needed) < _RAREST:
             needed += 1
-        if needed > self.length:
+        return needed
+
+    def check(self, difficulty: int) -> None:
+        if (needed := self.length_for(difficulty)) > self.length:
             raise MegaloopError(
                 f"synthesize: with --length {self.length} and --alphabet {self.alphabet}, fewer than one chain in ten has {difficulty} "
                 f"hops that each lead further back; use --length {needed} or more, or a smaller --difficulty"

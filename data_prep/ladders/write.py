@@ -100,7 +100,7 @@ def ladder_of(task: str, difficulties: Sequence[int], options: dict[str, Any]) -
     made: Ladder = TASKS[task](**given)
     if not difficulties:
         raise MegaloopError(f"synthesize: no difficulty; give {made.lowest} to {made.highest} with --difficulty")
-    for difficulty in difficulties:
+    for difficulty in sorted(difficulties, reverse=True):  # what the hardest one needs is enough for all
         if not made.lowest <= difficulty <= made.highest:
             raise MegaloopError(
                 f"synthesize: {task} has no difficulty {difficulty}; use {made.lowest} to {made.highest}"

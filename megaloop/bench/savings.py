@@ -79,6 +79,11 @@ class Plan:
     vocab_size: int
     lr_sweep: dict[str, Any] | None = None
 
+    @staticmethod
+    def is_kept(directory: Path) -> bool:
+        """Whether a directory holds a bench: until then nothing has been trained there."""
+        return (directory / _PLAN).exists()
+
     def keep(self, directory: Path) -> None:
         """Write it down, or check it against what was written.
 
@@ -205,6 +210,7 @@ class Runner:
         at_once: processes at a time.
         directory: output of the processes goes to its ``logs``.
         limit: seconds after which runs are asked to save and end; None: none.
+        environment: of the processes, beside this one's.
         on_change: called now and then, and whenever a job's state changes.
     """
 
@@ -215,6 +221,7 @@ class Runner:
         directory: Path,
         *,
         limit: float | None = None,
+        environment: Mapping[str, str] | None = None,
         on_change: Callable[[Sequence[Job]], None] | None = None,
     ):
         self.jobs, self._at_once, self._directory = jobs, at_once, directory
@@ -224,7 +231,7 @@ class Runner:
         self._looked = 0.0
         self._left: dict[str, list[list[str]]] = {}
         threads = max((os.cpu_count() or 1) // at_once, 1)
-        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **(environment or {})}
 
     def run(self) -> bool:
         """Do it all.

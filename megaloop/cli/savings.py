@@ -122,8 +122,10 @@ def bench_savings(
     base = out or Path("runs") / f"savings-{Path(preset).stem}"
     config = configuration(preset, base / "data", text, overrides)
     sweep = _sweep(lr_sweep, lr_steps, lr_seeds, config)
+    for name in names:  # what does not fit is said before data is made, whatever its vocabulary will be
+        contender(config, name, 1)
     with _held(base):
-        prepare_data(preset, config, base / "data", text or [])
+        prepare_data(preset, config, base / "data", text or [], begun=Plan.is_kept(base))
         evaluation = evaluation_of(preset, config, base / "data", examples, shots, loops)
         vocab_size = _vocabulary(config)
         made = [contender(config, name, vocab_size) for name in names]
@@ -203,7 +205,10 @@ def _work_off(
     on_change: Callable[[Sequence[Job]], None] | None = None,
 ) -> None:
     """Do it all, or leave with exit code 75 when the time is up."""
+    from launchers.rank import LAUNCHER
     from megaloop.bench.savings import Runner
+
+    follow = {LAUNCHER: str(os.getpid())}  # runs of a bench that is killed outright would stand in the way of the next
 
     with _progress() as show, _terminating():
 
@@ -212,7 +217,8 @@ def _work_off(
             if on_change is not None:
                 on_change(work)
 
-        finished = Runner(work, jobs or _at_once(), base, limit=limit.seconds, on_change=changed).run()
+        runner = Runner(work, jobs or _at_once(), base, limit=limit.seconds, environment=follow, on_change=changed)
+        finished = runner.run()
     if not finished:
         left = sum(not job.is_over for job in work)
         echo(
@@ -265,16 +271,18 @@ def _held(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _terminating() -> Iterator[None]:
-    """SIGTERM ends the bench as Ctrl-C does: the runs save first."""
+    """SIGTERM, and the end of a terminal (not under nohup), end the bench as Ctrl-C does: the runs save first."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager

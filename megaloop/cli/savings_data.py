@@ -38,12 +38,17 @@ def configuration(preset: str, data: Path, text: list[Path] | None, overrides: l
     return load_config(Path(preset), overrides or [])
 
 
-def prepare_data(preset: str, config: Config, folder: Path, text: list[Path]) -> None:
-    """Make a preset's data sets where they are not there yet."""
+def prepare_data(preset: str, config: Config, folder: Path, text: list[Path], *, begun: bool = False) -> None:
+    """Make a preset's data sets where they are not there yet.
+
+    Args:
+        begun: runs rest on those that are there; else samples that were made for other options (by a bench that ended before it
+            trained) are made anew.
+    """
     if preset in _DOCUMENTS:
         _text_and_problems(config, folder, _DOCUMENTS[preset], text)
     elif preset in _SOURCES:
-        _hops(config, folder)
+        _hops(config, folder, begun)
 
 
 def evaluation_of(
@@ -71,20 +76,26 @@ def evaluation_of(
     return LadderEvaluation(tuple(data.path for data in datasets), block, asked, loops=counts or (1, 2, 3, 4, 5))
 
 
-def _hops(config: Config, folder: Path) -> None:
+def _hops(config: Config, folder: Path, begun: bool) -> None:
     """p-hop induction: samples for all steps, and those that are asked."""
-    from data_prep.ladders import write_ladder
+    from data_prep.ladders import PHop, write_ladder
     from data_prep.prepare import prepare
     from megaloop.bench.reasoning import ASKED, HOPS, VALIDATION_FRACTION, documents
+    from megaloop.data.description import DATA_JSON
     from megaloop.tokenizer.files import FOLDER
 
-    length = config.data.sequence_length
+    length, hardest = config.data.sequence_length, max(ASKED)
+    if (needed := PHop(length=max(length, 4)).length_for(hardest)) > length:
+        raise MegaloopError(
+            f"bench savings: data.sequence_length {length} is too short for the {hardest} hops that the preset asks; use {needed} or more"
+        )
     made: tuple[tuple[str, tuple[int, ...], int, float, Literal["learn", "text"]], ...] = (
         ("hops", HOPS, documents(config), VALIDATION_FRACTION, "learn"),
         (_ASKED, ASKED, _ASKED_DOCUMENTS, 0.5, "text"),
     )
     for seed, (name, difficulties, count, held_out, doubles) in enumerate(made):
-        if (folder / name / "data.json").is_file():
+        is_there = (folder / name / DATA_JSON).is_file()
+        if is_there and (begun or _has(folder / name, count, length)):
             continue
         file = folder / f"{name}.jsonl"
         with count_progress(f"preparing {folder / name}", count) as show:
@@ -105,8 +116,18 @@ def _hops(config: Config, folder: Path) -> None:
             sequence_length=length,
             validation_fraction=held_out,
             targets=True,
+            overwrite=is_there,
         )
         file.unlink()  # its samples are in the shards, and it can be made again
+
+
+def _has(path: Path, documents: int, length: int) -> bool:
+    """Whether a data set has so many documents, in samples of this length."""
+    from megaloop.data import DataSet
+
+    description = DataSet.open(path).description
+    found = sum(split.documents for split in description.splits.values())
+    return (found, description.sequence_length) == (documents, length)
 
 
 def _text_and_problems(config: Config, folder: Path, documents: int, text: list[Path]) -> None:

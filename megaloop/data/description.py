@@ -92,8 +92,8 @@ class SourceEntry(_Model):
 class FloorEntry(_Model):
     """What the best guesser scores that knows the statistics of a difficulty, but not how its tasks are solved.
 
-    ``accuracy`` over all places with a target, ``last`` on each document's last of them, measured on ``documents`` held-out
-    ones; ``guesser`` and ``last_guesser`` say which (:mod:`data_prep.floor`).
+    ``accuracy`` over all places with a target, ``last`` on each document's last of them, measured on ``documents``, held-out
+    ones and where those are few others that guessers did not learn from; ``guesser`` and ``last_guesser`` say which (:mod:`data_prep.floor`).
     """
 
     difficulty: TokenId

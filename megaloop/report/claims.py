@@ -145,16 +145,29 @@ def _pair(board: Board, groups: dict[str, Group], pair: _Pair) -> Claim | None:
         return None
     limit = f" (not more than {100 * MARGIN:g} points below)" if pair.bound else ""
     limit += " (mean over difficulties)" if pair.overall else ""
-    note = ""
+    notes = [_other_samples(groups[pair.first], groups[pair.second])]
     share = _flops(groups[pair.first]) / (_flops(groups[pair.second]) or math.nan)
     if pair.costs and math.isfinite(share):
-        note = f"{pair.first} took {share:.3f} of the FLOPs of {pair.second}"
+        notes.insert(0, f"{pair.first} took {share:.3f} of the FLOPs of {pair.second}")
+    note = "; ".join(filter(None, notes))
     text = f"{pair.text}: {pair.first} against {pair.second}{limit}"
     return _claim(text, pair.bound, list(paired(first, second).values()), note, lacking="no seed in common")
 
 
 def _flops(group: Group) -> float:
     return group.spread(lambda run: run.flops[-1]).mean
+
+
+def _other_samples(first: Group, second: Group) -> str:
+    """Why runs of one seed have not had the same samples in the same order; empty: they have."""
+    runs = (*first.runs, *second.runs)
+    parts = [(run.config.get("data"), run.config.get("train")) for run in runs]
+    orders = [(data, train.get("global_batch") if isinstance(train, dict) else None) for data, train in parts]
+    if any(order != orders[0] for order in orders):
+        return "not on the same samples in the same order: data or train.global_batch are not the same"
+    if any(run.rollbacks for run in runs):
+        return "not on quite the same samples: a run that rolled back leaves some out"
+    return ""
 
 
 # --- loops at inference

@@ -233,8 +233,10 @@ def _summary(rows: list[Saving], base: Group, groups: Sequence[Group], shots: in
 
 
 def _clear(best: Cell, other: Cell) -> bool:
-    """The lead is more than three standard errors of the difference."""
-    return best.value - other.value > 3 * math.hypot(best.error or 0.0, other.error or 0.0)
+    """The lead is more than three standard errors of the difference; never where one is not known."""
+    if best.error is None or other.error is None:
+        return False
+    return best.value - other.value > 3 * math.hypot(best.error, other.error)
 
 
 def _task_rows(groups: Sequence[Group], tasks: list[str], shots: int) -> list[dict[str, Any]]:

@@ -89,7 +89,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order in which their first runs are given.
 
     Configurations of one name have their runs' paths with it. Runs of one configuration whose tokenizers or validation
-    samples differ (the data was prepared again between them) are of different groups.
+    samples differ (the data was prepared again between them) are of different groups, and so are two runs of one seed: a mean
+    over them would count one seed as two.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -97,13 +98,17 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         if isinstance(same.get("init"), str):  # fine-tuned, each from the pretrained run of its seed
             same["init"] = _without_seed(same["init"])
         key, number = json.dumps(same, sort_keys=True), 0
-        while not all(run.held_out.is_that_of(other.held_out) for other in groups.get(f"{key} {number}", [])):
+        while not all(_is_another_seed_of(run, other) for other in groups.get(f"{key} {number}", [])):
             number += 1
         groups.setdefault(f"{key} {number}", []).append(run)
     names = [_label(members) for members in groups.values()]
     paths = [Path(_without_seed(str(members[0].path))) for members in groups.values()]
     labels = _told_apart(names, paths)
     return [Group(label, tuple(members)) for label, members in zip(labels, groups.values(), strict=True)]
+
+
+def _is_another_seed_of(run: Run, other: Run) -> bool:
+    return run.held_out.is_that_of(other.held_out) and (run.seed is None or run.seed != other.seed)
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:

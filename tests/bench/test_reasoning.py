@@ -153,3 +153,36 @@ def test_data_with_targets_of_ones_own_is_asked_by_difficulty(corpus: Path, tmp_
     ):
         with pytest.raises(MegaloopError, match=message):
             savings_data.evaluation_of("mine.yaml", config, tmp_path, loops=None, **options)
+
+
+def test_samples_of_a_bench_that_ended_before_it_trained_are_made_for_the_options_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too few of them, more steps would train on the same samples again, and nobody would know."""
+    monkeypatch.setattr(savings_data, "_ASKED_DOCUMENTS", 1100)
+    few, many = (savings_data.configuration("reasoning", tmp_path, None, [f"train.steps={n}"]) for n in (60, 80))
+    savings_data.prepare_data("reasoning", few, tmp_path, [])
+    assert len(DataSet.open(tmp_path / "hops").split("train")) < 80 * 32
+    asked = (tmp_path / "asked" / "data.json").stat().st_mtime_ns
+    savings_data.prepare_data("reasoning", many, tmp_path, [], begun=True)
+    assert len(DataSet.open(tmp_path / "hops").split("train")) < 80 * 32, "runs rest on it"
+    savings_data.prepare_data("reasoning", many, tmp_path, [])
+    assert len(DataSet.open(tmp_path / "hops").split("train")) >= 80 * 32
+    assert (tmp_path / "asked" / "data.json").stat().st_mtime_ns == asked, "what fits is kept"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["data.sequence_length=23"],
+            "data.sequence_length 23 is too short for the 10 hops that the preset asks; use 42 or more",
+        ),
+        (["train.steps=10"], "schedule.warmup_steps 50 is more than train.steps 10"),
+        (["growth.start=3"], "8 layers cannot be reached"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_data_is_made(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MegaloopError, match=message):
+        bench_savings(options, preset="reasoning", contenders="late-stack", out=tmp_path / "bench")
+    assert not (tmp_path / "bench" / "data").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megaloop.bench.contenders import (
 from megaloop.cli.savings_data import PRESETS as _PRESETS
 from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
+from megaloop.runs.directory import is_locked
 from tests.cli.test_cli import megaloop
 from tests.data.corpus import write_corpus
 from tests.processes import start
@@ -229,6 +231,30 @@ def test_a_killed_bench_goes_on_where_it_was(preset: Path, tmp_path: Path) -> No
     assert {item["loops"] for item in report["loops"]} == {1, 2}
     assert len([item for item in report["primitives"] if item["task"] == "mean"]) == 2
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.slow
+def test_no_run_outlives_a_bench_that_is_killed_outright(preset: Path, tmp_path: Path) -> None:
+    """It would go on by itself, and the bench that is started again would find its directory in use, or nothing left to train."""
+    out = tmp_path / "out"
+    (tmp_path / "hold-8").touch()
+    arguments = [
+        "bench", "savings", "--preset", str(preset), "--out", str(out), "--contenders", "baseline",
+        "--examples", "5", "--shots", "0", "--loops", "1", "--jobs", "1",
+    ]  # fmt: skip
+    process = start(*arguments, setup=hold, setup_arguments=(tmp_path,))
+    run = out / "runs" / "baseline-seed0"
+    wait_for(lambda: steps_done(run) == 7, process)
+    process.kill()
+    process.wait(30)
+    deadline = time.monotonic() + 30
+    while is_locked(run):
+        assert time.monotonic() < deadline, "the run goes on without its bench"
+        time.sleep(0.02)
+    release(tmp_path)
+    done = megaloop(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in metrics(run)] == list(range(1, 31))
 
 
 def test_bad_input_is_one_line(preset: Path, tmp_path: Path) -> None:

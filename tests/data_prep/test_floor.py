@@ -161,6 +161,19 @@ def test_documents_for_the_floor_come_from_the_whole_file(monkeypatch: pytest.Mo
     assert entry.accuracy == pytest.approx((1 + 1 / 6) / 2, abs=0.1)
 
 
+def test_a_floor_does_not_rest_on_the_few_documents_that_are_held_out() -> None:
+    """Of ten digits, each as likely: on eight documents the best of four guessers scores anything from 0 to 60%."""
+    for seed in range(5):
+        rng, sample = np.random.default_rng(seed), FloorSample()
+        for number in range(2400):
+            targets = np.array([-1] * 6 + [*rng.integers(0, 10, 2)])
+            sample.add(Example(rng.integers(0, 10, 8), targets, 0), held_out=number % 300 == 0)
+        (entry,) = sample.floors()
+        assert entry.documents == 500
+        assert entry.accuracy == pytest.approx(0.1, abs=0.026)
+        assert entry.last == pytest.approx(0.1, abs=0.052)
+
+
 def test_documents_kept_for_the_floor_take_eight_bytes_a_token() -> None:
     """Of many difficulties with long documents there are tens of millions of tokens."""
     sample = FloorSample()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -124,6 +125,24 @@ def test_what_growing_costs_stands_beside_it(tmp_path: Path) -> None:
     runs = [_run(tmp_path, "baseline", 0, 0.9), _run(tmp_path, "lidas", 0, 0.9, growth={"start": 4, "end": 0.5}, grown_at=10)]  # fmt: skip
     (found,) = _claims(*runs)
     assert found.note == "lidas took 0.750 of the FLOPs of baseline"
+
+
+def test_runs_that_had_other_samples_are_said_to_have(tmp_path: Path) -> None:
+    """A larger batch, another data set, or samples that a run left out when it rolled back."""
+    pair = [_run(tmp_path, "lidas", 0, 0.9), _run(tmp_path, "midas", 0, 0.8, "9")]
+    (found,) = _claims(*pair)
+    assert found.note == ""
+    with (pair[1] / "events.jsonl").open("a") as events:
+        events.write(json.dumps({"event": "rollback", "step": 5}) + "\n")
+    (found,) = _claims(*pair)
+    assert found.note == "not on quite the same samples: a run that rolled back leaves some out"
+    large = _run(tmp_path, "baseline", 0, 0.7, train={"steps": 20, "global_batch": 64})
+    (found, _) = _claims(*pair, large)
+    assert found.text.startswith("Growing keeps")
+    assert found.note == (
+        "lidas took 1.000 of the FLOPs of baseline; "
+        "not on the same samples in the same order: data or train.global_batch are not the same"
+    )
 
 
 def test_contenders_are_told_by_their_whole_names(tmp_path: Path) -> None:

@@ -324,6 +324,25 @@ def test_primitives_are_of_the_trained_depth_and_their_mean_of_all_tasks(tmp_pat
     assert page.count("<b>") == int(clear)
 
 
+def test_a_copy_of_a_run_is_no_other_seed(tmp_path: Path) -> None:
+    """Its interval would be that of more seeds than there are."""
+    runs = [write_run(tmp_path / "a" / f"r-seed{seed}", f"r-seed{seed}", seed=seed) for seed in (0, 1)]
+    copy = tmp_path / "b" / "r-seed0"
+    shutil.copytree(runs[0], copy)
+    groups = group_runs([read_run(run) for run in (*runs, copy)])
+    assert [(group.label, len(group.runs)) for group in groups] == [("r (a/r)", 2), ("r (b/r)", 1)]
+
+
+def test_a_lead_of_which_no_error_is_known_is_not_set_in_bold_face(tmp_path: Path) -> None:
+    """A single question of each has none."""
+    run, other = write_run(tmp_path / "r", "r"), write_run(tmp_path / "o", "o", depth="9")
+    evaluated(run, "copy-real", 0.0, error=math.nan)
+    evaluated(other, "copy-real", 1.0, error=math.nan)
+    report, page = make_report([run, other])
+    assert "no difference is shown" in report.summary[-2]
+    assert "<b>" not in page
+
+
 def test_chance_is_each_tasks_own_and_versions_are_not_mixed(tmp_path: Path) -> None:
     run, other = write_run(tmp_path / "r", "r"), write_run(tmp_path / "o", "o", depth="9")
     for task in ("copy-real", "p-hop"):
