@@ -32,7 +32,12 @@ def evaluate_command(
             "addition, p-hop; 'primitives' for all of these; validation; default: everything."
         ),
     ] = None,
-    shots: Annotated[str, typer.Option(help="Solved examples before each question: 5, or 0,1,2,5,10.")] = "5",
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            help="Solved examples before each question: 0,1,2,5,10; default: 5, of --harness what each task says."
+        ),
+    ] = None,
     loops: Annotated[
         str | None,
         typer.Option("--loops", "--max-loops", help="How often the looped block runs: 1,2,3,4; default: as trained."),
@@ -89,7 +94,7 @@ def evaluate_command(
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Reasoning primitives and held-out loss, by number of shots and of loops, by halting and caches. Results are remembered."""
-    shot_counts = numbers("--shots", shots, 0)
+    shot_counts = numbers("--shots", "5" if shots is None else shots, 0)
     loop_counts: list[int | None] = [None] if loops is None else [*numbers("--loops", loops, 1)]
     if block and loops is None:
         raise MegaloopError("eval: --block says which layers loop; say how often with --loops")
@@ -100,27 +105,36 @@ def evaluate_command(
         from megaloop.inference.caches import CachePolicy
         from megaloop.inference.loops import EveryBlock
 
-        halts = read_halts(_listed(halt), min_loops, halt_scope, halt_decay)
-        caches = [CachePolicy.parse(text) for text in _listed(cache)]
+        halts = read_halts(_listed("--halt", halt), min_loops, halt_scope, halt_decay)
+        caches = [CachePolicy.parse(text) for text in _listed("--cache", cache)]
         blocks = [EveryBlock.parse(text) for text in block or []]
         if harness is not None:
             from megaloop.evaluation.harness import run_harness
 
             one = blocks[0] if blocks else None
-            if max(len(blocks), len(halts), len(caches)) > 1 or isinstance(one, EveryBlock) or every_checkpoint:
-                raise MegaloopError("eval: --harness takes one block, one --halt, one --cache and one checkpoint")
+            axes = (shot_counts, loop_counts, blocks, halts, caches)
+            if max(map(len, axes)) > 1 or isinstance(one, EveryBlock) or every_checkpoint:
+                raise MegaloopError(
+                    "eval: --harness takes one number of shots and of loops, one block, one --halt, one --cache and one checkpoint"
+                )
+            others = {"--tasks": tasks, "--data": data, "--out": out, "--again": again}
+            if unused := [name for name, value in others.items() if value]:
+                raise MegaloopError(
+                    f"eval: {unused[0]} is not for --harness, which names its own tasks and prints what they give; leave it out"
+                )
             results = run_harness(
                 checkpoint,
                 [name.strip() for name in harness.split(",") if name.strip()],
                 task_directories=harness_path or [],
-                shots=None if shots == "5" else shot_counts[0],
+                shots=None if shots is None else shot_counts[0],
                 loops=loop_counts[0],
                 block=one,
                 halting=halts[0] if halts else None,
                 policy=caches[0] if caches else CachePolicy(),
                 precision=precision,
             )
-            print_harness(results, json)
+            if is_first_rank():
+                print_harness(results, json)
             return
         with part_progress() as show:
             records = _measured(
@@ -145,8 +159,12 @@ def evaluate_command(
             print_records(records, json)
 
 
-def _listed(texts: Sequence[str] | None) -> list[str]:
-    return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
+def _listed(option: str, texts: Sequence[str] | None) -> list[str]:
+    """What commas separate; MegaloopError where an option is given and says nothing."""
+    found = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
+    if texts and not found:
+        raise MegaloopError(f"{option}: nothing is named; give a value, or leave {option} out")
+    return found
 
 
 def _measured(paths: Sequence[Path], **options: Any) -> list[Record]:

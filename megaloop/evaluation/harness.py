@@ -2,13 +2,15 @@
 
 ``lm-eval`` is an extra (``pip install megaloop[harness]``). Scores equal those of lm-eval's own Hugging Face model on the exported
 checkpoint; here, a question and all of its continuations take one row of a batch (:mod:`megaloop.evaluation.scoring`).
+
+On several ranks each runs all of lm-eval, which asks all of them for the same, and a request is answered by one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megaloop.checkpoint import Checkpoint
 from megaloop.depth import LayerCall
@@ -24,6 +26,7 @@ from megaloop.inference.loops import Block, with_loops
 from megaloop.inference.sampling import Sampling
 from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
+from megaloop.runtime.share import share_over_ranks, world_size
 from megaloop.text import printable
 from megaloop.tokenizer import Tokenizer
 
@@ -34,6 +37,7 @@ except ImportError as error:
 
 __all__ = ["HarnessModel", "run_harness"]
 
+_Result = TypeVar("_Result")
 _GENERATED = 256
 """Tokens that a request without a limit generates at most."""
 
@@ -110,7 +114,12 @@ class HarnessModel(TemplateLM):
         results = [(0.0, True)] * len(requests)  # of an empty continuation
         if questions:
             calls, vocab_size = self._passes.calls, self._tokens.vocab_size
-            scores = score(self._decoder, [], questions, calls=calls, vocab_size=vocab_size, thinking=self._thinking)
+            scores = _shared(
+                questions,
+                lambda _, own: score(
+                    self._decoder, [], own, calls=calls, vocab_size=vocab_size, thinking=self._thinking
+                ),
+            )
             self._count(loops for scored in scores for loops in scored.loops)
             for scored, own in zip(scores, rows.values(), strict=True):
                 for (index, _part), likelihood, greedy in zip(own, scored.log_likelihoods, scored.greedy, strict=True):
@@ -159,9 +168,17 @@ class HarnessModel(TemplateLM):
         for number, (_, options) in enumerate(request.args for request in requests):
             groups.setdefault(_generation(options), []).append(number)
         for how, numbers in groups.items():
-            kept = -max(self.max_length - how.max_tokens, 1)
+            if how.max_tokens >= self.max_length:
+                raise MegaloopError(
+                    f"eval --harness: a task generates up to {how.max_tokens:,} tokens, which leaves a prompt no room in the "
+                    f"{self.max_length:,} of a sample of training; set max_gen_toks lower in a task file of your own"
+                )
+            kept = how.max_tokens - self.max_length
             contexts = [self.tok_encode(requests[number].args[0])[kept:] for number in numbers]
-            results = continue_texts(self._passes, self._tokens, contexts, how)
+            results = _shared(
+                contexts,
+                lambda places, own, how=how: continue_texts(self._passes, self._tokens, own, how, numbers=places),  # type: ignore[misc]
+            )
             self._count(loops for result in results for loops in result.loops)
             for number, result in zip(numbers, results, strict=True):
                 made[number] = result.continuation
@@ -174,6 +191,18 @@ class HarnessModel(TemplateLM):
     def spent(self) -> dict[str, Any]:
         """The mean and the histogram of the iterations of the tokens that were asked for; nothing where all ran."""
         return spent(self.loops, self._passes.iterations) if self.loops else {}
+
+
+def _shared(values: Sequence[Any], run: Callable[[range, Sequence[Any]], list[_Result]]) -> list[_Result]:
+    """``run`` on the places and values of this rank's part of what is asked for; the results of all, in their order."""
+    count = min(world_size(), len(values))
+    parts = [range(first, len(values), count) for first in range(count)]
+    found = share_over_ranks("lm-eval", parts, lambda _, part: run(part, values[part.start :: count]), _silent)
+    return [found[place % count][place // count] for place in range(len(values))]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """lm-eval shows its own progress."""
 
 
 def _generation(options: dict[str, Any]) -> Generation:
@@ -200,7 +229,7 @@ def run_harness(
     policy: CachePolicy = CachePolicy(),
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> dict[str, Any]:
-    """Run tasks of lm-eval; their metrics by task, as lm-eval names them.
+    """Run tasks of lm-eval; their metrics by task, as lm-eval names them. Ranks share the work, and the first of a machine has the result.
 
     With halting, ``megaloop`` stands beside the tasks: ``loops_mean`` and ``loops_histogram`` of the tokens that they all asked for.
 
@@ -228,5 +257,5 @@ def run_harness(
     thinking = Thinking(halting, policy)
     model = HarnessModel.load(checkpoint, loops=loops, block=block, thinking=thinking, precision=precision)
     found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, task_manager=manager)
-    results: dict[str, Any] = found["results"]
+    results: dict[str, Any] = {} if found is None else found["results"]
     return results | ({"megaloop": model.spent()} if halting is not None else {})

@@ -201,8 +201,8 @@ class Passes:
         if plan.loop is not None:
             return "the loop runs once; choose more loops"
         return (
-            f"the model runs without a loop (depth {plan.notation}); give it one with "
-            "--depth PRELUDE-RECURRENTxITERATIONS-CODA or --max-loops N, or train it with one"
+            f"the model runs without a loop (depth {plan.notation}); give it one with --max-loops N (generate, eval) "
+            "or --depth PRELUDE-RECURRENTxITERATIONS-CODA (generate, bench decode), or train it with one"
         )
 
     def calls_of(self, iterations: int) -> int:

@@ -158,7 +158,12 @@ def test_the_tables_show_loops_and_what_fewer_caches_cost(run: Path, measured: l
         (["--min-loops", "2"], "--min-loops, --halt-scope and --halt-decay belong to --halt"),
         (["--halt", "kl=1e-3", "--min-loops", "3"], "--min-loops 3: the loop runs 2 times at most"),
         (["--halt", "kl=1e-3", "--halt-decay", "4"], "--halt-decay is of CALM's confidence"),
-        (["--halt", "kl=1e-3,fixed=1", "--harness", "x"], "takes one block, one --halt, one --cache"),
+        (["--halt", "kl=1e-3,fixed=1", "--harness", "x"], "one block, one --halt, one --cache"),
+        (["--loops", "1,2", "--harness", "x"], "takes one number of shots and of loops"),
+        (["--shots", "1,5", "--harness", "x"], "takes one number of shots and of loops"),
+        (["--out", "x.jsonl", "--harness", "x"], "--out is not for --harness"),
+        (["--halt", ""], "--halt: nothing is named; give a value"),
+        (["--cache", ","], "--cache: nothing is named; give a value"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(run: Path, options: list[str], message: str) -> None:

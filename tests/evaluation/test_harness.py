@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -15,6 +16,7 @@ from megaloop.errors import MegaloopError
 from megaloop.evaluation.tasks import TASKS, examples
 from megaloop.huggingface.weights import export_huggingface
 from tests.data.corpus import documents
+from tests.processes import run as megaloop
 
 pytestmark = pytest.mark.slow  # lm-eval takes seconds to import and to list its tasks
 
@@ -142,6 +144,39 @@ def test_halting_and_caches_reach_the_harness(looped_run: Path, tasks: Path) -> 
     assert loops["loops_mean"] == 1
     assert loops["loops_histogram"][1:] == [0]
     assert _numbers(plain) != _numbers(halted)
+
+
+def test_ranks_share_what_is_asked_and_one_speaks(looped_run: Path, tasks: Path) -> None:
+    arguments = ("--harness", ",".join(TASK_FILES), "--harness-path", tasks, "--halt", "latent=0.2", "--json")
+    alone = json.loads(_eval(looped_run, *arguments).splitlines()[-1])
+    shared = megaloop(
+        "eval", looped_run, *arguments, "--ranks", 2, fresh=True
+    )  # lm-eval starts threads before it forks
+    assert shared.returncode == 0, shared.stderr
+    (line,) = (line for line in shared.stdout.splitlines() if line.startswith("{"))
+    both = json.loads(line)
+    assert both.pop("megaloop") == alone.pop("megaloop")
+    assert _numbers(both) == pytest.approx(_numbers(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize(("options", "shots"), [((), None), (("--shots", "5"), 5), (("--shots", "0"), 0)])
+def test_a_number_of_shots_that_is_given_reaches_the_harness(
+    options: tuple[str, ...], shots: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "megaloop.evaluation.harness.run_harness", lambda *arguments, **named: given.update(named) or {}
+    )
+    _eval("run", "--harness", "x", *options)
+    assert given["shots"] == shots
+
+
+def test_a_prompt_that_generation_leaves_no_room_is_refused(plain_run: Path) -> None:
+    from megaloop.evaluation.harness import HarnessModel
+
+    asked = SimpleNamespace(args=("a prompt", {"until": ["x"], "max_gen_toks": 32}))
+    with pytest.raises(MegaloopError, match="up to 32 tokens, which leaves a prompt no room in the 32 of a sample"):
+        HarnessModel.load(plain_run).generate_until([asked])
 
 
 def test_an_unknown_task_is_one_line(plain_run: Path) -> None:

@@ -204,7 +204,7 @@ def test_drawn_tokens_have_the_distribution_of_plain_generation(how: Speculation
         ("0-2x4-0", {"policy": CachePolicy(2)}, {}, "--speculate 2: with --cache shared=2 a token sees"),
         ("0-2x4-0", {}, {"draft_loops": 4}, "--draft-loops 4: the loop runs 4 times, and drafts must run fewer"),
         ("0-2x4-0", {}, {"exit": EarlyExit(1, lambda _, x: x)}, "early exit is for models without a loop"),
-        ("4", {}, {}, r"--speculate 2: the model runs without a loop \(depth 4\); give it one with --depth"),
+        ("4", {}, {}, r"--speculate 2: the model runs without a loop \(depth 4\); give it one with --max-loops"),
         ("4", {}, {"exit": EarlyExit(4, lambda _, x: x)}, "after 4 of 4 layers; expected at least 1, and fewer than 4"),
     ],
 )  # fmt: skip
