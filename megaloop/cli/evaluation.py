@@ -112,8 +112,8 @@ def evaluate_command(
             from megaloop.evaluation.harness import run_harness
 
             one = blocks[0] if blocks else None
-            axes = (shot_counts, loop_counts, blocks, halts, caches)
-            if max(map(len, axes)) > 1 or isinstance(one, EveryBlock) or every_checkpoint:
+            axes: tuple[list[Any], ...] = (shot_counts, loop_counts, blocks, halts, caches)
+            if any(len(axis) > 1 for axis in axes) or isinstance(one, EveryBlock) or every_checkpoint:
                 raise MegaloopError(
                     "eval: --harness takes one number of shots and of loops, one block, one --halt, one --cache and one checkpoint"
                 )
