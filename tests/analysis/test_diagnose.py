@@ -292,7 +292,8 @@ def test_results_that_cannot_be_kept_are_not_measured(
 
 def test_results_are_not_added_to_the_prompts(run: Path, tmp_path: Path) -> None:
     """Nor to any other file of something else; one that a kill has left with a line's beginning is no such file."""
-    file, asked = tmp_path / "prompts.jsonl", {"measures": ["contributions"], "prompts": PromptSource(count=4)}
+    file = tmp_path / "prompts.jsonl"
+    asked: dict[str, Any] = {"measures": ["contributions"], "prompts": PromptSource(count=4)}
     file.write_text('{"text": "of the"}\n')
     with pytest.raises(
         MegaloopError, match=r"prompts.jsonl has no results of diagnose, but 1 other lines; name another"
