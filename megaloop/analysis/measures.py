@@ -47,10 +47,13 @@ __all__ = [
     "task_curves",
 ]
 
-_BATCH_TOKENS = 2048
-"""Tokens of prompts that are traced together: of 30 layers of width 576 a trace of fp32 takes 0.4 GB."""
+_BATCH_TOKENS = {"cpu": 512}
+"""Tokens of prompts that are traced together, by kind of device. On a CPU more are no faster, and batches are what ranks share: the
+default's 16 prompts of 128 tokens are four."""
+_OTHER_BATCH_TOKENS = 2048
+"""Of 30 layers of width 576 a trace of fp32 takes 0.4 GB."""
 _BOUNDARIES = 4
-_EFFECT_TOKENS = _BATCH_TOKENS // _BOUNDARIES
+_EFFECT_TOKENS = _OTHER_BATCH_TOKENS // _BOUNDARIES
 """The same where each prompt goes through once for each boundary, and distributions of all its tokens are kept: 0.1 GB of 49,152 words."""
 _EFFECT_PROMPTS = 10
 _SCORED_PROMPTS = 20
@@ -86,14 +89,16 @@ class Subject:
         label: str,
         measure: Callable[[PromptBatch], Sequence[Tensor]],
         prompts: Prompts | None = None,
-        tokens: int = _BATCH_TOKENS,
+        tokens: int | None = None,
     ) -> list[NDArray[np.float64]]:
         """What a measure gives for each prompt, in their order: arrays [P, ...].
 
         Args:
             measure: of a batch, tensors whose first index is the prompt.
+            tokens: of a batch, at most; default: what suits the device. However many ranks there are, batches are the same.
         """
         prompts = prompts or self.prompts
+        tokens = tokens or _BATCH_TOKENS.get(self.model.device.type, _OTHER_BATCH_TOKENS)
 
         def run(_: int, numbers: list[int]) -> tuple[list[int], list[NDArray[np.float64]]]:
             found = measure(prompts.batch(numbers, self.model.device))

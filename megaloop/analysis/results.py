@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaloop.analysis.signatures import Signature
+from megaloop.errors import MegaloopError
 from megaloop.runs import records
 
 __all__ = [
@@ -140,8 +141,18 @@ def append_result(path: Path, record: DiagnosisRecord) -> None:
 
 
 def check_results(path: Path) -> None:
-    """MegaloopError if no line can be added."""
+    """MegaloopError if no line can be added, or the file is one of something else, such as the prompts."""
     records.check_appendable(path, "diagnose")
+    lines = list(records.read_lines(path))
+    if lines and not any(_is_result(*line) for line in lines):
+        raise MegaloopError(
+            f"diagnose: {path} has no results of diagnose, but {len(lines)} other lines; name another file with --out"
+        )
+
+
+def _is_result(line: bytes, record: dict[str, Any] | None) -> bool:
+    """Damaged and cut off ones too."""
+    return "prompts_sha256" in (record or {}) or line.startswith(b'{"measure":')
 
 
 def read_results(path: Path) -> dict[Examination, DiagnosisRecord]:

@@ -17,6 +17,7 @@ from megaloop.cli.evaluation import numbers
 from megaloop.cli.options import Json
 from megaloop.cli.output import echo
 from megaloop.cli.ranks import is_first_rank, joined_ranks, launch_again, part_progress
+from megaloop.errors import MegaloopError
 from megaloop.terminal import SafeConsole
 from megaloop.text import printable
 
@@ -41,7 +42,7 @@ def diagnose(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A data set (its held-out samples) or a jsonl file; default: the run's own data."),
+        typer.Option(help="A data set (its held-out samples) or a jsonl file; default: the run's first data set."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text, at most; problems with targets stay complete.")] = 128,
@@ -75,6 +76,7 @@ def diagnose(
     Results are remembered; 'megaloop report' shows those of several runs side by side.
     """
     attributed = numbers("--prompt", ",".join(prompt) if prompt else "1", 1)
+    chosen, asked = _names("--measures", measures), _names("--tasks", tasks)
     if ranks > 1 and not started_by_launcher():
         launch_again(ranks)
         return
@@ -83,9 +85,9 @@ def diagnose(
         from megaloop.analysis.request import PromptSource, Request, TaskSource
 
         request = Request(
-            measures=_names(measures) or None,
+            measures=chosen,
             prompts=PromptSource(prompts, count, tokens, field),
-            tasks=TaskSource(_names(tasks), shots, examples),
+            tasks=TaskSource(asked or (), shots, examples),
             block=block,
             lens_steps=lens_steps,
             attributed=attributed,
@@ -107,8 +109,14 @@ def diagnose(
             _print_signatures(found)
 
 
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+def _names(option: str, text: str | None) -> list[str] | None:
+    """Those of a list; None: the option was not given. A list without a name, as an empty variable of the shell makes it, is a mistake."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise MegaloopError(f"{option}: names nothing; give names separated by commas, or leave the option out")
+    return names
 
 
 def _print_signatures(found: Sequence[tuple[Path, Sequence[DiagnosisRecord]]]) -> None:

@@ -135,9 +135,13 @@ def _all(records: Iterable[Iterable[DiagnosisRecord]]) -> list[DiagnosisRecord]:
 
 
 def _name(key: Examination) -> str:
-    """A measure's name; of interventions that a primitive scores with that one's: "swap on copy-real", of attributions "erasure of prompt 3"."""
+    """A measure's name; of interventions that a primitive scores with how it was asked, of attributions with the prompt.
+
+    "swap on copy-real, 5 shots, 250 questions, version 3", "erasure of prompt 3": what was asked in other ways is another measure, so
+    that no mean is taken over both.
+    """
     if "questions" in key.options:
-        return f"{key.measure} on {key.options.partition(',')[0]}"
+        return f"{key.measure} on {key.options}"
     return f"{key.measure} of {key.options}" if key.options.startswith("prompt ") else key.measure
 
 

@@ -131,6 +131,19 @@ def test_two_ranks_find_what_one_does(run: Path, records: dict[str, DiagnosisRec
         assert record.result.curves == records[key.measure].result.curves
 
 
+def test_the_prompts_of_a_default_diagnosis_are_enough_for_four_ranks(run: Path, tmp_path: Path) -> None:
+    """Batches are what ranks share: one of them would leave all the others idle."""
+    told: dict[str, int] = {}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text((json.dumps({"text": "of the " * 128}) + "\n") * 16)
+    measures = ["contributions", "lens", "exit"]
+    diagnose(
+        run, lambda what, done, total: told.update({what: total}),
+        measures=measures, prompts=PromptSource(file), out=tmp_path / "d.jsonl",
+    )  # fmt: skip
+    assert told == {"contributions": 4, "logit lens": 4, "exit": 4}
+
+
 def test_primitives_score_interventions_too(run: Path, tmp_path: Path) -> None:
     """As eval does where a block is looped."""
     tasks = TaskSource(["copy-real"], shots=1, examples=40)
@@ -277,10 +290,35 @@ def test_results_that_cannot_be_kept_are_not_measured(
         diagnose(run, measures=["contributions"], prompts=PromptSource(count=4), out=nowhere)
 
 
+def test_results_are_not_added_to_the_prompts(run: Path, tmp_path: Path) -> None:
+    """Nor to any other file of something else; one that a kill has left with a line's beginning is no such file."""
+    file = tmp_path / "prompts.jsonl"
+    asked: dict[str, Any] = {"measures": ["contributions"], "prompts": PromptSource(count=4)}
+    file.write_text('{"text": "of the"}\n')
+    with pytest.raises(
+        MegaloopError, match=r"prompts.jsonl has no results of diagnose, but 1 other lines; name another"
+    ):
+        diagnose(run, out=file, **asked)
+    assert file.read_text() == '{"text": "of the"}\n'
+    for begun in ("", '{"measure": "contrib'):
+        file.write_text(begun)
+        diagnose(run, out=file, **asked)
+        assert len(read_results(file)) == 1
+
+
 def test_prompts_are_numbered_in_a_list_or_one_by_one(run: Path) -> None:
     result = megaloop("diagnose", run, "--measures", "erasure", "--count", 4, "--prompt", 2, "--prompt", "1,9")
     assert result.returncode == 2
     assert "--prompt 9: there are 4 prompts; choose 1 to 4" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--measures", "--tasks"])
+def test_a_list_that_names_nothing_is_a_mistake(run: Path, option: str) -> None:
+    """As an empty variable of the shell makes it; it would be taken for the default."""
+    result = megaloop("diagnose", run, option, "")
+    assert result.returncode == 2
+    assert f"{option}: names nothing" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_mistake_ends_the_command_with_exit_code_2(run: Path) -> None:

@@ -224,6 +224,22 @@ def test_exits_and_iterations_count_from_one(tmp_path: Path, axes: list[Any]) ->
     assert begins == {"layer": 0, "iteration": 1, "layers before the exit": 1}
 
 
+def test_a_primitive_that_was_asked_in_two_ways_is_two_pictures(tmp_path: Path) -> None:
+    """No mean is taken over runs of which one had more solved examples."""
+    one = Result(curves={"skip 1: accuracy": curve(np.linspace(0.1, 0.9, LAYERS))})
+    runs = [_run(tmp_path, "grown", seed, measures=["skip"], extra={"skip": one}) for seed in range(2)]
+    for run, shots in zip(runs, (1, 5), strict=True):
+        record = json.loads((run / DIAGNOSIS).read_text().splitlines()[0])
+        options = f"copy-real, {shots} shots, 9 questions, version 3"
+        (run / DIAGNOSIS).write_text(json.dumps(record | {"options": options}) + "\n")
+    found = _found(*runs)
+    assert [title for title, *_ in found.pictures] == [
+        f"Skip on copy-real, {shots} shots, 9 questions, version 3" for shots in (1, 5)
+    ]
+    (group,) = found.groups
+    assert [len(run) for run in group.runs] == [1, 1]
+
+
 def _lines(sizes: list[float]) -> DepthUse:
     contributions = Result(curves={"attention_size": curve(np.array(sizes))})
     return DepthUse(0, "one", ({"contributions": contributions},), 2)
