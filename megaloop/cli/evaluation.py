@@ -19,6 +19,7 @@ from megaloop.text import parse_whole, printable
 
 if TYPE_CHECKING:
     from megaloop.evaluation.records import Record
+    from megaloop.inference.loops import Block, EveryBlock
 
 __all__ = ["evaluate_command", "export_tasks", "numbers"]
 
@@ -111,17 +112,8 @@ def evaluate_command(
         if harness is not None:
             from megaloop.evaluation.harness import run_harness
 
-            one = blocks[0] if blocks else None
-            axes: tuple[list[Any], ...] = (shot_counts, loop_counts, blocks, halts, caches)
-            if any(len(axis) > 1 for axis in axes) or isinstance(one, EveryBlock) or every_checkpoint:
-                raise MegaloopError(
-                    "eval: --harness takes one number of shots and of loops, one block, one --halt, one --cache and one checkpoint"
-                )
-            others = {"--tasks": tasks, "--data": data, "--out": out, "--again": again}
-            if unused := [name for name, value in others.items() if value]:
-                raise MegaloopError(
-                    f"eval: {unused[0]} is not for --harness, which names its own tasks and prints what they give; leave it out"
-                )
+            unused = {"--tasks": tasks, "--data": data, "--out": out, "--again": again}
+            one = _one_for_harness(blocks, (shot_counts, loop_counts, halts, caches), every_checkpoint, unused)
             results = run_harness(
                 checkpoint,
                 [name.strip() for name in harness.split(",") if name.strip()],
@@ -157,6 +149,25 @@ def evaluate_command(
             )
         if is_first_rank():
             print_records(records, json)
+
+
+def _one_for_harness(
+    blocks: Sequence[Block | EveryBlock], axes: Sequence[Sequence[Any]], every_checkpoint: bool, unused: dict[str, Any]
+) -> Block | None:
+    """The block, if any; MegaloopError where lm-eval is asked for several things at once, or for what is not its own."""
+    from megaloop.inference.loops import EveryBlock
+
+    one = blocks[0] if blocks else None
+    if any(len(axis) > 1 for axis in (blocks, *axes)) or isinstance(one, EveryBlock) or every_checkpoint:
+        raise MegaloopError(
+            "eval: --harness takes one number of shots and of loops, one block, one --halt, one --cache and one checkpoint"
+        )
+    for name, value in unused.items():
+        if value:
+            raise MegaloopError(
+                f"eval: {name} is not for --harness, which names its own tasks and prints what they give; leave it out"
+            )
+    return one
 
 
 def _listed(option: str, texts: Sequence[str] | None) -> list[str]:

@@ -125,9 +125,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate(x_BNSH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
-    if (
-        torch.is_inference_mode_enabled()
-    ):  # no gradient ever: the function for autograd costs as much as the rotation of a token
+    # without gradients autograd's function would cost as much as the rotation of a token; the compiler cannot ask for the mode
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return _rotated(x_BNSH, cos_Sh, sin_Sh, 1)
     out: Tensor = _Rotate.apply(x_BNSH, cos_Sh, sin_Sh)
     return out

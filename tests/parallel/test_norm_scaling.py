@@ -29,7 +29,7 @@ def _plain(**changes: Any) -> dict[str, Any]:
 
 
 def _values(*layout: int, sp: bool = False, **changes: Any) -> dict[str, Any]:
-    return configuration(*layout, sp=sp, model=dict(SCALED), optimizer__lr=1e-3, **changes)
+    return configuration(*layout, sp=sp, model=dict(SCALED), optimizer__lr=1e-3, train__steps=10, **changes)
 
 
 def _relative(found: list[float], expected: list[float]) -> float:

@@ -21,12 +21,13 @@ from megaloop.errors import MegaloopError
 from tests.distributed import RankError, RankPool
 from tests.train.runs import configuration, events, metrics, train, train_keeping_growths
 
-STAGES = [{"steps": 6, "layers": 4}, {"steps": 14, "layers": 8}]
+STEPS, CHANGE = 12, 6
+STAGES = [{"steps": 4, "layers": 4}, {"steps": 8, "layers": 8}]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A change of depth at step 10 of 20.
+    """A change of depth at step ``CHANGE`` of ``STEPS``.
 
     Attributes:
         settings: of the run.
@@ -45,7 +46,7 @@ GROWN = {"depth": "8", "growth": {"start": 4, "schedule": STAGES}}
 CASES = {
     "a grown model loops": Case(
         GROWN | {"depth_events": [{"at": 0.5, "depth": "2-4x2-2"}]},
-        {0: 4, 6: 8, 10: 12},
+        {0: 4, 4: 8, CHANGE: 12},
         lambda before, out: loop_checkpoint(before, out, DepthSpec.parse("2-4x2-2")),
     ),
     "a grown model loops, with parameters of the loop's own": Case(
@@ -54,26 +55,26 @@ CASES = {
             "depth_events": [{"at": 0.5, "depth": "2-4x2-2"}],
             "loop": {"injection": "concat", "norm": True, "residual_scale": "1/k"},
         },
-        {0: 4, 6: 8, 10: 12},
+        {0: 4, 4: 8, CHANGE: 12},
         lambda before, out: loop_checkpoint(
             before, out, DepthSpec.parse("2-4x2-2"), changes={"injection": "concat", "norm": True, "residual_scale": "1/k"}
         ),
     ),
     "a looped model grows": Case(
-        {"depth": "2-4x2-2", "growth": {"start": 4, "schedule": [{"steps": 10, "layers": 4}, {"steps": 10, "layers": 8}]}},
-        {0: 6, 10: 12},
+        {"depth": "2-4x2-2", "growth": {"start": 4, "schedule": [{"steps": CHANGE, "layers": 4}, {"steps": STEPS - CHANGE, "layers": 8}]}},
+        {0: 6, CHANGE: 12},
         lambda before, out: grow_checkpoint(before, out, "lidas", DepthSpec.parse("2-4x2-2")),
         "grow",
     ),
     "a looped model is untied": Case(
         {"depth": "1-2x3-1", "depth_events": [{"at": 0.5, "untie": True}]},
-        {0: 8, 10: 8},
+        {0: 8, CHANGE: 8},
         lambda before, out: loop_checkpoint(before, out, None),
         "grow",
     ),
     "a looped model with scaled norms is untied": Case(
         {"depth": "1-2x3-1", "depth_events": [{"at": 0.5, "untie": True}], "model__norm_scaling": True},
-        {0: 8, 10: 8},
+        {0: 8, CHANGE: 8},
         lambda before, out: loop_checkpoint(before, out, None),
         "grow",
     ),
@@ -83,19 +84,24 @@ CASES = {
             "depth_events": [{"at": 0.5, "depth": 4}],
             "loop": {"injection": "concat", "norm": True},
         },
-        {0: 6, 10: 4},
+        {0: 6, CHANGE: 4},
         lambda before, out: loop_checkpoint(before, out, DepthSpec.parse("4")),
     ),
     "a loop moves": Case(
         {"depth": "1-2x2-1", "depth_events": [{"at": 0.5, "depth": "0-3x2-1"}]},
-        {0: 6, 10: 7},
+        {0: 6, CHANGE: 7},
         lambda before, out: loop_checkpoint(before, out, DepthSpec.parse("0-3x2-1")),
     ),
 }  # fmt: skip
 
 
 def values(corpus: Path, directory: Path, layout: tuple[int, int, int], case: Case, **changes: Any) -> dict[str, Any]:
-    return configuration(corpus, directory, layout, **case.settings, schedule__cooldown=0.3, **changes)
+    settings = case.settings | {
+        "train__steps": STEPS,
+        "schedule__cooldown": 0.3,
+        "checkpoint": {"every": CHANGE, "keep": 5},
+    }
+    return configuration(corpus, directory, layout, **settings, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +147,8 @@ def test_live_equals_offline_equals_on_load(
     if precision == "fp32":
         assert _furthest(_losses(live), _losses(alone(name))) < 2e-5
 
-    case.offline(kept / "before-10", kept / "changed")
-    with Checkpoint.open(kept / "changed") as changed, Checkpoint.open(kept / "after-10") as after:
+    case.offline(kept / f"before-{CHANGE}", kept / "changed")
+    with Checkpoint.open(kept / "changed") as changed, Checkpoint.open(kept / f"after-{CHANGE}") as after:
         assert changed.manifest.plan == after.manifest.plan
         for state_name in ("model", "master", "exp_avg", "exp_avg_sq"):
             assert set(changed.names(state_name)) == set(after.names(state_name))
@@ -151,21 +157,21 @@ def test_live_equals_offline_equals_on_load(
                     f"{state_name} of {tensor}"
                 )
 
-    for copy, checkpoint in (("offline", kept / "changed"), ("on-load", kept / "before-10")):
+    for copy, checkpoint in (("offline", kept / "changed"), ("on-load", kept / f"before-{CHANGE}")):
         directory = tmp_path / copy
         shutil.copytree(live, directory)
         shutil.rmtree(directory / "checkpoints")
-        shutil.copytree(checkpoint, directory / "checkpoints" / "step-00000010")
+        shutil.copytree(checkpoint, directory / "checkpoints" / f"step-{CHANGE:08}")
         (directory / "events.jsonl").unlink()
         pool.run(train, values(corpus, directory, layout, case, train__precision=precision), True)
-        assert _furthest(_losses(directory)[10:], _losses(live)[10:]) < 1e-5
+        assert _furthest(_losses(directory)[CHANGE:], _losses(live)[CHANGE:]) < 1e-5
         changes = [event["live"] for event in events(directory, case.event)]
         assert changes == ([False] if copy == "on-load" else [])
 
 
-def _losses(directory: Path) -> list[float]:
+def _losses(directory: Path, steps: int = STEPS) -> list[float]:
     records = metrics(directory)
-    assert [record["step"] for record in records] == list(range(1, 21)), "each step exactly once"
+    assert [record["step"] for record in records] == list(range(1, steps + 1)), "each step exactly once"
     return [record["loss"] for record in records]
 
 
@@ -179,15 +185,15 @@ def test_what_a_run_tells_of_it(alone: Callable[[str], Path], corpus: Path, name
     case, run = CASES[name], alone(name)
     settings = values(corpus, run, (1, 1, 1), case)
     records = metrics(run)
-    expected = [max(step for step in case.depths if step <= index) for index in range(20)]
+    expected = [max(step for step in case.depths if step <= index) for index in range(STEPS)]
     assert [record["depth"] for record in records] == [case.depths[step] for step in expected]
     last = events(run, case.event)[-1]
-    assert last["step"] == 10
+    assert last["step"] == CHANGE
     plan = Config.model_validate(settings).stages[-1].plan
     assert last["plan"] == plan.to_json()
     if name == "a looped model is untied":
         assert last["loss_before"] == pytest.approx(last["loss_after"], rel=1e-6)
-        assert [record["layers"] for record in records] == [4] * 10 + [8] * 10
+        assert [record["layers"] for record in records] == [4] * CHANGE + [8] * (STEPS - CHANGE)
     else:
         assert last["loss_before"] != last["loss_after"]
     per_token = flops_per_token(
@@ -197,7 +203,7 @@ def test_what_a_run_tells_of_it(alone: Callable[[str], Path], corpus: Path, name
 
 
 def _rows(directory: Path) -> int:
-    with Checkpoint.open(directory / "checkpoints" / "step-00000020") as checkpoint:
+    with Checkpoint.open(max((directory / "checkpoints").iterdir())) as checkpoint:
         rows = checkpoint.manifest.vocab_size
         return rows
 
@@ -211,10 +217,10 @@ def test_a_drawn_count_is_told_and_resumes_alike(ranks_2: RankPool, corpus: Path
     counts = [config.loop_iterations(config.plan, step) for step in range(20)]
     assert len(set(counts)) > 2
     assert [record["depth"] for record in records] == [2 + 2 * (iterations or 0) for iterations in counts]
-    losses = _losses(tmp_path / "run")
+    losses = _losses(tmp_path / "run", 20)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
     ranks_2.run(train, run, True)
-    assert _losses(tmp_path / "run") == losses
+    assert _losses(tmp_path / "run", 20) == losses
     steps = [
         flops_per_token(config.plan, config.model, 32, vocab_size=_rows(tmp_path / "run"), iterations=t) for t in counts
     ]
