@@ -17,9 +17,11 @@ from tests.parallel.layouts import configuration, train_layout, train_plainly
 LOOPS = ["1-2x3-1", "0-4x4-0", "2-3x2-1"]
 MODEL = (("hidden_size", 64), ("num_heads", 4), ("num_kv_heads", 2), ("ffn_size", 96))
 """As pairs, which a cache can tell apart."""
-STEPS = 10
+STEPS = 12
 LR = 1e-3
 """At the 2e-3 of the other layouts, rounding in Loop(2-3x2-1) grows to 2e-4 of the norm in 20 steps on one rank already."""
+LIMITS = {"fp32": (8e-7, 2.3e-5), "bf16": (1e-3, 1.8e-2)}
+"""Of losses and of norms, relative: twice what was measured."""
 LAYOUTS = [
     *(((pp, 1, 1), depth) for pp in (1, 2, 4) for depth in LOOPS),
     *(((1, 1, 2), "1-2x3-1"), ((1, 2, 1), "1-2x3-1"), ((2, 1, 2), "0-4x4-0"), ((2, 2, 1), "2-3x2-1")),
@@ -50,12 +52,11 @@ def _check(
     everyone = pool.run(train_layout, values)
     found, expected = everyone[0], _plain(**changes)
     assert all(result == found for result in everyone), "ranks report different numbers"
-    bf16 = changes.get("train__precision") == "bf16"
-    limit = 1e-3 if bf16 else 1e-4 if layout[1] > 1 else 2e-5
-    assert _relative(found["losses"], expected["losses"]) < limit
-    assert _relative(found["norms"], expected["norms"]) < (3.5e-2 if bf16 else limit)
-    assert _relative([found["evaluated"]], [expected["evaluated"]]) < limit
-    assert found["losses"][-1] < 0.97 * found["losses"][0], "it does not learn, so the comparison says little"
+    loss_limit, norm_limit = LIMITS[changes.get("train__precision", "fp32")]
+    assert _relative(found["losses"], expected["losses"]) < loss_limit
+    assert _relative(found["norms"], expected["norms"]) < norm_limit
+    assert _relative([found["evaluated"]], [expected["evaluated"]]) < loss_limit
+    assert found["losses"][-1] < 0.98 * found["losses"][0], "it does not learn, so the comparison says little"
     assert found["differing"] == []
 
 
