@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megaloop.cli.output import count_progress, echo
 from megaloop.errors import MegaloopError
+from megaloop.files import replace_file
+from megaloop.text import printable
 
 if TYPE_CHECKING:
     from megaloop.bench.reasoning import LadderEvaluation
@@ -20,6 +23,9 @@ PRESETS = Path(__file__).parents[1] / "bench" / "presets"
 _DOCUMENTS = {"cpu": 6_000, "gpu": 60_000}
 """Synthetic documents of a preset's mixture, of 4 to 12 problems each."""
 _HELD_OUT = 0.04
+_DEMO = "the demo's text"
+_MADE_OF = "text_of.json"
+"""The paths of the text that a bench's data was made of."""
 _SOURCES = {"cpu": ("text", "math"), "gpu": ("text", "math"), "reasoning": ("hops",)}
 """Data sets of a preset, in its directory of data."""
 _ASKED, _ASKED_DOCUMENTS = "asked", 44_000
@@ -138,7 +144,9 @@ def _text_and_problems(config: Config, folder: Path, documents: int, text: list[
     from data_prep.synthetic import write_jsonl
     from data_prep.tokenizer import train_sentencepiece
 
+    wanted = [str(path.resolve()) for path in text] or [_DEMO]
     if (folder / "text" / "data.json").is_file() and (folder / "math" / "data.json").is_file():
+        _check_made_of(folder / _MADE_OF, wanted)
         return
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
@@ -147,6 +155,7 @@ def _text_and_problems(config: Config, folder: Path, documents: int, text: list[
         demo_text(folder / "text.jsonl")
     inputs = text or [folder / "text.jsonl"]
     write_jsonl(folder / "math.jsonl", count=documents)
+    replace_file(folder / _MADE_OF, json.dumps(wanted).encode())
     tokenizer = folder / "tokenizer.model"
     both = find_inputs([*inputs, folder / "math.jsonl"])
     tokenizer.write_bytes(train_sentencepiece(_some(Inputs(both)), vocab_size))
@@ -158,6 +167,19 @@ def _text_and_problems(config: Config, folder: Path, documents: int, text: list[
             sequence_length=config.data.sequence_length,
             validation_fraction=_HELD_OUT,
             overwrite=(folder / name / "data.json").is_file(),
+        )
+
+
+def _check_made_of(file: Path, wanted: list[str]) -> None:
+    """Refuse to train on other text than was named; a bench of an earlier version does not know what its text was."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if found != wanted:
+        raise MegaloopError(
+            f"bench savings: {printable(file.parent)} was made of {printable(', '.join(map(str, found)), 200)}, and not of "
+            f"{printable(', '.join(wanted), 200)}; name the same --text, or choose another --out"
         )
 
 

@@ -1,7 +1,8 @@
 """What the page's section *Signatures* shows: how the runs of each group use their depth, as ``megaloop diagnose`` measured it.
 
 Runs compare where they were asked with the same prompts in the same way. Of each run the newest step that was diagnosed counts; where runs were asked
-with different prompts, those that most of them share are shown; of equals, and of several blocks in a group, those that were asked last.
+with different prompts, those that most of them share are shown, of equals those that most was asked with (a look at a few prompts does
+not hide a whole diagnosis), and then, as of several blocks in a group, those that were asked last.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def depth_use(groups: Sequence[Group]) -> list[DepthUse]:
     if not shared:
         return []
     times = {_how(record): record.time for record in sorted(_all(current.values()), key=_time)}
-    chosen = max(shared, key=lambda how: (shared[how], times[how]))
+    asked = Counter(_how(record) for record in _all(current.values()))
+    chosen = max(shared, key=lambda how: (shared[how], asked[how], times[how]))
     made = []
     for number, group in enumerate(groups):
         found = [[record for record in current[run.path] if _how(record) == chosen] for run in group.runs]

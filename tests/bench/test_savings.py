@@ -23,6 +23,7 @@ from megaloop.bench.contenders import (
     looped_parameters_depth,
     total_flops,
 )
+from megaloop.cli import savings_data
 from megaloop.cli.savings_data import PRESETS as _PRESETS
 from megaloop.config import Config, load_config
 from megaloop.errors import MegaloopError
@@ -267,3 +268,16 @@ def test_bad_input_is_one_line(preset: Path, tmp_path: Path) -> None:
         result = megaloop("bench", "savings", *arguments, "--out", tmp_path / "out")
         assert (result.returncode, message in result.stderr) == (2, True), result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_bench_does_not_go_on_with_other_text_than_it_was_made_of(tmp_path: Path) -> None:
+    config = savings_data.configuration("cpu", tmp_path, None, None)
+    for name in ("text", "math"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.json").write_text("{}")
+    savings_data.prepare_data("cpu", config, tmp_path, [])  # of an earlier version, which did not say what its text was
+    (tmp_path / "text_of.json").write_text(json.dumps([str(tmp_path / "mine.txt")]))
+    savings_data.prepare_data("cpu", config, tmp_path, [tmp_path / "mine.txt"])
+    for other in ([], [tmp_path / "other.txt"]):
+        with pytest.raises(MegaloopError, match=r"was made of .*mine\.txt, and not of .*; name the same --text"):
+            savings_data.prepare_data("cpu", config, tmp_path, other)

@@ -184,6 +184,12 @@ def test_what_was_asked_last_is_shown_where_a_run_was_asked_in_several_ways(
     assert _late(again)["value"] == pytest.approx(-0.1, abs=0.02)
 
 
+def test_a_later_look_at_other_prompts_does_not_hide_a_whole_diagnosis(tmp_path: Path) -> None:
+    run = _run(tmp_path, "grown", 0, late=0.5)
+    _diagnosed(run, 0, late=0.0, prompts="b", time=LATER, measures=["skip"])
+    assert _late(run)["value"] == pytest.approx(0.4, abs=0.02)
+
+
 def test_the_interval_is_of_the_run_that_has_a_number(tmp_path: Path) -> None:
     runs = [_run(tmp_path, "grown", seed) for seed in range(2)]
     lines = (runs[0] / DIAGNOSIS).read_text().splitlines()
