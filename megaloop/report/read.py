@@ -81,7 +81,8 @@ class Run:
         name: as configured, fit to be shown.
         config: the resolved configuration, of plain values alone.
         held_out: what its validation losses are of.
-        step, tokens, flops, seconds, loss: of each optimizer step; all but the loss are counted from the beginning.
+        step, tokens, flops, seconds, loss: of each optimizer step; all but the loss are counted from the beginning. Losses of a run
+            that trains a gate are of something else than predictions, and NaN.
         executed: layers that ran in each step.
         val_at: indices of steps that validation followed; val_loss (nats per token) and val_bits (per byte) of them.
         parameters: of the model that the last start began with, whose depth is ``plan``; None where it does not say.
@@ -171,7 +172,7 @@ def read_run(path: Path) -> Run:
         tokens=_column(records, "tokens"),
         flops=_column(records, "flops"),
         seconds=np.nancumsum(_column(records, "seconds")),
-        loss=_column(records, "loss"),
+        loss=np.full(len(records), np.nan) if _trains_gate(config) else _column(records, "loss"),
         executed=_column(records, "depth"),
         val_at=np.array(validated, dtype=np.int64),
         val_loss=_column([records[index] for index in validated], "val_loss"),
@@ -246,6 +247,13 @@ def _plain(value: Any, file: Path) -> Any:
         return value if isinstance(value, bool | int | float | None) else printable(value, 500)
 
     return plain(value, 0)
+
+
+def _trains_gate(config: dict[str, Any]) -> bool:
+    """Its training loss is then binary cross-entropy, or an expected loss less an entropy (megaloop.model.gate)."""
+    loop = config.get("loop")
+    gate = loop.get("gate") if isinstance(loop, dict) else None
+    return isinstance(gate, dict) and gate.get("train") is not None
 
 
 def _data(config: dict[str, Any]) -> tuple[str, ...]:

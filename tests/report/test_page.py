@@ -10,10 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megaloop.evaluation.tasks import TASKS
 from megaloop.report.page import write_report
+from megaloop.report.plots import loss_plot
+from megaloop.report.read import read_run
+from megaloop.report.savings import NATS, Group
 from tests.cli.test_cli import megaloop
 from tests.debian import install, skip
 from tests.report.rundirs import evaluated, write_contender, write_run
@@ -133,6 +137,17 @@ def test_a_run_alone_says_what_was_not_measured(tmp_path: Path) -> None:
     assert numbers["runs"][0]["steps"] == 120
     assert numbers["page"] is None
     assert numbers["savings"][0]["fraction_to_baseline_loss"] == 1.0
+
+
+def test_what_trains_a_gate_shows_no_loss_of_training(tmp_path: Path) -> None:
+    """It is no loss of predictions: an axis of nats per token has no place for it."""
+    changes = {"depth": "0-2x4-0", "loop": {"gate": {"train": "frozen"}}}
+    gated = read_run(write_run(tmp_path / "gated", "gated", loss=lambda step: 0.01, **changes))
+    assert np.isnan(gated.loss).all()
+    assert np.isfinite(gated.val_loss).all()
+    alone = read_run(write_run(tmp_path / "alone", "alone"))
+    assert np.isfinite(alone.loss).all()
+    assert "<svg" in loss_plot([Group("gated", (gated,)), Group("alone", (alone,))], "tokens", NATS)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
