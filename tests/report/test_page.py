@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_a_run_alone_says_what_was_not_measured(tmp_path: Path) -> None:
 
 def test_what_trains_a_gate_shows_no_loss_of_training(tmp_path: Path) -> None:
     """It is no loss of predictions: an axis of nats per token has no place for it."""
-    changes = {"depth": "0-2x4-0", "loop": {"gate": {"train": "frozen"}}}
+    changes: dict[str, Any] = {"depth": "0-2x4-0", "loop": {"gate": {"train": "frozen"}}}
     gated = read_run(write_run(tmp_path / "gated", "gated", loss=lambda step: 0.01, **changes))
     assert np.isnan(gated.loss).all()
     assert np.isfinite(gated.val_loss).all()
