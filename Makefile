@@ -39,7 +39,7 @@ types: $(STAMP)  ## mypy
 unit: $(STAMP)  ## pytest; PYTEST_ARGS="-k resume" to choose
 	$(PYTEST) $(if $(CI),--durations=10) $(PYTEST_ARGS)
 
-test-fast: $(STAMP)  ## without the slow tests, and one layout of each kind: under 90 seconds, for the inner loop
+test-fast: $(STAMP)  ## without the slow tests, and one layout of each kind: a quarter of the work, for the inner loop
 	$(PYTEST) --fast $(PYTEST_ARGS)
 
 chaos: $(STAMP)  ## kill ranks at 200 random moments instead of 10, and compare with the undisturbed run
