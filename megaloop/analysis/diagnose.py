@@ -51,8 +51,8 @@ from megaloop.tokenizer import Tokenizer
 
 __all__ = ["MEASURES", "SIGNATURES", "TUNED_LENS", "default_measures", "diagnose"]
 
-VERSION = 3
-"""Of the definitions; results of different versions do not compare."""
+VERSION = 4
+"""Of the definitions, and of how they are computed; results of different versions do not compare."""
 SIGNATURES, TUNED_LENS = "signatures", "tuned-lens"
 Attribution = Literal["erasure", "gradients"]
 ATTRIBUTIONS: tuple[Attribution, ...] = ("erasure", "gradients")

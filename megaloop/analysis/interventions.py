@@ -1,8 +1,7 @@
 """Interventions that are scored: layers skipped, exchanged, reversed, repeated, or an early end, each at every place.
 
-On prompts with targets an intervened pass begins where it first differs from the untouched one, from that pass's trace; of a block that is repeated
-more often it goes on from where it ran once less. On questions (reasoning
-primitives, k-shot) the same order of execution goes through evaluation's own scoring.
+What it makes of a model is an order of execution, which prompts with targets are scored in here, and questions (reasoning primitives, k-shot)
+by evaluation. Of the orders of a sweep, what several begin with runs once (:mod:`megaloop.inference.orders`).
 
 Sweeps as in arXiv 2505.13898 and 2602.16490: blocks of 1, 2, 4 and 8 neighbours skipped and exchanged, 4 reversed, every block repeated 1 to 4 times more.
 """
@@ -19,9 +18,9 @@ from torch.nn.functional import cross_entropy
 
 from megaloop.analysis.edits import Calls, exit_after, repeat, reverse, skip, swap
 from megaloop.analysis.prompts import PromptBatch
-from megaloop.analysis.trace import Trace
 from megaloop.depth import LayerCall
-from megaloop.model import AttentionContext, Decoder, LoopInput
+from megaloop.inference.orders import Trail, visits
+from megaloop.model import Decoder
 
 __all__ = ["KINDS", "Intervention", "Kind", "score_targets", "sweep"]
 
@@ -97,56 +96,12 @@ def sweep(kind: Kind, depth: int, block: int = _REVERSED) -> list[Intervention]:
 
 
 @torch.no_grad()
-def score_targets(
-    model: Decoder,
-    traced: Trace,
-    batch: PromptBatch,
-    interventions: Sequence[Intervention],
-    vocab_size: int | None = None,
-) -> Tensor:
-    """Loss (nats) and correct predictions, summed over the targets of each prompt: fp64 [B, 1 + I, 2]; the first is without intervention."""
+def score_targets(model: Decoder, batch: PromptBatch, orders: Sequence[Calls], vocab_size: int | None = None) -> Tensor:
+    """Loss (nats) and correct predictions in each order of execution, summed over the targets of each prompt: fp64 [B, orders, 2]."""
     context = model.attention_context(batch.tokens_BS.shape[1], 0, batch.documents_BS, batch.tokens_BS.device)
-    untouched = last = _Pass.of(traced)
-    score_of = {}
-    for one in sorted(interventions, key=lambda one: (one.start, one.count, one.more)):  # what repeats more goes on
-        calls = one.calls(traced.calls)
-        last = max(untouched, last, key=lambda known: _same_until(calls, known.calls)).changed(model, calls, context)
-        score_of[one] = _score(model, last.states[-1][0], batch, vocab_size)
-    without = _score(model, traced.final_BSD, batch, vocab_size)
-    return torch.stack([without, *(score_of[one] for one in interventions)], 1)
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A pass, of which others can begin.
-
-    Attributes:
-        states: before each of its calls and after the last, the model's state and what its loop was entered with.
-    """
-
-    calls: Calls
-    states: Sequence[tuple[Tensor, LoopInput]]
-
-    @classmethod
-    def of(cls, traced: Trace) -> _Pass:
-        places = range(len(traced.calls) + 1)
-        return cls(traced.calls, [(traced.state(place), traced.entry(place, slice(None))) for place in places])
-
-    def changed(self, model: Decoder, calls: Calls, context: AttentionContext) -> _Pass:
-        """The pass in another order, of which only what follows the first difference runs."""
-        at = _same_until(calls, self.calls)
-        states = list(self.states[: at + 1])
-        for call in calls[at:]:
-            state, entry = states[-1][0], LoopInput(states[-1][1].state)
-            state = model.run(state, [call], first=False, last=False, entry=entry, context=context)
-            states.append((state, entry))
-        return _Pass(calls, states)
-
-
-def _same_until(calls: Calls, others: Calls) -> int:
-    """Executions from the first one on that are the same, what a loop does before and after them included."""
-    pairs = enumerate(zip(calls, others, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(calls), len(others)))
+    trail = Trail(model, batch.tokens_BS, context)
+    found = {one.number: _score(model, trail.follow(one), batch, vocab_size) for one in visits(orders)}
+    return torch.stack([found[number] for number in range(len(orders))], 1)
 
 
 def _score(model: Decoder, final_BSD: Tensor, batch: PromptBatch, vocab_size: int | None) -> Tensor:

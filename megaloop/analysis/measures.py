@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megaloop.analysis.attribution import Answer, erasure_effects, integrated_gradients
 from megaloop.analysis.contributions import STATISTICS, contributions
+from megaloop.analysis.edits import Calls
 from megaloop.analysis.effective_depth import depth_score, first_below_half, first_overlap, last_crossing
 from megaloop.analysis.effects import SHORTEST, Setting, answer_starts, boundaries, local_effects, skip_effects
 from megaloop.analysis.interventions import Intervention, Kind, score_targets, sweep
@@ -221,13 +222,9 @@ def intervention_curves(subject: Subject, kind: Kind) -> Result:
         raise MegaloopError(
             f"{kind}: no prompt of {subject.prompts.source} has a target; give prompts of at least two tokens"
         )
-    interventions = sweep(kind, subject.depth, subject.block)
+    interventions, orders = _orders(subject, kind)
     sums_PIK, counts_P = subject.collect(
-        kind,
-        lambda b: (
-            score_targets(subject.model, subject.trace(b), b, interventions, subject.vocab_size),
-            (b.targets_BS >= 0).sum(1),
-        ),
+        kind, lambda b: (score_targets(subject.model, b, orders, subject.vocab_size), (b.targets_BS >= 0).sum(1))
     )
     curves, by_prompt = {}, {"targets": _rows(counts_P[:, None]), "loss without": _rows(sums_PIK[:, :1, 0])}
     for index, name in enumerate(("loss", "accuracy")):
@@ -244,12 +241,8 @@ def intervention_curves(subject: Subject, kind: Kind) -> Result:
 
 def task_curves(subject: Subject, kind: Kind, task: Task, questioning: Questioning) -> Result:
     """Accuracy and exact match of a primitive with one change of the order at every place, as they are (not as differences)."""
-    calls = subject.model.plan.calls()
-    interventions = sweep(kind, subject.depth, subject.block)
-    without = questioning.ask(task, calls, task.name)
-    found = [
-        questioning.ask(task, one.calls(calls), f"{task.name}, {one.curve} at {one.start}") for one in interventions
-    ]
+    interventions, orders = _orders(subject, kind)
+    without, *found = questioning.ask_in_orders(task, orders, f"{kind}, {task.name}")
     curves = {
         f"{title}: {name}": curve(
             [found[column][name] for column in columns],
@@ -332,6 +325,13 @@ def _mean_residuals(subject: Subject) -> Tensor:
 
     sums_PLD, counts_P = subject.collect("mean residual streams", measure, prompts)
     return torch.from_numpy(sums_PLD.sum(0) / counts_P.sum()).float().to(subject.model.device)
+
+
+def _orders(subject: Subject, kind: Kind) -> tuple[list[Intervention], list[Calls]]:
+    """The interventions of a sweep; and the orders of execution that they make, the first without any."""
+    calls = subject.model.plan.calls()
+    interventions = sweep(kind, subject.depth, subject.block)
+    return interventions, [tuple(calls), *(one.calls(calls) for one in interventions)]
 
 
 def _by_curve(interventions: Sequence[Intervention]) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 from megaloop.depth import LayerCall
 from megaloop.evaluation.prompts import questions
 from megaloop.evaluation.records import clustered
-from megaloop.evaluation.scoring import score
+from megaloop.evaluation.scoring import Question, Scores, score, score_in_orders
 from megaloop.evaluation.tasks import BLOCK, Example, Task, examples, shots
 from megaloop.evaluation.thinking import spent
 from megaloop.inference.caches import loop_iterations
@@ -49,11 +49,46 @@ class Questioning:
             calls: the executions of layers.
             label: of the progress.
         """
-        asked = examples(task, self.examples, self.seed)
-        blocks = [asked[first : first + BLOCK] for first in range(0, len(asked), BLOCK)]
         scored = share_over_ranks(
-            label, blocks, lambda number, block: self._score(task, number, block, calls), self.on_part
+            label, self._blocks(task), lambda number, block: self._score(task, number, block, calls), self.on_part
         )
+        return self._result(task, calls, scored)
+
+    def ask_in_orders(self, task: Task, orders: Sequence[Sequence[LayerCall]], label: str) -> list[dict[str, Any]]:
+        """The same in each order of execution, all iterations."""
+        blocks, silent = self._blocks(task), lambda *_: None
+
+        def run(number: int, block: Sequence[Example]) -> dict[int, _Answered]:
+            beginning, asked = self._asked(task, number, block)
+            found = {}
+            for order, scores in score_in_orders(
+                self.model, beginning, asked, orders, vocab_size=self.tokenizer.vocab_size
+            ):
+                found[order] = _answered(block, scores)
+                self.on_part(label, number * len(orders) + len(found), len(blocks) * len(orders))
+            return found
+
+        by_block = share_over_ranks(label, blocks, run, silent)
+        return [self._result(task, calls, [found[order] for found in by_block]) for order, calls in enumerate(orders)]
+
+    def _blocks(self, task: Task) -> list[list[Example]]:
+        """Questions that share their shots."""
+        asked = examples(task, self.examples, self.seed)
+        return [asked[first : first + BLOCK] for first in range(0, len(asked), BLOCK)]
+
+    def _asked(self, task: Task, number: int, block: Sequence[Example]) -> tuple[list[int], list[Question]]:
+        """What a block of questions begins with, and how each goes on."""
+        return questions(self.tokenizer, task, shots(task, self.shots, self.seed, number), block)
+
+    def _score(self, task: Task, number: int, block: Sequence[Example], calls: Sequence[LayerCall]) -> _Answered:
+        beginning, asked = self._asked(task, number, block)
+        vocab_size = self.tokenizer.vocab_size
+        return _answered(
+            block, score(self.model, beginning, asked, calls=calls, vocab_size=vocab_size, thinking=self.thinking)
+        )
+
+    def _result(self, task: Task, calls: Sequence[LayerCall], scored: Sequence[_Answered]) -> dict[str, Any]:
+        """Of all blocks."""
         right = [float(best) for block in scored for best, _, _ in block]
         exact = [float(greedy) for block in scored for _, greedy, _ in block]
         clusters = [number for number, block in enumerate(scored) for _ in block]
@@ -70,20 +105,18 @@ class Questioning:
             **loops,
         }
 
-    def _score(
-        self, task: Task, number: int, block: Sequence[Example], calls: Sequence[LayerCall]
-    ) -> list[tuple[bool, bool, list[int]]]:
-        """Of each example, whether the right answer is the likeliest, whether greedy decoding gives it, and the loops of its tokens."""
-        solved = shots(task, self.shots, self.seed, number)
-        beginning, asked = questions(self.tokenizer, task, solved, block)
-        vocab_size = self.tokenizer.vocab_size
-        results = score(self.model, beginning, asked, calls=calls, vocab_size=vocab_size, thinking=self.thinking)
-        return [
-            (result.best == example.correct, result.greedy[example.correct], result.loops)
-            for result, example in zip(results, block, strict=True)
-        ]
-
     def check(self, tasks: Sequence[Task]) -> None:
         """Raise MegaloopError if the tokenizer has no words for the questions of these tasks."""
         for task in tasks:
             questions(self.tokenizer, task, [], examples(task, 1, self.seed))
+
+
+_Answered = list[tuple[bool, bool, list[int]]]
+"""Of each question of a block, whether the right answer is the likeliest, whether greedy decoding gives it, and the loops of its tokens."""
+
+
+def _answered(block: Sequence[Example], scores: Sequence[Scores]) -> _Answered:
+    return [
+        (one.best == example.correct, one.greedy[example.correct], one.loops)
+        for one, example in zip(scores, block, strict=True)
+    ]

@@ -1,74 +1,38 @@
 """How likely a decoder finds each answer to each question, in as few passes as that takes.
 
-Questions that share their beginning (the shots) are scored together. The beginning runs once, and its keys and values are
-copied to every question. A question and all of its candidate answers then are one row: the candidates stand one after another,
-each looks at the question and at itself alone, and has the positions that it would have right after the question.
-
-    row        q0 q1 q2  a0 a1  b0 b1 b2
-    position    0  1  2   3  4   3  4  5      (after the shots)
+Questions that share their beginning (the shots) are scored together: the beginning runs once, and every row of a question and its
+candidates (:mod:`megaloop.evaluation.rows`) looks at its keys and values. Scored in many orders of execution, rows and beginning
+run once what several orders begin with.
 
 Where tokens may leave a loop early, or iterations share their caches, a question runs up to its last token as a prompt does in
 generation: all iterations, each with its own caches. Its last token and the answers' are what is generated, the row
 ``q2 a0 a1 b0 b1 b2``. A prompt that leaves the loop as one (scope ``sequence``) runs with its question's last token, and by itself.
 
-B rows, S tokens in a row, T slots of the caches: C before the row, then its own. M tokens that are predicted, D model.
+B rows, S tokens in a row; C tokens before it. D model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megaloop.depth import LayerCall
-from megaloop.inference.caches import CachePolicy, LoopCaches, Place
+from megaloop.evaluation.rows import Question, Rows, Scores, batches, scores_of
+from megaloop.inference.caches import CachePolicy, Following, LoopCaches, Place, Recorded, loop_iterations
+from megaloop.inference.orders import Trail, Visit, visits
 from megaloop.inference.passes import Passes, Thought
 from megaloop.inference.thinking import Thinking
 from megaloop.model import Decoder
 
-__all__ = ["Question", "Scores", "score"]
+__all__ = ["Question", "Scores", "score", "score_in_orders"]
 
 _ROW_TOKENS = {"cpu": 1 << 11}
 """Tokens of a batch, about, by kind of device: enough to keep the matrix products busy. On a CPU fewer do, and more would
 add padding (beside questions of other lengths) and leave its caches: 8192 takes a twelfth longer."""
 _OTHER_ROW_TOKENS = 1 << 13
-_HEAD_ROWS = 1 << 10
-"""Positions whose logits are in memory at once."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """Token ids: of the question, and of each answer; both have at least one."""
-
-    query: list[int]
-    answers: list[list[int]]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the row; nothing follows an answer's last token."""
-        return len(self.query) + sum(len(answer) - 1 for answer in self.answers)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of one question.
-
-    Attributes:
-        log_likelihoods: of each answer, in nats, all its tokens together.
-        greedy: whether greedy decoding gives it, token by token.
-        loops: iterations of the question's last token, and of each answer's tokens but the last.
-    """
-
-    log_likelihoods: list[float]
-    greedy: list[bool]
-    loops: list[int]
-
-    @property
-    def best(self) -> int:
-        """The likeliest answer, the first of equals."""
-        return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
 
 
 @torch.inference_mode()
@@ -94,85 +58,89 @@ def score(
     Raises:
         MegaloopError: a ``thinking`` that the model cannot do.
     """
-    batch_tokens = batch_tokens or _ROW_TOKENS.get(model.device.type, _OTHER_ROW_TOKENS)
+    if thinking.is_plain:
+        orders = [model.plan.calls() if calls is None else calls]
+        ((_, found),) = score_in_orders(
+            model, beginning, questions, orders, vocab_size=vocab_size, batch_tokens=batch_tokens
+        )
+        return found
     passes = thinking.passes(model, calls, vocab_size)
     together = thinking.halting is not None and thinking.halting.scope == "sequence"
     if together:
         questions = [Question([*beginning, *question.query], question.answers) for question in questions]
         beginning = []
     scorer = _Scorer(passes, thinking, beginning)
-    scores: list[Scores | None] = [None] * len(questions)
-    for batch in _batches(questions, batch_tokens):
+    scores: dict[int, Scores] = {}
+    for batch in batches(questions, batch_tokens or _row_tokens(model)):
         chosen = [questions[index] for index in batch]
-        if together:
-            found = scorer.after_their_prompts(chosen)
-        else:
-            found = scorer.at_once(chosen) if thinking.is_plain else scorer.after_the_rest(chosen)
-        for index, result in zip(batch, found, strict=True):
-            scores[index] = result
-    return [score for score in scores if score is not None]
+        found = scorer.after_their_prompts(chosen) if together else scorer.after_the_rest(chosen)
+        scores.update(zip(batch, found, strict=True))
+    return [scores[index] for index in range(len(questions))]
 
 
-def _batches(questions: Sequence[Question], tokens: int) -> Iterator[list[int]]:
-    """Indices of questions of similar length."""
-    order = sorted(range(len(questions)), key=lambda index: questions[index].length)
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * questions[index].length > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+@torch.inference_mode()
+def score_in_orders(
+    model: Decoder,
+    beginning: list[int],
+    questions: Sequence[Question],
+    orders: Sequence[Sequence[LayerCall]],
+    *,
+    vocab_size: int | None = None,
+    batch_tokens: int | None = None,
+) -> Iterator[tuple[int, list[Scores]]]:
+    """The same in each order of execution: its number and the scores, as they come; what several orders begin with runs once."""
+    passes = Passes(model)
+    shared = _Beginning(passes, beginning)
+    together = list(batches(questions, batch_tokens or _row_tokens(model)))
+    under_way: dict[int, _Following] = {}
+    for turn, visit in enumerate(visits(orders), start=1):
+        before = shared.follow(visit)
+        scores: dict[int, Scores] = {}
+        for number, batch in enumerate(together):
+            rows = under_way.pop(number, None) or _Following(passes, len(beginning), [questions[i] for i in batch])
+            scores.update(zip(batch, rows.follow(visit, before, vocab_size), strict=True))
+            if turn < len(orders):
+                under_way[number] = rows
+        yield visit.number, [scores[index] for index in range(len(questions))]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Questions as rows.
+def _row_tokens(model: Decoder) -> int:
+    return _ROW_TOKENS.get(model.device.type, _OTHER_ROW_TOKENS)
 
-    Attributes:
-        offset_BS: of each token's position from that of its question's first.
-        sees_BSS: which tokens of its row each sees.
-        asked: row and column where each token of an answer is predicted.
-        targets: which it is.
-        places: of each token of each row in the answer that it predicts, and how many tokens that has.
-    """
 
-    tokens_BS: Tensor
-    offset_BS: Tensor
-    sees_BSS: Tensor
-    asked: tuple[list[int], list[int]]
-    targets: list[int]
-    places: list[list[tuple[int, int]]]
+class _Beginning:
+    """What all questions share, in one order after another."""
 
-    @classmethod
-    def of(cls, questions: Sequence[Question]) -> _Rows:
-        batch, length = len(questions), max(question.length for question in questions)
-        tokens_BS = torch.zeros(batch, length, dtype=torch.long)
-        offset_BS = torch.zeros(batch, length, dtype=torch.long)
-        answer_BS = torch.full((batch, length), -1)  # which answer a token belongs to; 0: the question; -1: padding
-        all_places = [[(0, 1)] * length for _ in questions]
-        rows: list[int] = []
-        columns: list[int] = []
-        targets: list[int] = []
-        for row, question in enumerate(questions):
-            at = len(question.query)
-            tokens_BS[row, :at] = torch.tensor(question.query)
-            offset_BS[row, :at] = torch.arange(at)
-            answer_BS[row, :at] = 0
-            for number, answer in enumerate(question.answers, start=1):
-                inside = slice(at, at + len(answer) - 1)
-                tokens_BS[row, inside] = torch.tensor(answer[:-1], dtype=torch.long)
-                offset_BS[row, inside] = len(question.query) + torch.arange(len(answer) - 1)
-                answer_BS[row, inside] = number
-                all_places[row][inside] = [(place, len(answer)) for place in range(1, len(answer))]
-                rows += [row] * len(answer)
-                columns += [len(question.query) - 1, *range(inside.start, inside.stop)]
-                targets += answer
-                at = inside.stop
-        own_BSS = (answer_BS.unsqueeze(2) == answer_BS.unsqueeze(1)) | (answer_BS == 0).unsqueeze(1)
-        sees_BSS = torch.ones(length, length, dtype=torch.bool).tril() & own_BSS
-        return cls(tokens_BS, offset_BS, sees_BSS, (rows, columns), targets, all_places)
+    def __init__(self, passes: Passes, tokens: list[int]):
+        self._recorded: list[Recorded] = []
+        self._trail = None
+        if tokens:
+            tokens_1C = torch.tensor([tokens], device=passes.model.device)
+            self._trail = Trail(passes.model, tokens_1C, _after(passes, tokens_1C, 0).context)
+
+    def follow(self, visit: Visit) -> Sequence[Recorded | None]:
+        """Its keys and values in each execution that the visit itself runs."""
+        del self._recorded[visit.shared :]
+        if self._trail is None:
+            return [None] * len(visit.own)
+        self._recorded += [Recorded() for _ in visit.own]
+        own = self._recorded[visit.shared :]
+        self._trail.follow(visit, own)
+        return own
+
+
+class _Following:
+    """A batch of questions after a beginning, in one order after another."""
+
+    def __init__(self, passes: Passes, start: int, questions: Sequence[Question]):
+        self._model, self._questions, self._rows = passes.model, questions, Rows.of(questions)
+        place = _place(passes, self._rows, [start] * len(questions))
+        self._trail = Trail(self._model, self._rows.tokens_BS.to(self._model.device), place.context)
+
+    def follow(self, visit: Visit, before: Sequence[Recorded | None], vocab_size: int | None) -> list[Scores]:
+        hidden_BSD = self._trail.follow(visit, [Following(recorded) for recorded in before])
+        loops_BS = torch.full_like(self._rows.tokens_BS, loop_iterations(visit.calls))
+        return scores_of(self._model, self._questions, self._rows, hidden_BSD, loops_BS, vocab_size)
 
 
 class _Scorer:
@@ -186,12 +154,6 @@ class _Scorer:
             tokens_BC = torch.tensor([beginning], device=self._device)
             passes.context(tokens_BC, _after(passes, tokens_BC, 0), self._beginning)
 
-    def at_once(self, questions: Sequence[Question]) -> list[Scores]:
-        """All of each row in one pass."""
-        rows = _Rows.of(questions)
-        thought = _think(self._passes, self._thinking, rows, self._beginning, [self._start] * len(questions))
-        return self._scores(questions, rows, thought)
-
     def after_the_rest(self, questions: Sequence[Question]) -> list[Scores]:
         """Each question but its last token as a prompt, then its last token and the answers'."""
         contexts = [question.query[:-1] for question in questions]
@@ -202,7 +164,7 @@ class _Scorer:
             tokens_BC = self._padded(contexts)
             self._passes.context(tokens_BC, _after(self._passes, tokens_BC, self._start), full)
         asked = [Question(question.query[-1:], question.answers) for question in questions]
-        rows = _Rows.of(asked)
+        rows = Rows.of(asked)
         return self._scores(asked, rows, _think(self._passes, self._thinking, rows, full, lengths))
 
     def after_their_prompts(self, questions: Sequence[Question]) -> list[Scores]:
@@ -219,7 +181,7 @@ class _Scorer:
         prompts = passes.think(tokens_BC, _after(passes, tokens_BC, 0), full, asked_BC, first_11)
         thought = Thought(prompts.hidden_BSD[at].unsqueeze(1), prompts.loops_BS[at].unsqueeze(1))
         asked = [Question(question.query[-1:], question.answers) for question in questions]
-        rows = _Rows.of(asked)
+        rows = Rows.of(asked)
         if rows.tokens_BS.shape[1] > 1:
             alone = replace(self._thinking, halting=replace(halting, scope="token"))
             more = _think(
@@ -234,18 +196,9 @@ class _Scorer:
         longest = max(map(len, sequences))
         return torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences], device=self._device)
 
-    def _scores(self, questions: Sequence[Question], rows: _Rows, thought: Thought) -> list[Scores]:
-        hidden_MD = thought.hidden_BSD[rows.asked]
-        likelihoods, greedy = _predicted(self._passes.model, hidden_MD, rows.targets, self._passes.vocab_size)
-        loops, results, at = thought.loops_BS.tolist(), [], 0
-        for question, own in zip(questions, loops, strict=True):
-            sums, hits = [], []
-            for answer in question.answers:
-                sums.append(sum(likelihoods[at : at + len(answer)]))
-                hits.append(all(greedy[at : at + len(answer)]))
-                at += len(answer)
-            results.append(Scores(sums, hits, own[len(question.query) - 1 : question.length]))
-        return results
+    def _scores(self, questions: Sequence[Question], rows: Rows, thought: Thought) -> list[Scores]:
+        passes = self._passes
+        return scores_of(passes.model, questions, rows, thought.hidden_BSD, thought.loops_BS, passes.vocab_size)
 
 
 def _after(passes: Passes, tokens_BS: Tensor, start: int) -> Place:
@@ -254,46 +207,35 @@ def _after(passes: Passes, tokens_BS: Tensor, start: int) -> Place:
     return passes.place(torch.arange(start, length, device=tokens_BS.device).expand_as(tokens_BS), length)
 
 
-def _think(
-    passes: Passes, thinking: Thinking, rows: _Rows, before: LoopCaches, lengths: Sequence[int], *, known: int = 0
-) -> Thought:
-    """Rows after what caches hold.
+def _place(passes: Passes, rows: Rows, lengths: Sequence[int], known: int = 0) -> Place:
+    """Where rows stand.
 
     Args:
-        before: with all iterations; of one row, where that is before all.
         lengths: tokens before each row that it sees.
         known: columns at the beginning of the rows that are among these already.
     """
     device, most = passes.model.device, max(lengths)
-    tokens_BS = rows.tokens_BS[:, known:].to(device)
-    batch, count = tokens_BS.shape
-    caches = passes.caches(batch, most + count)
-    caches.take(before, range(batch), most)
+    batch, count = rows.tokens_BS[:, known:].shape
     lengths_B1 = torch.tensor(lengths).unsqueeze(1)
     before_BSC = (torch.arange(most) < lengths_B1).unsqueeze(1).expand(-1, count, -1)
-    place = passes.place(
+    return passes.place(
         torch.arange(most, most + count, device=device).expand(batch, -1),
         most + count,
         positions_BS=(lengths_B1 - known + rows.offset_BS[:, known:]).to(device),
         mask_BST=torch.cat([before_BSC, rows.sees_BSS[:, known:, known:]], dim=2).to(device),
     )
+
+
+def _think(
+    passes: Passes, thinking: Thinking, rows: Rows, before: LoopCaches, lengths: Sequence[int], known: int = 0
+) -> Thought:
+    """Rows after what caches hold, with all iterations; arguments as of :func:`_place`."""
+    tokens_BS = rows.tokens_BS[:, known:].to(passes.model.device)
+    batch, count = tokens_BS.shape
+    caches = passes.caches(batch, max(lengths) + count)
+    caches.take(before, range(batch), max(lengths))
     limits_BS = None
     if thinking.halting is not None and thinking.halting.decay is not None:
         limits = [thinking.thresholds(places[known:]) for places in rows.places]
-        limits_BS = torch.tensor(limits, device=device)
-    return passes.think(tokens_BS, place, caches, thresholds_BS=limits_BS)
-
-
-def _predicted(
-    model: Decoder, hidden_MD: Tensor, targets: list[int], vocab_size: int | None
-) -> tuple[list[float], list[bool]]:
-    """Log-likelihood of each target, and whether it is the likeliest token."""
-    likelihoods: list[float] = []
-    greedy: list[bool] = []
-    for first in range(0, len(targets), _HEAD_ROWS):
-        wanted_M = torch.tensor(targets[first : first + _HEAD_ROWS], device=model.device)
-        logits_MV = model.logits(hidden_MD[first : first + _HEAD_ROWS].unsqueeze(0))[0].float()
-        chosen_M = logits_MV.gather(1, wanted_M.unsqueeze(1)).squeeze(1)
-        likelihoods += (chosen_M - logits_MV.logsumexp(1)).tolist()
-        greedy += (logits_MV[:, :vocab_size].argmax(1) == wanted_M).tolist()
-    return likelihoods, greedy
+        limits_BS = torch.tensor(limits, device=tokens_BS.device)
+    return passes.think(tokens_BS, _place(passes, rows, lengths, known), caches, thresholds_BS=limits_BS)

@@ -21,7 +21,7 @@ from megaloop.model import AttentionContext, Decoder
 from megaloop.model.layers import KeyValueCache
 from megaloop.text import parse_whole, printable
 
-__all__ = ["CachePolicy", "LoopCaches", "Place", "loop_iterations"]
+__all__ = ["CachePolicy", "Following", "LoopCaches", "Place", "Recorded", "loop_iterations"]
 
 
 def loop_iterations(calls: Sequence[LayerCall]) -> int:
@@ -112,6 +112,9 @@ class LoopCaches:
 
     Args:
         calls: the executions of layers that will be run.
+
+    Raises:
+        ValueError: a loop whose iterations are not whole, of which two executions would share what they keep.
     """
 
     def __init__(
@@ -119,7 +122,10 @@ class LoopCaches:
     ):
         self._iterations = loop_iterations(calls)
         self._kept = min(policy.shared or self._iterations, self._iterations)
-        looped = list(dict.fromkeys(call.layer_id for call in calls if call.iteration is not None))
+        uses = [(call.layer_id, call.iteration) for call in calls if call.iteration is not None]
+        looped = list(dict.fromkeys(layer_id for layer_id, _ in uses))
+        if len(set(uses)) != len(uses) or len(uses) != self._iterations * len(looped):
+            raise ValueError("every layer of the loop must run once in each iteration; an edited order has no caches")
         # one tensor for all of the loop: what is lent goes from iteration to iteration of all its layers at once
         self._loop = _Tensors.new(model, (self._kept, len(looped)), rows, length)
         self._rest = _Tensors.new(model, (len(calls) - self._iterations * len(looped),), rows, length)
@@ -218,3 +224,31 @@ class _Window(KeyValueCache):
             return seen_BKTH
         kept_RKTH[place.rows_B.unsqueeze(1), :, place.slots_BS] = new_BKSH.transpose(1, 2)
         return kept_RKTH[place.rows_B, :, : place.length]
+
+
+class Recorded(KeyValueCache):
+    """Keys and values of one execution over one sequence, which others follow."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def append(self, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor]:
+        assert not self.length, "one sequence"
+        self.k_BKTH, self.v_BKTH, self.length = k_BKSH, v_BKSH, k_BKSH.shape[2]
+        return k_BKSH, v_BKSH
+
+
+class Following(KeyValueCache):
+    """What rows see in one execution: the same sequence before each, or nothing, and themselves; nothing is kept."""
+
+    def __init__(self, before: Recorded | None):
+        self._before, self.length = before, before.length if before is not None else 0
+
+    def append(self, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor]:
+        if self._before is None:
+            return k_BKSH, v_BKSH
+        rows = len(k_BKSH)
+        keys_BKCH, values_BKCH = (
+            before.expand(rows, -1, -1, -1) for before in (self._before.k_BKTH, self._before.v_BKTH)
+        )
+        return torch.cat([keys_BKCH, k_BKSH], 2), torch.cat([values_BKCH, v_BKSH], 2)

@@ -155,6 +155,25 @@ def test_primitives_score_interventions_too(run: Path, tmp_path: Path) -> None:
     assert of_task.curves["repeat 2 +2: accuracy"].values[1] == evaluated[0].values["accuracy"]
 
 
+def test_primitives_score_interventions_in_a_loop(run: Path, tmp_path: Path) -> None:
+    """A whole time of it once more is what eval makes of more loops; parts of it, skipped or exchanged, are scored as well."""
+    looped, tasks = tmp_path / "looped", TaskSource(["variables-0-math"], shots=1, examples=60)
+    loop_checkpoint(run, looped, DepthSpec.parse("2-2x2-2"))
+    told: list[tuple[str, int, int]] = []
+    found = diagnose(
+        looped, lambda *part: told.append(part),
+        measures=["skip", "swap", "repeat"], block=2, tasks=tasks, prompts=PromptSource(count=4), out=tmp_path / "d.jsonl",
+    )  # fmt: skip
+    of_task = {one.examination.measure: one.result for one in found if one.examination.options}
+    assert list(of_task) == ["skip", "swap", "repeat"]
+    evaluated = evaluate(looped, tasks=["variables-0-math"], shots=[1], examples=60, seed=123, loops=[2, 3, 4], out=tmp_path / "e.jsonl")  # fmt: skip
+    assert of_task["repeat"].numbers["accuracy"] == evaluated[0].values["accuracy"]
+    for more, record in enumerate(evaluated[1:], start=1):
+        assert of_task["repeat"].curves[f"repeat 2 +{more}: accuracy"].values[2] == record.values["accuracy"]
+    parts = [(done, total) for what, done, total in told if what == "skip, variables-0-math"]
+    assert parts == [(done, parts[-1][1]) for done in range(1, parts[-1][1] + 1)]  # of two blocks in many orders
+
+
 def test_prompts_are_attributed_one_by_one(run: Path, tmp_path: Path) -> None:
     """By layer and token, with the tokens as text, a record for each; the progress says which is under way."""
     told: dict[str, None] = {}

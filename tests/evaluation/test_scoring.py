@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from megaloop.analysis.interventions import KINDS, Kind, sweep
 from megaloop.config import ModelConfig
-from megaloop.depth import DepthPlan, DepthSpec, LoopStyle, with_inference_loop
+from megaloop.depth import DepthPlan, DepthSpec, LayerCall, LoopStyle, with_inference_loop
 from megaloop.depth.loops import reorder
-from megaloop.evaluation.scoring import Question, score
+from megaloop.evaluation.scoring import Question, score, score_in_orders
 from megaloop.inference.generate import generate_tokens
 from megaloop.model import Decoder
 
@@ -40,9 +42,12 @@ def _questions(count: int, seed: int = 0) -> tuple[list[int], list[Question]]:
 
 
 @torch.no_grad()
-def _plainly(model: Decoder, beginning: list[int], query: list[int], answer: list[int]) -> tuple[float, bool]:
+def _plainly(
+    model: Decoder, beginning: list[int], query: list[int], answer: list[int], calls: Sequence[LayerCall] | None = None
+) -> tuple[float, bool]:
     tokens = beginning + query + answer
-    logits_SV = model(torch.tensor([tokens[:-1]]))[0, -len(answer) :].float()
+    calls = model.plan.calls() if calls is None else calls
+    logits_SV = model.run(torch.tensor([tokens[:-1]]), calls, first=True, last=True)[0, -len(answer) :].float()
     targets = torch.tensor(answer)
     likelihood = logits_SV.log_softmax(-1).gather(1, targets.unsqueeze(1)).sum()
     return float(likelihood), bool((logits_SV[:, :60].argmax(-1) == targets).all())
@@ -60,6 +65,23 @@ def test_packed_rows_score_as_one_answer_at_a_time(plan: str, shared: bool) -> N
         assert scores.log_likelihoods == pytest.approx([likelihood for likelihood, _ in expected], abs=1e-5)
         assert scores.greedy == [greedy for _, greedy in expected]
         assert scores.best == max(range(4), key=lambda i: expected[i][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_edited_orders_score_as_whole_passes(plan: str, kind: Kind) -> None:
+    """Half a loop, a layer of it twice in an iteration: each execution has keys and values of its own."""
+    model, (beginning, questions) = _model(plan), _questions(7)
+    calls = model.plan.calls()
+    orders = [calls, *(one.calls(calls) for one in sweep(kind, len(calls), 2))]
+    found = dict(score_in_orders(model, beginning, questions, orders, vocab_size=60, batch_tokens=100))
+    assert sorted(found) == list(range(len(orders)))
+    for number, order in enumerate(orders):
+        for question, scores in zip(questions, found[number], strict=True):
+            expected = [_plainly(model, beginning, question.query, answer, order) for answer in question.answers]
+            assert scores.log_likelihoods == pytest.approx([likelihood for likelihood, _ in expected], abs=1e-5)
+            assert scores.greedy == [greedy for _, greedy in expected]
+        assert found[number] == score(model, beginning, questions, calls=order, vocab_size=60, batch_tokens=100)
 
 
 @pytest.mark.parametrize(("plan", "depth"), [("plain", "0-3x2-0"), ("looped", "3"), ("adapter", "1-1x4-1")])
