@@ -64,12 +64,8 @@ class Trace:
     def calls(self) -> tuple[LayerCall, ...]:
         return tuple(layer.call for layer in self.layers)
 
-    def state(self, place: int) -> Tensor:
-        """The model's state before a place; with the number of places, that after the last. [B, S, D]"""
-        return self.layers[place].before_BSD if place < len(self.layers) else self.final_BSD
-
-    def entry(self, place: int, rows: Tensor | slice) -> LoopInput:
-        """With which state the loop was entered that a pass from a place on is in, of some of the prompts; places as for :meth:`state`."""
+    def entry(self, place: int, rows: Tensor) -> LoopInput:
+        """With which state the loop was entered that a pass from a place on is in, of some of the prompts."""
         state = self._entries[place].state
         return LoopInput(None if state is None else state[rows])
 
@@ -98,7 +94,7 @@ def trace(
         entries.append(LoopInput(entry.state))
         x = model.run(x, [call], first=False, last=False, entry=entry, context=context, execute=recorded)
         layers.append(LayerTrace(call, before, *recorded.parts))
-    return Trace(layers, x, documents_BS, [*entries, entry])
+    return Trace(layers, x, documents_BS, entries)
 
 
 class _Recorder:
