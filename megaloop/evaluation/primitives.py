@@ -60,12 +60,14 @@ class Questioning:
 
         def run(number: int, block: Sequence[Example]) -> dict[int, _Answered]:
             beginning, asked = self._asked(task, number, block)
-            found = {}
+            found: dict[int, _Answered] = {}
+            done, total = number * len(orders), len(blocks) * len(orders)
+            self.on_part(label, done, total)  # the first order may take long
             for order, scores in score_in_orders(
                 self.model, beginning, asked, orders, vocab_size=self.tokenizer.vocab_size
             ):
                 found[order] = _answered(block, scores)
-                self.on_part(label, number * len(orders) + len(found), len(blocks) * len(orders))
+                self.on_part(label, done + len(found), total)
             return found
 
         by_block = share_over_ranks(label, blocks, run, silent)
