@@ -92,12 +92,12 @@ def score_in_orders(
     passes = Passes(model)
     shared = _Beginning(passes, beginning)
     together = list(batches(questions, batch_tokens or _row_tokens(model)))
-    under_way: dict[int, _Following] = {}
+    under_way: dict[int, _Batch] = {}
     for turn, visit in enumerate(visits(orders), start=1):
         before = shared.follow(visit)
         scores: dict[int, Scores] = {}
         for number, batch in enumerate(together):
-            rows = under_way.pop(number, None) or _Following(passes, len(beginning), [questions[i] for i in batch])
+            rows = under_way.pop(number, None) or _Batch(passes, len(beginning), [questions[i] for i in batch])
             scores.update(zip(batch, rows.follow(visit, before, vocab_size), strict=True))
             if turn < len(orders):
                 under_way[number] = rows
@@ -129,7 +129,7 @@ class _Beginning:
         return own
 
 
-class _Following:
+class _Batch:
     """A batch of questions after a beginning, in one order after another."""
 
     def __init__(self, passes: Passes, start: int, questions: Sequence[Question]):
