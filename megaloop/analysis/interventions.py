@@ -1,7 +1,7 @@
 """Interventions that are scored: layers skipped, exchanged, reversed, repeated, or an early end, each at every place.
 
-What it makes of a model is an order of execution, which prompts with targets are scored in here, and questions (reasoning primitives, k-shot)
-by evaluation. Of the orders of a sweep, what several begin with runs once (:mod:`megaloop.inference.orders`).
+An intervention is another order of execution. Prompts with targets are scored here, questions (reasoning primitives, k-shot) by
+:mod:`megaloop.evaluation.scoring`; in both, what several orders of a sweep begin with runs once (:mod:`megaloop.inference.orders`).
 
 Sweeps as in arXiv 2505.13898 and 2602.16490: blocks of 1, 2, 4 and 8 neighbours skipped and exchanged, 4 reversed, every block repeated 1 to 4 times more.
 """

@@ -71,6 +71,7 @@ class Questioning:
             return found
 
         by_block = share_over_ranks(label, blocks, run, silent)
+        self.on_part(label, len(blocks) * len(orders), len(blocks) * len(orders))
         return [self._result(task, calls, [found[order] for found in by_block]) for order, calls in enumerate(orders)]
 
     def _blocks(self, task: Task) -> list[list[Example]]:

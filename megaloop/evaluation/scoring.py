@@ -88,7 +88,11 @@ def score_in_orders(
     vocab_size: int | None = None,
     batch_tokens: int | None = None,
 ) -> Iterator[tuple[int, list[Scores]]]:
-    """The same in each order of execution: its number and the scores, as they come; what several orders begin with runs once."""
+    """The same in each order of execution: its number and the scores, as they come; what several orders begin with runs once.
+
+    In memory are, of all questions at once, the states that the next order goes on from: as many as it shares executions; of one
+    order, none.
+    """
     passes = Passes(model)
     shared = _Beginning(passes, beginning)
     together = list(batches(questions, batch_tokens or _row_tokens(model)))
