@@ -32,7 +32,18 @@ from megaloop.report.difficulty import Board, Loop
 from megaloop.report.savings import Group
 from megaloop.report.statistics import LEVEL, Interval, holm, interval, p_value, paired
 
-__all__ = ["MARGIN", "NOT_SEEN", "SEEN", "UNCLEAR", "WORTH", "Claim", "chosen_on_others", "claims", "verdict"]
+__all__ = [
+    "MARGIN",
+    "NOT_SEEN",
+    "SEEN",
+    "UNCLEAR",
+    "WORTH",
+    "Claim",
+    "ambiguous",
+    "chosen_on_others",
+    "claims",
+    "verdict",
+]
 
 MARGIN, WORTH = 0.02, 0.01
 """Accuracy that "not more than 2 points below" may lose, and below which a gain does not matter."""
@@ -106,6 +117,21 @@ def claims(board: Board) -> list[Claim]:
     if _LAST.first in groups and _LAST.second in groups:
         made.append(_pair(board, groups, _LAST))
     return _judged([claim for claim in made if claim is not None])
+
+
+def ambiguous(board: Board) -> dict[str, list[str]]:
+    """Contenders of which nothing is claimed because several groups have their name; with the labels of these."""
+    labels: dict[str, list[str]] = {}
+    for group in board.groups:
+        if board.complete(group):
+            labels.setdefault(group.name, []).append(group.label)
+    comparable = {
+        name
+        for pair in (*_PAIRS, _LAST)
+        if pair.first in labels and pair.second in labels
+        for name in (pair.first, pair.second)
+    }
+    return {name: labels[name] for name in labels if name in comparable and len(labels[name]) > 1}
 
 
 def verdict(effect: Interval, bound: float, adjusted: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megaloop.report.claims import NOT_SEEN, SEEN, Claim, claims
+from megaloop.report.claims import NOT_SEEN, SEEN, Claim, ambiguous, claims
 from megaloop.report.difficulty import ACCURACY, LAST, Board, Level, boards
 from megaloop.report.difficulty_plots import by_difficulty_plot, loops_plot, over_flops_plot, trade_offs_plot
 from megaloop.report.lr_sweep import RateSweep, read_lr_sweep
@@ -27,7 +27,7 @@ class Reasoning:
         numbers: for the fields of :class:`megaloop.report.page.Report` of these names.
         ladders: of each ladder what the template shows.
         claims: in the order of the page.
-        summary: a sentence about the claims.
+        summary: sentences about the claims.
     """
 
     numbers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -58,7 +58,9 @@ def reasoning(groups: Sequence[Group], rows: Sequence[Saving]) -> Reasoning:
         "block_loops": [entry for board in found for entry in _loops(board)],
         "claims": [_claim(claim) for claim in judged],
     }
-    return Reasoning(numbers, [_view(board, rows) for board in found], judged, _summary(judged))
+    return Reasoning(
+        numbers, [_view(board, rows) for board in found], judged, [*_summary(judged), *_ambiguous(found[0])]
+    )
 
 
 def _summary(judged: Sequence[Claim]) -> list[str]:
@@ -70,6 +72,14 @@ def _summary(judged: Sequence[Claim]) -> list[str]:
     return [
         f"Of {len(judged)} {word} about reasoning by difficulty, {seen} {_be(seen)} seen, {not_seen} {_be(not_seen)} not seen and "
         f"{unclear} {_be(unclear)} unclear."
+    ]
+
+
+def _ambiguous(board: Board) -> list[str]:
+    return [
+        f"Nothing is claimed about {name}: {len(labels)} groups of runs have that name ({', '.join(labels)}). "
+        "Give the report one of them, and of each seed one run."
+        for name, labels in ambiguous(board).items()
     ]
 
 

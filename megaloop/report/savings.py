@@ -81,6 +81,11 @@ class Group:
         return Spread.of(value(run) for run in self.runs)
 
     @property
+    def name(self) -> str:
+        """What several groups may be called, whose labels then say more."""
+        return _label(self.runs)
+
+    @property
     def finished(self) -> bool:
         return all(run.finished for run in self.runs)
 

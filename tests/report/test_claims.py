@@ -14,6 +14,7 @@ from scipy import stats
 from megaloop.report.claims import MARGIN, Claim, chosen_on_others, claims, verdict
 from megaloop.report.difficulty import Loop, boards
 from megaloop.report.read import read_run
+from megaloop.report.reasoning import reasoning
 from megaloop.report.savings import group_runs
 from megaloop.report.statistics import Interval, holm, p_value
 from tests.report.rundirs import HOPS, graded, write_run
@@ -147,6 +148,19 @@ def test_runs_that_had_other_samples_are_said_to_have(tmp_path: Path) -> None:
 
 def test_contenders_are_told_by_their_whole_names(tmp_path: Path) -> None:
     assert _claims(_run(tmp_path, "my-lidas", 0, 0.9), _run(tmp_path, "midas", 0, 0.8, "9")) == []
+
+
+def test_two_runs_of_one_contender_and_seed_are_said_to_leave_its_claims_out(tmp_path: Path) -> None:
+    """Which of them is meant cannot be known; where there is nothing to compare it with, nothing is missing either."""
+    twins = [_run(tmp_path / folder, "lidas", 0, 0.9) for folder in ("one", "other")]
+    pair = [*twins, _run(tmp_path, "baseline", 0, 0.8, "9")]
+    (sentence,) = reasoning(group_runs([read_run(run) for run in pair]), []).summary
+    assert sentence.startswith(
+        "Nothing is claimed about lidas: 2 groups of runs have that name (lidas (one/lidas), lidas (other/lidas))."
+    )
+    assert _claims(*pair) == []
+    assert reasoning(group_runs([read_run(run) for run in twins]), []).summary == []
+    assert len(reasoning(group_runs([read_run(run) for run in pair[1:]]), []).summary) == 1  # of the claim that is made
 
 
 # --- loops at inference
