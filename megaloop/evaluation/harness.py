@@ -205,12 +205,35 @@ def _silent(what: str, done: int, total: int) -> None:
     """lm-eval shows its own progress."""
 
 
+_TOKEN_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the most tokens of a generation, in lm-eval's order of priority."""
+_ALONE = {"num_beams": 1, "repetition_penalty": 1.0}
+"""What else a task may say of a generation, with the one value that changes nothing."""
+
+
 def _generation(options: dict[str, Any]) -> Generation:
-    """What a task of lm-eval asks of a generation."""
-    until = options.get("until") or []
+    """What a task of lm-eval asks of a generation.
+
+    Raises:
+        MegaloopError: something that generation here cannot do.
+    """
+    left = {name: value for name, value in options.items() if value is not None}
+    until = left.pop("until", [])
     stops = (until,) if isinstance(until, str) else tuple(until)
-    temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-    return Generation(int(options.get("max_gen_toks", _GENERATED)), Sampling(temperature), tuple(filter(None, stops)))
+    counts = [left.pop(name, None) for name in _TOKEN_COUNTS]
+    most = next((int(count) for count in counts if count is not None), _GENERATED)
+    temperature, top_k, top_p = (
+        left.pop(name, value) for name, value in (("temperature", 0), ("top_k", 0), ("top_p", 1))
+    )
+    sampled = left.pop("do_sample", float(temperature) > 0)
+    for name, value in left.items():
+        if _ALONE.get(name) != value:
+            raise MegaloopError(
+                f"eval --harness: a task asks of its generations {printable(name)} {printable(str(value))}, which is not done here; leave it "
+                "out in a task file of your own (--harness-path)"
+            )
+    sampling = Sampling(float(temperature), int(top_k), float(top_p)) if sampled else Sampling()
+    return Generation(most, sampling, tuple(filter(None, stops)))
 
 
 def _context_length(checkpoint: Checkpoint) -> int:

@@ -179,6 +179,25 @@ def test_a_prompt_that_generation_leaves_no_room_is_refused(plain_run: Path) -> 
         HarnessModel.load(plain_run).generate_until([asked])
 
 
+def test_a_task_samples_as_it_says(plain_run: Path) -> None:
+    """Of the likeliest token alone, at whatever temperature, what is drawn is greedy; of all of them it is not."""
+    from megaloop.evaluation.harness import HarnessModel
+
+    model = HarnessModel.load(plain_run)
+
+    def made(**options: Any) -> list[str]:
+        return model.generate_until([SimpleNamespace(args=("In the", {"until": [], "max_new_tokens": 8, **options}))])
+
+    greedy = made(do_sample=False, temperature=5.0)
+    assert greedy == made() == made(temperature=0.0, do_sample=None, num_beams=1)
+    assert greedy == made(do_sample=True, temperature=5.0, top_k=1) == made(temperature=5.0, top_p=1e-9)
+    assert greedy != made(do_sample=True, temperature=5.0)
+    with pytest.raises(
+        MegaloopError, match=r"^eval --harness: a task asks of its generations num_beams 4, which is not done here"
+    ):
+        made(num_beams=4)
+
+
 def test_an_unknown_task_is_one_line(plain_run: Path) -> None:
     with pytest.raises(MegaloopError, match="eval --harness: lm-eval knows no task no-such-task"):
         _eval(plain_run, "--harness", "no-such-task")
