@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaloop.analysis.results import DIAGNOSIS, DiagnosisRecord, Examination, Result, read_results
+from megaloop.analysis.results import DIAGNOSIS, Curve, DiagnosisRecord, Examination, Result, read_results
 from megaloop.analysis.signature_table import signature_table
 from megaloop.analysis.signatures import Signature
 from megaloop.report.savings import Group
@@ -43,11 +43,11 @@ class DepthUse:
 
     def curve(self, measure: str, name: str) -> Array | None:
         """[runs, places]; None where no run has it. NaN where a value is not known."""
-        found = [result.curves[name] for result in self._results(measure) if name in result.curves]
-        lengths = {len(one.values) for one in found}
-        if len(lengths) != 1:
-            return None
-        return np.array([[np.nan if value is None else value for value in one.values] for one in found])
+        return _rows([one.values for one in self._curves(measure, name)])
+
+    def errors(self, measure: str, name: str) -> Array | None:
+        """Standard errors of the same; no places, where they are not known."""
+        return _rows([one.errors or [] for one in self._curves(measure, name)])
 
     def matrix(self, measure: str, name: str) -> Array | None:
         """[layer skipped, later layer], or [layer, token], the mean over runs; None where no run has it, or they differ in shape or in tokens."""
@@ -63,9 +63,17 @@ class DepthUse:
             return None
         return np.array(found, np.float64).mean(0)
 
+    def mean(self, measure: str, name: str) -> float | None:
+        """The mean over runs; None where no run has it."""
+        found = [value for r in self._results(measure) if (value := r.numbers.get(name)) is not None]
+        return float(np.mean(found)) if found else None
+
     def labels(self, measure: str, name: str) -> list[str]:
         """Of the places along a matrix, which its runs share; nothing where a measure has none."""
         return next((result.labels[name] for result in self._results(measure) if name in result.labels), [])
+
+    def _curves(self, measure: str, name: str) -> list[Curve]:
+        return [result.curves[name] for result in self._results(measure) if name in result.curves]
 
     def _results(self, measure: str) -> list[Result]:
         return [run[measure] for run in self.runs if measure in run]
@@ -74,6 +82,13 @@ class DepthUse:
     def signatures(self) -> list[dict[str, Signature]]:
         """Of each run, by name."""
         return [{row.name: row for row in signature_table(run, self.block)} for run in self.runs]
+
+
+def _rows(found: Sequence[Sequence[float | None]]) -> Array | None:
+    """NaN for None; None where there are no rows, or not of one length."""
+    if len({len(row) for row in found}) != 1:
+        return None
+    return np.array([[np.nan if value is None else value for value in row] for row in found])
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def curves_plot(
             axes.set_axis_off()
         for axes, (measure, name, title, unit) in zip(grid.flat, shown, strict=False):
             for use in found:
-                _line(axes, use, use.curve(measure, name), first)
+                _line(axes, use, measure, name, first)
             axes.set_title(title, fontsize=10)
             axes.set_xlabel(places)
             axes.set_ylabel(unit)
@@ -143,14 +143,18 @@ def curves_plot(
         return to_svg(figure)
 
 
-def _line(axes: Any, use: DepthUse, values: NDArray[np.float64] | None, first: int) -> None:
+def _line(axes: Any, use: DepthUse, measure: str, name: str, first: int) -> None:
+    """The mean over the runs with their range; of one run with its standard errors."""
+    values, errors = use.curve(measure, name), use.errors(measure, name)
     if values is None:
         return
     places = first + np.arange(values.shape[1])
     style = line_style(use.number)
     axes.plot(places, values.mean(0), marker="o", markersize=3, linewidth=1.4, label=legend_label(use.label), **style)
-    if len(values) > 1:
-        axes.fill_between(places, values.min(0), values.max(0), color=style["color"], alpha=0.13, linewidth=0)
+    low, high = values.min(0), values.max(0)
+    if errors is not None and errors.shape == (1, len(places)):
+        low, high = (values - errors)[0], (values + errors)[0]
+    axes.fill_between(places, low, high, color=style["color"], alpha=0.13, linewidth=0)
 
 
 def matrices_plot(found: Sequence[DepthUse], kind: Matrix) -> str | None:
@@ -224,14 +228,13 @@ def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss")
     lines = math.ceil(len(names) / columns)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(max(2.9 * columns, 4.6), 2.7 * lines + 0.5), layout="constrained")
-        grid = figure.subplots(lines, columns, squeeze=False)
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=not is_difference)
         for axes in grid.flat[len(names) :]:
             axes.set_axis_off()
         for axes, name in zip(grid.flat, names, strict=False):
             for use in found:
-                _line(axes, use, use.curve(kind, name), int(is_exit))  # the earliest exit is after one layer
-            if is_difference:
-                axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+                _line(axes, use, kind, name, int(is_exit))  # the earliest exit is after one layer
+            _references(axes, [] if is_difference else found, kind)
             axes.set_title(name.partition(":")[0], fontsize=10)
             axes.set_xlabel("layers before the exit" if is_exit else "first layer")
             _count_whole(axes.xaxis)
@@ -240,6 +243,16 @@ def interventions_plot(found: Sequence[DepthUse], kind: str, unit: str = "loss")
         grid[0][0].set_ylabel(f"change of the {of_unit}" if is_difference else of_unit)
         _legend(figure, grid)
         return to_svg(figure)
+
+
+def _references(axes: Any, found: Sequence[DepthUse], kind: str) -> None:
+    """What curves are held against: no change; of a primitive each group's accuracy without intervention, and chance."""
+    chance = next((value for use in found if (value := use.mean(kind, "chance")) is not None), None if found else 0.0)
+    if chance is not None:
+        axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":")
+    for use in found:
+        if (accuracy := use.mean(kind, "accuracy")) is not None:
+            axes.axhline(accuracy, color=line_style(use.number)["color"], linewidth=0.9, linestyle="--")
 
 
 def _count_whole(*axes: Any) -> None:

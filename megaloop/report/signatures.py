@@ -79,7 +79,11 @@ def signatures(groups: Sequence[Group]) -> Signatures:
 
 def _pictures(found: Sequence[DepthUse]) -> list[tuple[str, Markup, str]]:
     several = max(len(use.runs) for use in found) > 1
-    bands = " Lines are means over runs, bands go from the smallest to the largest of them." if several else ""
+    bands = (
+        " Lines are means over runs, bands go from the smallest to the largest of them."
+        if several
+        else " Bands are standard errors."
+    )
     means = " Means over the runs of each group." if several else ""
     lens = "Norm and head on the residual stream that enters each layer; the last place is what the model predicts."
     drawn = [
@@ -95,7 +99,7 @@ def _pictures(found: Sequence[DepthUse]) -> list[tuple[str, Markup, str]]:
             for kind, (title, what) in _INTERVENTIONS.items()
         ),
         *(
-            (name.capitalize(), plots.interventions_plot(found, name, "accuracy"), f"Accuracy of the primitive with the order changed at every place.{bands}")
+            (name.capitalize(), plots.interventions_plot(found, name, "accuracy"), f"Accuracy of the primitive with the order changed at every place; dashed: as it is, dotted: chance.{bands}")
             for name in _names(found, " on ")
         ),
         *(

@@ -246,6 +246,20 @@ def test_a_primitive_that_was_asked_in_two_ways_is_two_pictures(tmp_path: Path) 
     assert [len(run) for run in group.runs] == [1, 1]
 
 
+def test_accuracies_stand_beside_what_they_were_and_beside_chance(axes: list[Any]) -> None:
+    """In one scale over all sizes of a block; a single run's line has its standard errors."""
+    how = "repeat on copy-real, 5 shots, 9 questions"
+    curves = {
+        f"repeat 2 +{more}: accuracy": curve(np.array([0.5, 0.4]) / more, np.array([0.1, 0.2])) for more in (1, 2)
+    }
+    one = Result(curves=curves, numbers={"accuracy": 0.45, "exact_match": 0.3, "chance": 0.1})
+    depth_use_plots.interventions_plot([DepthUse(0, "one", ({how: one},), 2)], how, "accuracy")
+    assert [[line.get_ydata()[0] for line in panel.lines] for panel in axes] == [[0.5, 0.1, 0.45], [0.25, 0.1, 0.45]]
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    (band,) = axes[0].collections
+    assert band.get_datalim(axes[0].transData).intervaly == pytest.approx([0.2, 0.6])
+
+
 def _lines(sizes: list[float]) -> DepthUse:
     contributions = Result(curves={"attention_size": curve(np.array(sizes))})
     return DepthUse(0, "one", ({"contributions": contributions},), 2)
