@@ -108,10 +108,10 @@ _LAST = _Pair("A loop from the cooldown on adds to growing", "lidas+loop", "lida
 
 
 def claims(board: Board) -> list[Claim]:
-    """The claims whose contenders (by label) were evaluated; nothing where no difficulty of training was."""
+    """The claims whose contenders (by name, where only one group has it) were evaluated; nothing where no difficulty of training was."""
     if not board.ladder.hardest:
         return []
-    groups = {group.label: group for group in board.groups if board.complete(group)}
+    groups = {name: found[0] for name, found in _by_name(board).items() if len(found) == 1}
     made = [_pair(board, groups, pair) for pair in _PAIRS if pair.first in groups and pair.second in groups]
     made += _loops(board, groups)
     if _LAST.first in groups and _LAST.second in groups:
@@ -121,17 +121,23 @@ def claims(board: Board) -> list[Claim]:
 
 def ambiguous(board: Board) -> dict[str, list[str]]:
     """Contenders of which nothing is claimed because several groups have their name; with the labels of these."""
-    labels: dict[str, list[str]] = {}
+    found = _by_name(board)
+    pairs = [pair for pair in (*_PAIRS, _LAST) if pair.first in found and pair.second in found]
+    comparable = {name for pair in pairs for name in (pair.first, pair.second)}
+    return {
+        name: [group.label for group in groups]
+        for name, groups in found.items()
+        if name in comparable and len(groups) > 1
+    }
+
+
+def _by_name(board: Board) -> dict[str, list[Group]]:
+    """Groups that were evaluated to their end."""
+    found: dict[str, list[Group]] = {}
     for group in board.groups:
         if board.complete(group):
-            labels.setdefault(group.name, []).append(group.label)
-    comparable = {
-        name
-        for pair in (*_PAIRS, _LAST)
-        if pair.first in labels and pair.second in labels
-        for name in (pair.first, pair.second)
-    }
-    return {name: labels[name] for name in labels if name in comparable and len(labels[name]) > 1}
+            found.setdefault(group.name, []).append(group)
+    return found
 
 
 def verdict(effect: Interval, bound: float, adjusted: float | None) -> str:

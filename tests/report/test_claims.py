@@ -161,6 +161,8 @@ def test_two_runs_of_one_contender_and_seed_are_said_to_leave_its_claims_out(tmp
     assert _claims(*pair) == []
     assert reasoning(group_runs([read_run(run) for run in twins]), []).summary == []
     assert len(reasoning(group_runs([read_run(run) for run in pair[1:]]), []).summary) == 1  # of the claim that is made
+    unfinished = _run(tmp_path / "third", "lidas", 0, 0.9, done=15)
+    assert len(_claims(*pair[1:], unfinished)) == 1  # what has no end yet is not meant
 
 
 # --- loops at inference
